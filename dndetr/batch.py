@@ -1,0 +1,61 @@
+"""What travels from the data loader through the model to the criterion: one canvas, padded targets, nothing ragged."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Moves every tensor field of a frozen dataclass together."""
+
+    def _map(self, move):
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = move(value)
+            elif isinstance(value, _Movable):
+                changed[field.name] = value._map(move)
+        return replace(self, **changed)
+
+    def to(self, device, non_blocking: bool = True):
+        """The same fields on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self):
+        """The same fields in page-locked host memory, so that ``to`` can copy without waiting."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Targets(_Movable):
+    """Ground truth of a batch, padded to T slots per image (T is a bucket size, never the data's maximum).
+
+    labels [B, T] int64 in [0, K), 0 where padded; boxes [B, T, 4] cxcywh in [0, 1] of the valid image, 0 where padded;
+    counts [B] int32.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    counts: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool, True where a slot holds an object."""
+        return torch.arange(self.labels.shape[1], device=self.counts.device) < self.counts[:, None]
+
+
+@dataclass(frozen=True)
+class Batch(_Movable):
+    """Images on one canvas, with their ground truth.
+
+    images [B, 3, H, W] normalised, zero where padded; sizes [B, 2] int64 valid (height, width) on the canvas;
+    original_sizes [B, 2] int64 (height, width) of the files; ids [B] int64 image ids.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    targets: Targets
+    original_sizes: Tensor
+    ids: Tensor

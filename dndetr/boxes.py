@@ -1,0 +1,55 @@
+"""Boxes: conversions, IoU and generalised IoU with the official small constants, inverse sigmoid."""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """[..., 4] centre and size -> [..., 4] corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
+    return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """[..., 4] corners -> [..., 4] centre and size."""
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat(((low + high) * 0.5, high - low), dim=-1)
+
+
+def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection over union of boxes that broadcast against each other, and the union's area.
+
+    a_xyxy, b_xyxy [..., 4] -> two tensors [...]. The union is enlarged by 1e-6 in the division, as the official code does.
+    """
+    area_a = (a_xyxy[..., 2] - a_xyxy[..., 0]) * (a_xyxy[..., 3] - a_xyxy[..., 1])
+    area_b = (b_xyxy[..., 2] - b_xyxy[..., 0]) * (b_xyxy[..., 3] - b_xyxy[..., 1])
+    low = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    overlap = (high - low).clamp(min=0)
+    intersection = overlap[..., 0] * overlap[..., 1]
+    union = area_a + area_b - intersection
+    return intersection / (union + 1e-6), union
+
+
+def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes that broadcast against each other, 1e-6 in both divisions.
+
+    a_xyxy, b_xyxy [..., 4] -> [...], in [-1, 1].
+    """
+    iou, union = iou_and_union(a_xyxy, b_xyxy)
+    low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    extent = (high - low).clamp(min=0)
+    hull = extent[..., 0] * extent[..., 1]
+    return iou - (hull - union) / (hull + 1e-6)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
+    """Logit of x clamped to [0, 1], both ends kept ``eps`` away from zero (DAB-DETR uses 1e-3).
+
+    x [...] -> [...] in at least float32.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
