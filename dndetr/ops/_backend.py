@@ -1,0 +1,196 @@
+"""Which implementation of an op runs, and why: every op asks here, and ``python -m dndetr.doctor`` repeats the answers.
+
+An op registers its fast backends in order of preference; ``reference`` (plain torch, or scipy) is always there. What is
+asked for explicitly (argument, ``DNDETR_BACKEND_<OP>``, ``DNDETR_BACKEND``) runs or raises; only ``auto`` falls back.
+The first use of a fast backend compares it with the reference on a tiny case. Answers are kept for the process.
+"""
+
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMES = ("auto", "reference", "cpp", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One fast implementation of an op.
+
+    ``devices`` are the device types ``auto`` takes it for; ``obstacle(device_type)`` says why it cannot run there, or
+    gives None; ``self_test(device_type)`` returns its largest error against the reference, at most ``tolerance`` if sound.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    obstacle: Callable[[str], str | None]
+    self_test: Callable[[str], float]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one backend on one device type: usable when ``problem`` is None."""
+
+    backend: str
+    problem: str | None
+    error: float | None = None
+
+
+_backends: dict[str, tuple[Backend, ...]] = {}
+_findings: dict[tuple[str, str, str], Finding] = {}
+_decisions: dict[tuple[str, str | None, str], tuple[str, str]] = {}
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Declare the fast backends of an op, the preferred one first."""
+    _backends[op] = backends
+
+
+def operations() -> tuple[str, ...]:
+    """Names of the registered ops."""
+    return tuple(_backends)
+
+
+def choose(op: str, requested: str | None = None, device_type: str = "cpu") -> tuple[str, str]:
+    """The backend that ``op`` runs on tensors of ``device_type`` -> (backend, reason).
+
+    Raises ValueError for a name the op does not know, RuntimeError if an explicitly requested backend cannot run.
+    The environment is read once per op; ``forget()`` makes it be read again.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "reference", "export keeps to plain torch"
+    return _decide(op, requested, device_type)
+
+
+def forget() -> None:
+    """Drop every kept answer and self-test (for tests that change the environment)."""
+    _decisions.clear()
+    _findings.clear()
+
+
+# Dynamo takes the answer as a constant of the trace, so the self-test never becomes part of a graph.
+@torch.compiler.assume_constant_result
+def _decide(op: str, requested: str | None, device_type: str) -> tuple[str, str]:
+    key = (op, requested, device_type)
+    if key not in _decisions:
+        _decisions[key] = _resolve(op, requested, device_type)
+    return _decisions[key]
+
+
+def _resolve(op: str, requested: str | None, device_type: str) -> tuple[str, str]:
+    name, source = _request(op, requested)
+    known = ("auto", "reference", *(backend.name for backend in _backends[op]))
+    if name not in known:
+        if name not in NAMES or source != "DNDETR_BACKEND":
+            raise ValueError(f"{source}: {op} has no backend {name!r}, choose one of {', '.join(known)}")
+        # One variable for all ops cannot name a backend that every op has: it binds those that have it.
+        name, source = "auto", f"DNDETR_BACKEND={name} does not concern {op}"
+    if name == "reference":
+        return "reference", f"asked for by {source}"
+    if name != "auto":
+        finding = _examine(op, next(b for b in _backends[op] if b.name == name), device_type)
+        if finding.problem:
+            raise RuntimeError(
+                f"{op}: backend {name!r} (asked for by {source}) cannot run on {device_type} tensors: {finding.problem}"
+            )
+        return name, f"asked for by {source}"
+    problems = []
+    for backend in _backends[op]:
+        if device_type not in backend.devices:
+            continue
+        finding = _examine(op, backend, device_type)
+        if finding.problem is None:
+            return backend.name, "; ".join([*problems, f"fastest that runs here, self-test error {finding.error:.1e}"])
+        problems.append(f"{backend.name}: {finding.problem}")
+    return "reference", "; ".join(problems) or f"{op} has no faster backend for {device_type} tensors"
+
+
+def _request(op: str, requested: str | None) -> tuple[str, str]:
+    if requested is not None:
+        return requested, "the backend argument"
+    for variable in (f"DNDETR_BACKEND_{op.upper()}", "DNDETR_BACKEND"):
+        if value := os.environ.get(variable):
+            return value, variable
+    return "auto", "default"
+
+
+def examine(op: str, device_type: str) -> list[Finding]:
+    """What is known of every fast backend of ``op`` on ``device_type``, self-tests run."""
+    return [_examine(op, backend, device_type) for backend in _backends[op]]
+
+
+def _examine(op: str, backend: Backend, device_type: str) -> Finding:
+    key = (op, backend.name, device_type)
+    if key not in _findings:
+        _findings[key] = _test(op, backend, device_type)
+    return _findings[key]
+
+
+def _test(op: str, backend: Backend, device_type: str) -> Finding:
+    problem = backend.obstacle(device_type)
+    if problem is not None:
+        return Finding(backend.name, problem)
+    try:
+        # The first call may come from inside a fake or tracing mode; the self-test needs real tensors.
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            error = float(backend.self_test(device_type))
+    except Exception as failure:
+        error, problem = float("nan"), f"self-test failed: {type(failure).__name__}: {failure}"
+    else:
+        if not error <= backend.tolerance:
+            problem = f"self-test error {error:.1e} exceeds {backend.tolerance:.1e}"
+    if problem:
+        warnings.warn(f"dndetr: {op} cannot use its {backend.name} backend on {device_type}: {problem}", stacklevel=2)
+    return Finding(backend.name, problem, error)
+
+
+def build_info() -> dict:
+    """The record that the build left beside the extension; empty if nothing was ever built here."""
+    path = Path(__file__).parents[1] / "_build_info.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def compiled():
+    """The compiled module ``dndetr._C``; ImportError if it was not built."""
+    return importlib.import_module("dndetr._C")
+
+
+def extension_obstacle(*functions: str) -> str | None:
+    """Why ``dndetr._C`` cannot serve these functions, or None."""
+    try:
+        module = compiled()
+    except ImportError as failure:
+        record = build_info()
+        if not record:
+            return "dndetr._C was not built (type: pip install -e .)"
+        if record["built"]:
+            return f"dndetr._C does not load: {failure}"
+        return f"dndetr._C was not built: {record['reason']}"
+    missing = [name for name in functions if not hasattr(module, name)]
+    if missing:
+        return f"dndetr._C was built without {', '.join(missing)}: {build_info().get('cuda_reason', 'an older build')}"
+    return None
+
+
+def triton_obstacle(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device type, or None."""
+    try:
+        import triton
+    except ImportError as failure:
+        return f"triton does not import: {failure}"
+    if triton.knobs.runtime.interpret:
+        return None
+    if device_type != "cuda":
+        return "Triton kernels need a GPU (TRITON_INTERPRET=1, set before start, runs them on the CPU, slowly)"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def cuda_obstacle(*functions: str) -> str | None:
+    """Why compiled CUDA code cannot serve these functions, or None."""
+    return extension_obstacle(*functions) or (None if torch.cuda.is_available() else "torch sees no GPU")
