@@ -1,0 +1,70 @@
+"""Query denoising (arXiv 2203.01305): noised ground truth as extra decoder queries, in groups of a fixed size.
+
+Every image's objects are copied into G groups of T slots, T being the targets' bucket, so no shape depends on the data.
+Labels are flipped to a random class with probability ``label_noise``; centres move by up to ``box_noise`` times half the
+box's size, sizes change by up to ``box_noise`` times themselves. The decoder learns to restore the originals; which query
+belongs to which object is known, so this part of the loss needs no matching.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Targets
+from .ops.group_attention import GroupLayout
+
+
+class Noise(NamedTuple):
+    """Random numbers of one step: flip [B, G, T] uniform in [0, 1), label [B, G, T] int64 in [0, K), box [B, G, T, 4] uniform."""
+
+    flip: Tensor
+    label: Tensor
+    box: Tensor
+
+
+def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None) -> Noise:
+    """Fresh random numbers for every slot, on the targets' device (pass a generator of that device for repeatability)."""
+    shape = (targets.labels.shape[0], groups, targets.labels.shape[1])
+    options = {"device": targets.boxes.device, "generator": generator}
+    return Noise(
+        torch.rand(shape, **options),
+        torch.randint(classes, shape, **options),
+        torch.rand(*shape, 4, **options),
+    )
+
+
+@dataclass(frozen=True)
+class NoisedQueries:
+    """What the decoder is fed besides its matching queries.
+
+    labels [B, G, T] int64, boxes [B, G, T, 4] cxcywh; live [B, T] bool, True where a slot holds an object; active [B]
+    int32, number of slots per group that attention may see.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    live: Tensor
+    active: Tensor
+
+    def layout(self, matching: int) -> GroupLayout:
+        """Order of all queries when ``matching`` learned ones follow."""
+        return GroupLayout(self.labels.shape[1], self.labels.shape[2], matching)
+
+
+def noised_queries(
+    targets: Targets, noise: Noise, label_noise: float = 0.2, box_noise: float = 0.4, batch_active: bool = False
+) -> NoisedQueries:
+    """Apply the noise to the targets.
+
+    ``batch_active``: attention sees the slots up to the batch's largest count in every image, as in the official code,
+    instead of each image's own objects; results then depend on who else is in the batch.
+    """
+    labels = torch.where(noise.flip < label_noise, noise.label, targets.labels[:, None])
+    clean = targets.boxes[:, None]
+    # Half the size for the centre, the whole size for width and height.
+    reach = torch.cat((clean[..., 2:] * 0.5, clean[..., 2:]), dim=-1)
+    boxes = (clean + (noise.box.to(clean.dtype) * 2 - 1) * reach * box_noise).clamp(0, 1)
+    active = targets.counts.amax().expand_as(targets.counts) if batch_active else targets.counts
+    return NoisedQueries(labels, boxes, targets.valid, active)

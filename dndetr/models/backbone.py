@@ -1,0 +1,167 @@
+"""ResNet (arXiv 1512.03385, stride in the 3x3 convolution) with torchvision's parameter names.
+
+Published weights load by name. For small models from scratch the same class takes other depths, widths, norms and a
+small-image stem.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with fixed statistics and affine parameters, all of them buffers."""
+
+    eps = 1e-5
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """The same map as ``x * scale + shift``, two tensors [C]."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Files saved from a trainable batch norm carry a step counter that means nothing here.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "frozen":
+        return FrozenBatchNorm2d(channels)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0), channels)
+    raise ValueError(f"unknown norm {kind!r}: choose frozen, batch or group")
+
+
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    # Folding into the kernel costs a pass over the weights instead of one over the activations.
+    scale, shift = norm.scale_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation * (size // 2)
+    return nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
+
+
+class _Block(nn.Module):
+    """A residual block; ``expansion`` 1 is the basic block (two 3x3), 4 the bottleneck (1x1, 3x3, 1x1)."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, expansion: int, norm: str):
+        super().__init__()
+        outputs = planes * expansion
+        if expansion == 1:
+            self.conv1, self.conv2 = _conv(inputs, planes, 3, stride, dilation), _conv(planes, planes, 3, 1, dilation)
+            self.conv3 = None
+        else:
+            self.conv1, self.conv2 = _conv(inputs, planes, 1), _conv(planes, planes, 3, stride, dilation)
+            self.conv3, self.bn3 = _conv(planes, outputs, 1), _norm(norm, outputs)
+        self.bn1, self.bn2 = _norm(norm, planes), _norm(norm, planes)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), _norm(norm, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else _conv_norm(x, *self.downsample)
+        x = F.relu(_conv_norm(x, self.conv1, self.bn1))
+        x = _conv_norm(x, self.conv2, self.bn2)
+        if self.conv3 is not None:
+            x = _conv_norm(F.relu(x), self.conv3, self.bn3)
+        return F.relu(x + shortcut)
+
+
+class ResNet(nn.Module):
+    """Feature maps of a residual network, finest first.
+
+    blocks and planes per stage (up to four stages, torchvision's ``layer1`` to ``layer4``, strides 4, 8, 16, 32);
+    expansion 4 for bottlenecks; stem "imagenet" (7x7 stride 2 and max-pool, 64 wide) or "small" (two 3x3 stride 2, as
+    wide as the first stage); norm "frozen", "batch" or "group"; dilate_last keeps the last stage at the stride of the one before
+    (DC5); frozen counts the parts without gradient: 1 the stem, 2 also layer1, ...; outputs names the stages (1 to 4)
+    whose maps are returned.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        planes: tuple[int, ...] = (64, 128, 256, 512),
+        expansion: int = 1,
+        stem: str = "imagenet",
+        norm: str = "frozen",
+        dilate_last: bool = False,
+        frozen: int = 2,
+        outputs: tuple[int, ...] = (4,),
+    ):
+        super().__init__()
+        self.outputs = outputs
+        if stem == "imagenet":
+            width = 64
+            self.conv1, self.bn1 = _conv(3, width, 7, 2), _norm(norm, width)
+            self.conv2 = None
+        elif stem == "small":
+            width = planes[0]
+            self.conv1, self.bn1 = _conv(3, width, 3, 2), _norm(norm, width)
+            self.conv2, self.bn2 = _conv(width, width, 3, 2), _norm(norm, width)
+        else:
+            raise ValueError(f"unknown stem {stem!r}: choose imagenet or small")
+        stages, stride, self.widths, self.strides = max(outputs), 4, [], []
+        for number in range(1, stages + 1):
+            dilated = dilate_last and number == stages
+            step = 1 if number == 1 or dilated else 2
+            stride *= step
+            layer = []
+            for index in range(blocks[number - 1]):
+                # torchvision's dilated stage starts with the undilated block that used to carry the stride.
+                dilation = 2 if dilated and index else 1
+                layer.append(
+                    _Block(width, planes[number - 1], step if index == 0 else 1, dilation, expansion, norm)
+                )
+                width = planes[number - 1] * expansion
+            self.add_module(f"layer{number}", nn.Sequential(*layer))
+            if number in outputs:
+                self.widths.append(width)
+                self.strides.append(stride)
+        self._initialise()
+        parts = [["conv1", "bn1", "conv2", "bn2"]] + [[f"layer{number}"] for number in range(1, stages + 1)]
+        self._frozen_parts = [getattr(self, n) for part in parts[:frozen] for n in part if getattr(self, n, None)]
+        for part in self._frozen_parts:
+            part.requires_grad_(False)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, _Block) and not isinstance(module.bn2, FrozenBatchNorm2d):
+                # A block that starts as the identity trains faster from scratch.
+                nn.init.zeros_((module.bn2 if module.conv3 is None else module.bn3).weight)
+
+    def train(self, mode: bool = True):
+        """Training mode, in which frozen parts keep the batch statistics they came with."""
+        super().train(mode)
+        for part in self._frozen_parts:
+            part.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""
+        x = F.relu(_conv_norm(images, self.conv1, self.bn1))
+        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else F.relu(_conv_norm(x, self.conv2, self.bn2))
+        maps = []
+        for number in range(1, max(self.outputs) + 1):
+            x = getattr(self, f"layer{number}")(x)
+            if number in self.outputs:
+                maps.append(x)
+        return maps

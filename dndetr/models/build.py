@@ -1,0 +1,62 @@
+"""Builds a detector from its configuration."""
+
+from ..config import BackboneConfig, ModelConfig
+from .backbone import BLOCKS, ResNet
+from .dab_decoder import DABDecoder
+from .deformable_decoder import DeformableDecoder
+from .dn_detr import DNDETR
+from .encoder import DeformableEncoder, DenseEncoder
+from .features import InputProjection
+from .queries import Queries
+
+
+def build_backbone(config: BackboneConfig) -> ResNet:
+    """A ResNet of a published depth, or of ``config.blocks``."""
+    blocks = config.blocks or BLOCKS[config.depth]
+    bottleneck = config.depth >= 50 if config.bottleneck is None else config.bottleneck
+    return ResNet(
+        blocks=blocks,
+        planes=config.planes,
+        expansion=4 if bottleneck else 1,
+        stem=config.stem,
+        norm=config.norm,
+        dilate_last=config.dilation,
+        frozen=config.frozen,
+        outputs=config.outputs,
+    )
+
+
+def build_model(config: ModelConfig, classes: int) -> DNDETR:
+    """The detector that ``config`` describes, for ``classes`` classes."""
+    backbone = build_backbone(config.backbone)
+    deformable_decoder = config.variant == "dn-deformable-detr"
+    dense = config.encoder == "dense"
+    levels, width = config.levels, config.width
+    projection = InputProjection(
+        backbone.widths,
+        width,
+        levels,
+        norm=config.variant != "dn-detr",
+        level_embedding=config.variant != "dn-detr",
+        temperature=config.temperature,
+        shift=config.position_shift,
+    )
+    shape = {"width": width, "heads": config.heads, "hidden": config.hidden}
+    if dense:
+        encoder = DenseEncoder(**shape, layers=config.encoder_layers, activation=config.activation)
+    else:
+        encoder = DeformableEncoder(
+            **shape,
+            layers=config.encoder_layers,
+            levels=levels,
+            points=config.encoder_points,
+            activation=config.activation,
+            directed=deformable_decoder,
+        )
+    queries = Queries(width, config.queries, classes, deformable_decoder, config.patterns, config.anchors)
+    shape |= {"layers": config.decoder_layers, "classes": classes, "levels": levels, "activation": config.activation}
+    if deformable_decoder:
+        decoder = DeformableDecoder(**shape, points=config.decoder_points, size_bias=config.size_bias)
+    else:
+        decoder = DABDecoder(**shape)
+    return DNDETR(backbone, projection, encoder, queries, decoder)

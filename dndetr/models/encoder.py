@@ -1,0 +1,150 @@
+"""Encoders: dense self-attention over one level (DAB-DETR) and deformable attention over several (Deformable-DETR)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.ms_deform_attn import ms_deform_attn_fused
+from .features import Features
+from .layers import MLP, FeedForward, PackedProjections, dense_attention, merge_heads
+
+
+class DenseEncoderLayer(nn.Module):
+    """Post-norm self-attention and feed-forward block."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: str):
+        super().__init__()
+        self.self_attn = PackedProjections(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, hidden, activation)
+
+    def forward(self, x: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+        q, k, v = self.self_attn.project(x + position, x)
+        x = self.norm1(x + self.self_attn.out_proj(merge_heads(dense_attention(q, k, v, valid))))
+        return self.ffn(x)
+
+
+class DenseEncoder(nn.Module):
+    """DAB-DETR's encoder: positions are scaled by an MLP of the content before every layer (arXiv 2201.12329)."""
+
+    def __init__(self, width: int, heads: int, layers: int, hidden: int, activation: str):
+        super().__init__()
+        self.layers = nn.ModuleList(DenseEncoderLayer(width, heads, hidden, activation) for _ in range(layers))
+        self.query_scale = MLP(width, width, width)
+        xavier(self)
+
+    def forward(self, features: Features) -> Features:
+        """Features -> Features with encoded tokens."""
+        x = features.tokens
+        for layer in self.layers:
+            x = layer(x, features.position * self.query_scale(x), features.valid)
+        return features._replace(tokens=x)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its four projections (arXiv 2010.04159)."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj, self.output_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Each head starts out looking in its own direction, point p at p + 1 pixels; all weights alike."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        reach = torch.arange(1, self.points + 1)
+        bias = direction[:, None, None] * reach[:, None]  # [H, 1, P, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
+        for tensor in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
+            nn.init.zeros_(tensor)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, reference_points: Tensor, features: Features) -> Tensor:
+        """query [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
+        batch, queries, _ = query.shape
+        value = self.value_proj(features.tokens).unflatten(-1, (self.heads, -1))
+        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
+        logits = self.attention_weights(query).view(batch, queries, self.heads, self.levels * self.points)
+        out = ms_deform_attn_fused(value, features.shapes, reference_points, offsets, logits, features.valid_sizes)
+        return self.output_proj(out)
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Post-norm deformable self-attention and feed-forward block."""
+
+    def __init__(self, width: int, heads: int, hidden: int, levels: int, points: int, activation: str):
+        super().__init__()
+        self.self_attn = MSDeformAttn(width, heads, levels, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, hidden, activation)
+
+    def forward(self, features: Features, reference_points: Tensor) -> Features:
+        x = features.tokens
+        x = self.norm1(x + self.self_attn(x + features.position, reference_points, features))
+        return features._replace(tokens=self.ffn(x))
+
+
+class DeformableEncoder(nn.Module):
+    """Deformable-DETR's encoder: every pixel of every level attends to a few points on all levels.
+
+    directed: heads start with their own sampling directions only; otherwise the offsets also depend on the content from
+    the start (what the official encoder-only variant does).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layers: int,
+        hidden: int,
+        levels: int,
+        points: int,
+        activation: str = "relu",
+        directed: bool = True,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DeformableEncoderLayer(width, heads, hidden, levels, points, activation) for _ in range(layers)
+        )
+        xavier(self, directed)
+
+    def forward(self, features: Features) -> Features:
+        """Features -> Features with encoded tokens."""
+        if len(self.layers):
+            reference_points = pixel_reference_points(features)
+        for layer in self.layers:
+            features = layer(features, reference_points)
+        return features
+
+
+def pixel_reference_points(features: Features) -> Tensor:
+    """Centre of every token, relative to each level's full size: [B, S, L, 2] (x, y)."""
+    ratios = features.valid_ratios(features.position.dtype)
+    centres = []
+    for level, (h, w) in enumerate(features.shapes):
+        size = features.valid_sizes[:, level].to(ratios.dtype)
+        row = torch.arange(h, device=ratios.device, dtype=ratios.dtype) + 0.5
+        column = torch.arange(w, device=ratios.device, dtype=ratios.dtype) + 0.5
+        y = (row / size[:, :1])[:, :, None].expand(-1, h, w)
+        x = (column / size[:, 1:])[:, None, :].expand(-1, h, w)
+        centres.append(torch.stack((x, y), dim=-1).flatten(1, 2))
+    return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]
+
+
+def xavier(module: nn.Module, directed: bool = True) -> None:
+    """The official initialisation: Xavier-uniform for every matrix, then (``directed``) deformable attention's own."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    for part in module.modules():
+        if directed and isinstance(part, MSDeformAttn):
+            part.initialise()

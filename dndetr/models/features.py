@@ -1,0 +1,99 @@
+"""From backbone maps to the tokens that encoder and decoder work on."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.ms_deform_attn import valid_pixels
+from .position import pixel_encoding
+
+
+class Features(NamedTuple):
+    """Flattened feature levels, finest first.
+
+    tokens, position [B, S, C]; shapes ((h, w), ...) Python ints; valid_sizes [B, L, 2] int64 valid (height, width) per
+    level; valid [B, S] bool, True inside.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    valid_sizes: Tensor
+    valid: Tensor
+
+    def valid_ratios(self, dtype: torch.dtype) -> Tensor:
+        """[B, L, 2] (x, y): valid part of each level's width and height."""
+        ratios = [
+            torch.stack((self.valid_sizes[:, level, 1] / w, self.valid_sizes[:, level, 0] / h), dim=-1)
+            for level, (h, w) in enumerate(self.shapes)
+        ]
+        return torch.stack(ratios, dim=1).to(dtype)
+
+
+def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
+    """Valid (height, width) [B, 2] on the canvas -> [B, L, 2] on the levels.
+
+    A level's pixel counts as valid when the canvas pixel that nearest-neighbour resizing would pick for it is.
+    """
+    height, width = canvas
+    levels = [
+        torch.stack(((sizes[:, 0] * h + height - 1) // height, (sizes[:, 1] * w + width - 1) // width), dim=-1)
+        for h, w in shapes
+    ]
+    return torch.stack(levels, dim=1)
+
+
+class InputProjection(nn.Module):
+    """Brings backbone maps to the model's width and flattens them into tokens with position encodings.
+
+    ``levels`` beyond the backbone's maps are made by 3x3 convolutions of stride 2, the first on the raw last map. With
+    ``norm`` (the multi-scale models) each projection ends in a GroupNorm; ``level_embedding`` adds a learned vector per
+    level to the position. temperature (y, x) and shift as in :func:`pixel_encoding`.
+    """
+
+    def __init__(
+        self,
+        widths: list[int],
+        width: int,
+        levels: int,
+        norm: bool,
+        level_embedding: bool,
+        temperature: tuple[float, float],
+        shift: float,
+    ):
+        super().__init__()
+        self.width, self.temperature, self.shift = width, temperature, shift
+        if levels < len(widths):
+            raise ValueError(f"{levels} levels, but the backbone gives {len(widths)} maps; lower backbone outputs")
+        sources = list(widths) + [widths[-1]] + [width] * levels
+        self.projections = nn.ModuleList()
+        for level in range(levels):
+            extra = level >= len(widths)
+            conv = nn.Conv2d(sources[level], width, *((3, 2, 1) if extra else (1,)))
+            self.projections.append(nn.Sequential(conv, nn.GroupNorm(min(32, width), width)) if norm else conv)
+            if norm:
+                nn.init.xavier_uniform_(conv.weight)
+                nn.init.zeros_(conv.bias)
+        self.level_embed = nn.Parameter(torch.randn(levels, width)) if level_embedding else None
+
+    def forward(self, maps: list[Tensor], sizes: Tensor, canvas: tuple[int, int]) -> Features:
+        """maps [B, C_l, h, w] finest first, sizes [B, 2] valid (height, width) on the canvas (H, W) -> Features."""
+        projected = []
+        for level, projection in enumerate(self.projections):
+            if level < len(maps):
+                source = maps[level]
+            else:
+                source = maps[-1] if level == len(maps) else projected[-1]
+            projected.append(projection(source))
+        shapes = tuple(tuple(x.shape[-2:]) for x in projected)
+        valid_sizes = level_valid_sizes(sizes, canvas, shapes)
+        dtype = self.projections[0].weight.dtype if self.level_embed is None else self.level_embed.dtype
+        positions = []
+        for level, shape in enumerate(shapes):
+            size = valid_sizes[:, level]
+            position = pixel_encoding(size, shape, self.width, self.temperature, self.shift, dtype)
+            positions.append(position if self.level_embed is None else position + self.level_embed[level])
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
+        valid = valid_pixels(valid_sizes, shapes)
+        return Features(tokens, torch.cat(positions, dim=1), shapes, valid_sizes, valid)

@@ -1,0 +1,84 @@
+"""Pieces that encoders and decoders share: MLP, feed-forward block, dense attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.conditional_attention import hidden_softmax
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; ``widths`` holds input, hidden and output widths."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+
+def activation(name: str) -> nn.Module:
+    """"relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
+    choices = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
+    if name not in choices:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(choices)}")
+    return choices[name]()
+
+
+class FeedForward(nn.Module):
+    """Residual two-layer block with a norm after it: norm(x + linear2(activation(linear1(x))))."""
+
+    def __init__(self, width: int, hidden: int, activation_name: str):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation = activation(activation_name)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear2(self.activation(self.linear1(x))))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, Q, C] -> [B, heads, Q, C / heads], without a copy."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, Q, D] -> [B, Q, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class PackedProjections(nn.Module):
+    """The projections of multi-head attention in torch's packed form (``in_proj_weight``, ``out_proj``)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> three [B, H, Q, D]."""
+        width = x.shape[-1]
+        both = F.linear(positioned, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
+        v = F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        q, k = both.chunk(2, dim=-1)
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Plain attention with hidden keys: q [B, H, Q, D], k, v [B, H, S, D], valid [B, S] bool -> [B, H, Q, D]."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else valid[:, None, None, :])
+    # On CPUs the fused kernel loses to three plain operations at a detector's sizes.
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
+    return hidden_softmax(scores, valid).to(v.dtype) @ v

@@ -1,0 +1,52 @@
+"""Sine encodings of pixels and of anchor boxes (official-code conventions: even channels sine, odd channels cosine)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _interleaved(angles: Tensor, channels: int, temperature: float) -> Tensor:
+    """angles [...] -> [..., channels]; channels 2k and 2k+1 are sine and cosine of angle / temperature^(2k / channels)."""
+    pair = torch.arange(channels // 2, device=angles.device, dtype=angles.dtype)
+    phase = angles[..., None] * temperature ** (-2 * pair / channels)
+    return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
+
+
+def pixel_encoding(
+    valid_size: Tensor,
+    shape: tuple[int, int],
+    channels: int,
+    temperature: tuple[float, float],
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Sine encoding of a feature map's pixels, relative to each image's valid part.
+
+    valid_size [B, 2] (height, width) on a map of ``shape`` (h, w); ``temperature`` for (y, x); pixel i is at
+    (i + 1 - shift) / valid -> [B, h * w, channels], first half from y, second half from x. Pixels outside the valid part
+    get the official code's values as well: the last valid row or column, and zero along the other axis.
+    """
+    size = valid_size.to(dtype)
+    halves = []
+    for axis in (0, 1):
+        extent = size[:, axis, None]
+        count = torch.arange(1, shape[axis] + 1, device=size.device, dtype=dtype).minimum(extent)
+        inside = _interleaved((count - shift) / (extent + 1e-6) * math.tau, channels // 2, temperature[axis])
+        nothing = torch.zeros_like(extent[:, :, None])
+        outside = _interleaved((nothing - shift) / 1e-6 * math.tau, channels // 2, temperature[axis])
+        other = torch.arange(shape[1 - axis], device=size.device) < valid_size[:, 1 - axis, None]
+        if axis == 0:
+            halves.append(torch.where(other[:, None, :, None], inside[:, :, None], outside[:, 0, :, None]))
+        else:
+            halves.append(torch.where(other[:, :, None, None], inside[:, None], outside[:, :, 0, None]))
+    return torch.cat(halves, dim=-1).flatten(1, 2)
+
+
+def anchor_encoding(boxes: Tensor, channels: int) -> Tensor:
+    """Sine encoding of anchors, ``channels`` per coordinate at temperature 10000.
+
+    boxes [..., 4] cxcywh (or [..., 2]) -> [..., 4 * channels] in the order y, x, w, h.
+    """
+    order = [1, 0, 2, 3][: boxes.shape[-1]]
+    return _interleaved(boxes[..., order] * math.tau, channels, 10000.0).flatten(-2)
