@@ -1,0 +1,173 @@
+"""From model outputs to detections, COCO results and average precision, with pycocotools as the referee."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from .batch import Batch
+from .boxes import cxcywh_to_xyxy
+from .checkpoint import write_json_atomic
+
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+class Detections(NamedTuple):
+    """Detections of B images, best first.
+
+    scores [B, k] in [0, 1]; labels [B, k] int64 in [0, K); boxes_xyxy [B, k, 4] in pixels of the original image.
+    ``[Detections(*one) for one in zip(*detections)]`` takes the batch apart.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    boxes_xyxy: Tensor
+
+
+class Evaluation(NamedTuple):
+    """Metrics of one evaluation (see ``coco_evaluate``), its COCO results, and the ids of the images in it."""
+
+    metrics: dict
+    results: list[dict]
+    image_ids: list[int]
+
+
+def postprocess(logits: Tensor, boxes: Tensor, original_sizes: Tensor, keep: int = 100) -> Detections:
+    """The ``keep`` most probable (query, class) pairs of each image; no suppression, no clipping, no threshold.
+
+    logits [B, N, K]; boxes [B, N, 4]; original_sizes [B, 2] (height, width) -> Detections with k = min(keep, N * K), on
+    the device and in at least float32. One query may be returned with several classes, as in Deformable DETR.
+    """
+    classes = logits.shape[-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    probabilities = logits.sigmoid().flatten(1)
+    scores, index = probabilities.topk(min(keep, probabilities.shape[1]), dim=1)
+    query = (index // classes).unsqueeze(-1).expand(-1, -1, 4)
+    height, width = original_sizes.to(boxes.dtype).unbind(-1)
+    scale = torch.stack((width, height, width, height), dim=-1)
+    return Detections(scores, index % classes, cxcywh_to_xyxy(boxes).gather(1, query) * scale[:, None])
+
+
+def coco_results(detections: Detections, image_ids: Sequence[int], classes: Sequence[tuple[int, str]]) -> list[dict]:
+    """Detections in COCO's results format: image_id, category_id, bbox xywh in pixels, score.
+
+    image_ids [B]; classes: (category id, name) in label order -> one dict per detection. Boxes are rounded to 1/1000 of
+    a pixel and scores to 6 decimals: enough for AP, and a file half as large. ValueError where a number is not finite.
+    """
+    scores = detections.scores.double().cpu().numpy()
+    boxes = detections.boxes_xyxy.double().cpu().numpy()
+    finite = np.isfinite(scores).all(axis=1) & np.isfinite(boxes).all(axis=(1, 2))
+    if not finite.all():
+        bad = [int(image_ids[row]) for row in np.flatnonzero(~finite)[:5]]
+        raise ValueError(
+            f"the model predicts NaN or infinite scores or boxes (first image ids: {bad}); it has diverged"
+        )
+    boxes = np.concatenate((boxes[..., :2], boxes[..., 2:] - boxes[..., :2]), axis=-1).round(3).tolist()
+    scores = scores.round(6).tolist()
+    labels = detections.labels.tolist()
+    category_ids = [category_id for category_id, _ in classes]
+    return [
+        {"image_id": int(image_id), "category_id": category_ids[label], "bbox": box, "score": score}
+        for row, image_id in enumerate(image_ids)
+        for score, label, box in zip(scores[row], labels[row], boxes[row], strict=True)
+    ]
+
+
+def write_results(path: str | Path, results: list[dict]) -> None:
+    """Write COCO results atomically, in one line of valid JSON."""
+    write_json_atomic(path, results)
+
+
+def coco_evaluate(ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None) -> dict:
+    """COCO box metrics by pycocotools, without its prints; at most 100 detections of an image and class count.
+
+    ground_truth: a COCO dict, left untouched (a missing ``area`` is w * h, a missing ``iscrowd`` 0); results: as from
+    ``coco_results``; image_ids: the images to score (default: all) -> the twelve numbers of ``STATISTICS`` and
+    ``classes``, the AP of each class by name. In [0, 1]; None where nothing could be measured (no such objects).
+    """
+    truth = _index(ground_truth["images"], ground_truth["categories"], map(_completed, ground_truth["annotations"]))
+    unknown = {result["image_id"] for result in results} - truth.imgs.keys()
+    if unknown:
+        raise ValueError(f"results for images that the annotations do not have: ids {sorted(unknown)[:5]}")
+    detected = _index(ground_truth["images"], ground_truth["categories"], map(_completed, results))
+    referee = COCOeval(truth, detected, "bbox")
+    if image_ids is not None:
+        referee.params.imgIds = sorted(image_ids)
+    with contextlib.redirect_stdout(io.StringIO()):
+        referee.evaluate()
+        referee.accumulate()
+        referee.summarize()
+    metrics = {name: _measured(value) for name, value in zip(STATISTICS, referee.stats, strict=True)}
+    precision = referee.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes], all areas, 100 detections
+    metrics["classes"] = {}
+    for column, category_id in enumerate(referee.params.catIds):
+        values = precision[:, :, column]
+        name = truth.cats[category_id]["name"]
+        key = f"{name} ({category_id})" if name in metrics["classes"] else name
+        metrics["classes"][key] = _measured(values[values > -1].mean()) if (values > -1).any() else None
+    return metrics
+
+
+def evaluate(
+    predict: Callable[[Batch], tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
+    ground_truth: dict,
+    classes: Sequence[tuple[int, str]],
+    keep: int = 100,
+) -> Evaluation:
+    """Average precision of a model over the images that ``batches`` delivers.
+
+    predict: batch -> logits [B, N, K], boxes [B, N, 4]; ground_truth: COCO dict; classes: (category id, name) in label
+    order; keep: detections per image -> Evaluation. An image that comes twice (a sampler that pads) counts once.
+    """
+    results, seen = [], set()
+    for batch in batches:
+        logits, boxes = predict(batch)
+        detections = postprocess(logits, boxes, batch.original_sizes.to(boxes.device), keep)
+        image_ids = batch.ids.tolist()
+        rows = []
+        for row, image_id in enumerate(image_ids):
+            if image_id not in seen:
+                seen.add(image_id)
+                rows.append(row)
+        fresh = Detections(*(field[rows] for field in detections))
+        results += coco_results(fresh, [image_ids[row] for row in rows], classes)
+    image_ids = sorted(seen)
+    return Evaluation(coco_evaluate(ground_truth, results, image_ids), results, image_ids)
+
+
+def _completed(annotation: dict) -> dict:
+    """A copy with every field that pycocotools reads."""
+    x, y, width, height = annotation["bbox"]
+    area = annotation.get("area")
+    return {
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": [x, y, width, height],
+        "area": width * height if area is None else area,
+        "iscrowd": int(annotation.get("iscrowd") or 0),
+        "score": annotation.get("score"),
+    }
+
+
+def _index(images: list[dict], categories: list[dict], annotations: Iterable[dict]) -> COCO:
+    """A pycocotools data set, annotations numbered anew: 0, an id that real files have, means "unmatched" in there."""
+    coco = COCO()
+    annotations = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
+    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _measured(value: float) -> float | None:
+    """pycocotools says -1 where there was nothing to measure."""
+    return float(value) if value > -1 else None

@@ -1,0 +1,31 @@
+"""Post-processing against the official implementation's recorded results."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dndetr.evaluation import postprocess
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("DNDETR_SHARED", ROOT / ".." / "shared"))
+GOLDEN = Path(os.environ.get("DNDETR_GOLDEN", SHARED / "golden"))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    path = GOLDEN / "primitives.pt"
+    if not path.exists():
+        pytest.skip(f"no golden data at {path} (set DNDETR_GOLDEN)")
+    return torch.load(path, weights_only=True)["postprocess"]
+
+
+def test_postprocess_is_the_official_one(golden: dict):
+    detections = postprocess(
+        golden["pred_logits"], golden["pred_boxes"], golden["target_sizes_hw"], keep=golden["num_select"]
+    )
+    for image, expected in enumerate(golden["results"]):
+        assert torch.equal(detections.labels[image], expected["labels"])
+        torch.testing.assert_close(detections.scores[image], expected["scores"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(detections.boxes_xyxy[image], expected["boxes"], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,133 @@
+"""Atomic files and checkpoints: the last good file survives whatever happens to the next one."""
+
+import json
+import os
+import resource
+import signal
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dndetr.checkpoint import load_checkpoint, save_checkpoint, write_atomic, write_json_atomic
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process may grow past 64 KiB: writes fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def checkpoint(fill: float, numbers: int = 10) -> dict:
+    return {"model": {"weight": torch.full((numbers,), fill)}, "step": 3, "config": {"lr": 1e-4}, "classes": [[1, "a"]]}
+
+
+def test_bytes_and_writers_replace_the_file(tmp_path: Path):
+    path = tmp_path / "file"
+    write_atomic(path, b"one")
+    write_atomic(path, lambda file: file.write(b"two"))
+    assert path.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_new_files_have_the_usual_permissions(tmp_path: Path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomic(tmp_path / "atomic", b"")
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "atomic").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_failing_writer_leaves_the_old_file(tmp_path: Path, error: BaseException):
+    path = tmp_path / "file"
+    write_atomic(path, b"good")
+
+    def fail(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"good"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, full_disk):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, checkpoint(1.0))
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint\.pt: File too large.*unchanged"):
+        save_checkpoint(path, checkpoint(2.0, numbers=100_000))
+    assert load_checkpoint(path)["model"]["weight"].unique().item() == 1.0
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_missing_output_folder_is_an_error(tmp_path: Path):
+    with pytest.raises(OSError, match="No such file or directory"):
+        save_checkpoint(tmp_path / "nowhere" / "checkpoint.pt", checkpoint(1.0))
+
+
+def test_round_trip_by_file_and_by_run_folder(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    saved = checkpoint(1.0) | {"rng": generator.get_state(), "ema": None, "epoch": 2}
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
+    for path in (tmp_path, str(tmp_path / "checkpoint.pt")):
+        loaded = load_checkpoint(path, needs=("model", "rng", "classes"))
+        assert loaded.keys() == saved.keys()
+        assert torch.equal(loaded["rng"], saved["rng"]) and loaded["classes"] == [[1, "a"]]
+
+
+def test_missing_file_names_what_is_there(tmp_path: Path):
+    save_checkpoint(tmp_path / "best.pt", checkpoint(1.0))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*checkpoint\.pt: that folder has best\.pt"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="check the path"):
+        load_checkpoint(tmp_path / "nowhere" / "x.pt")
+
+
+def damaged(kind: str, path: Path) -> None:
+    if kind == "zip of something else":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("hello.txt", "hello")
+    elif kind == "code":
+        torch.save({"model": os.system}, path)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    else:
+        torch.save(checkpoint(1.0, numbers=10_000), path)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "zip of something else", "code"])
+def test_damaged_and_foreign_files_say_so_in_one_line(tmp_path: Path, kind: str):
+    path = tmp_path / "checkpoint.pt"
+    damaged(kind, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read as a checkpoint") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_dicts_without_the_needed_keys_are_refused(tmp_path: Path):
+    path = tmp_path / "resnet.pt"
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"has no 'model' \(it starts with conv1\.weight\).*--init FILE"):
+        load_checkpoint(path)
+    assert "conv1.weight" in load_checkpoint(path, needs=())
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds a list"):
+        load_checkpoint(path)
+
+
+def test_json_stays_valid(tmp_path: Path):
+    write_json_atomic(tmp_path / "a.json", [{"x": 1.5, "name": "é"}])
+    assert json.loads((tmp_path / "a.json").read_text()) == [{"x": 1.5, "name": "é"}]
+    with pytest.raises(ValueError):
+        write_json_atomic(tmp_path / "a.json", [float("nan")])
+    assert json.loads((tmp_path / "a.json").read_text())
