@@ -1,0 +1,194 @@
+"""What a training run shows: one live line on a terminal, a plain line now and then in a log file."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+import rich.console
+import rich.live
+from rich.text import Text
+
+_MEMORY = 10.0  # seconds after which a measured speed counts half
+_BAR = 20  # characters
+
+
+class Console:
+    """Progress of one training run that is evaluated after every epoch.
+
+    epochs, steps_per_epoch, step: the whole run, and the steps already done when it is resumed; quiet: print nothing
+    (other ranks, ``--quiet``); interval: seconds between updates (default 0.25 on a terminal, 10 in a file).
+    ``advance`` costs about a microsecond between updates. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        step: int = 0,
+        quiet: bool = False,
+        interval: float | None = None,
+        file: TextIO | None = None,
+    ):
+        self._epochs, self._steps_per_epoch, self._step = epochs, steps_per_epoch, step
+        self._quiet = quiet
+        self._out = rich.console.Console(file=file or sys.stdout, highlight=False, quiet=quiet)
+        self._interval = interval if interval is not None else 0.25 if self._out.is_terminal else 10.0
+        self._live: rich.live.Live | None = None
+        self._losses: dict[str, float] = {}
+        self._header_shown = False
+        self._best: float | None = None
+        self._updated = self._stepped = time.perf_counter()
+        self._window = [0.0, 0.0, 0.0]  # steps, images, seconds waited since the last update
+        self._recent = [0.0, 0.0, 0.0, 0.0]  # the same and seconds in all, older ones fading
+        self._evaluation_seconds = 0.0
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def message(self, text: str, style: str | None = None) -> None:
+        """Print one unwrapped line, above the live one."""
+        if self._quiet:
+            return
+        self._out.print(Text(text, style=style or ""), soft_wrap=True)
+
+    def classes(self, classes: Sequence[tuple[int, str]], counts: Mapping[str, Sequence[int]]) -> None:
+        """Print id, name and number of objects of each class; counts: split -> one number per class, in label order."""
+        if self._quiet:
+            return
+        splits = list(counts)
+        cells = [["id", "class", *splits]]
+        cells += [
+            [str(category_id), name[:24], *(f"{counts[split][label]:,}" for split in splits)]
+            for label, (category_id, name) in enumerate(classes)
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) if place == 1 else cell.rjust(width) for place, (cell, width) in enumerate(row))
+            for row in ([*zip(line, widths, strict=True)] for line in cells)
+        ]
+        # Many classes are set side by side: 80 lines would push everything else off the screen.
+        across = max(1, (self._out.width - 2) // (len(lines[0]) + 4)) if len(classes) > 12 else 1
+        down = -(-len(classes) // across)
+        across = -(-len(classes) // down)
+        self.message("  " + "    ".join([lines[0]] * across), "bold")
+        for row in range(down):
+            text = Text("  ")
+            for label in range(row, len(classes), down):
+                lacking = any(counts[split][label] == 0 for split in splits)
+                text.append(lines[1 + label], "yellow" if lacking else "")
+                text.append("    ")
+            text.rstrip()
+            self._out.print(text, soft_wrap=True)
+
+    def advance(self, images: int, waited: float, losses: Mapping[str, float] | None = None) -> None:
+        """One training step is done; call it for each.
+
+        images: in this step's batch; waited: seconds spent waiting for it; losses: the latest numbers known on the
+        host, ``loss`` first, whenever there are new ones (``matching``, ``denoising``, ``lr`` are shown too).
+        """
+        now = self._stepped = time.perf_counter()
+        self._step += 1
+        window = self._window
+        window[0] += 1
+        window[1] += images
+        window[2] += waited
+        if losses:
+            self._losses = dict(losses)
+        if now - self._updated >= self._interval or self._step == self._epochs * self._steps_per_epoch:
+            self._update(now)
+
+    def evaluated(self, epoch: int, loss: float | None, metrics: Mapping, seconds: float) -> None:
+        """Print one row of the evaluation table; metrics: AP, AP50, AP75, APs, APm, APl (None where unmeasured)."""
+        self._evaluation_seconds = time.perf_counter() - self._stepped
+        self._restart_clock()
+        if self._quiet:
+            return
+        columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        if not self._header_shown:
+            self._header_shown = True
+            titles = "".join(f"{title:>8}" for title in ("epoch", "loss", *columns, "time"))
+            self.message(titles, "bold")
+        value = metrics.get("AP")
+        best = value is not None and (self._best is None or value > self._best)
+        if best:
+            self._best = value
+        numbers = "".join(f"{_number(metrics.get(column), 3):>8}" for column in columns)
+        row = f"{epoch:>8}{_number(loss, 3):>8}{numbers}{duration(seconds):>8}"
+        self.message(row + ("  best" if best else ""), "bold green" if best else None)
+
+    def close(self) -> None:
+        """Remove the live line; later messages are plain."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def eta(self) -> float | None:
+        """Seconds to the end of the run, from the recent speed and the last evaluation; None before any step."""
+        steps, _, _, seconds = self._recent
+        if not steps:
+            return None
+        evaluations = self._epochs - self._step // self._steps_per_epoch
+        left = self._epochs * self._steps_per_epoch - self._step
+        return left * seconds / steps + evaluations * self._evaluation_seconds
+
+    def _update(self, now: float) -> None:
+        elapsed = now - self._updated
+        fading = 0.5 ** (elapsed / _MEMORY)
+        self._recent = [old * fading + new for old, new in zip(self._recent, (*self._window, elapsed), strict=True)]
+        self._window = [0.0, 0.0, 0.0]
+        self._updated = now
+        if self._quiet:
+            return
+        if not self._out.is_terminal:
+            self.message("".join(text for text, _ in self._parts()))
+            return
+        if self._live is None:
+            self._live = rich.live.Live(console=self._out, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(self._line(), refresh=True)
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """The progress line as pieces of (text, style)."""
+        total = self._epochs * self._steps_per_epoch
+        epoch = min(self._epochs, (self._step - 1) // self._steps_per_epoch + 1)
+        _, images, waited, seconds = self._recent
+        parts = [(f"epoch {epoch}/{self._epochs}  step {self._step}/{total}", "bold")]
+        for name in ("loss", "matching", "denoising"):
+            if name in self._losses:
+                parts.append((f"  {name} {_number(self._losses[name], 3)}", "cyan" if name == "loss" else "dim cyan"))
+        if self._losses.get("lr") is not None:
+            parts.append((f"  lr {self._losses['lr']:.1e}", "dim"))
+        share = waited / max(seconds, 1e-9)
+        parts.append((f"  {images / max(seconds, 1e-9):.3g} images/s", "green"))
+        parts.append((f"  data wait {share:.0%}", "yellow" if share > 0.2 else "dim"))
+        parts.append((f"  ETA {duration(self.eta())}", "magenta"))
+        return parts
+
+    def _line(self) -> Text:
+        done = round(_BAR * self._step / max(1, self._epochs * self._steps_per_epoch))
+        bar = [("━" * done, "green"), ("━" * (_BAR - done) + " ", "bright_black")]
+        return Text.assemble(*bar, *self._parts(), no_wrap=True, overflow="ellipsis")
+
+    def _restart_clock(self) -> None:
+        """Whatever was done between two steps, evaluation above all, is not training speed."""
+        self._updated = self._stepped = time.perf_counter()
+        self._window = [0.0, 0.0, 0.0]
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them: 8.4s, 1:05, 2:03:04."""
+    if seconds is None:
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
