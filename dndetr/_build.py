@@ -1,0 +1,256 @@
+"""How the extension ``dndetr._C`` gets built: every decision is a function here, with its reason kept.
+
+``setup.py`` loads this file by path, so it imports neither torch nor the rest of dndetr. The record of a build,
+``_build_info.json`` beside the extension, is what ``python -m dndetr.doctor`` repeats.
+
+``DNDETR_BUILD``: auto (what the machine can do; the default), cpu, cuda (both fail if they cannot), none.
+``DNDETR_CUDA_ARCHS``: such as ``9.0`` or ``8.0;9.0+PTX``; else the visible GPUs; else a list ending in PTX.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+MODES = ("auto", "cpu", "cuda", "none")
+DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+RECORD = "_build_info.json"
+
+
+class BuildError(RuntimeError):
+    """The build that was asked for is not possible here; the message says why."""
+
+
+@dataclass
+class Record:
+    """What was decided and done, each with its reason."""
+
+    mode: str
+    built: bool = False
+    cuda: bool = False
+    reason: str = ""
+    cuda_reason: str = ""
+    compiler: str = ""
+    nvcc: str = ""
+    archs: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    openmp: bool = False
+    sources: list[str] = field(default_factory=list)
+    python: str = platform.python_version()
+
+
+def build_mode(env: Mapping[str, str]) -> str:
+    """``DNDETR_BUILD``, checked."""
+    mode = env.get("DNDETR_BUILD") or "auto"
+    if mode not in MODES:
+        raise BuildError(f"DNDETR_BUILD={mode!r} is not one of {', '.join(MODES)}")
+    return mode
+
+
+def find_compiler(env: Mapping[str, str]) -> str | None:
+    """The C++ compiler: ``CXX`` if set, else g++, clang++ or c++ on the path."""
+    names = [env["CXX"]] if env.get("CXX") else ["g++", "clang++", "c++"]
+    return next((path for name in names if (path := shutil.which(name, path=env.get("PATH")))), None)
+
+
+def find_nvcc(env: Mapping[str, str]) -> str | None:
+    """The CUDA compiler: below ``CUDA_HOME`` or ``CUDA_PATH`` if set, else on the path, else in /usr/local/cuda."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if env.get(variable):
+            return shutil.which("nvcc", path=str(Path(env[variable], "bin")))
+    return shutil.which("nvcc", path=env.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def parse_archs(text: str) -> list[str]:
+    """``8.0;9.0+PTX``, ``80,90`` or ``9.0a`` -> ["8.0", "9.0+PTX"], ..."""
+    archs = []
+    for word in re.split(r"[;,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.?(\d[af]?)(\+PTX)?", word)
+        if match is None:
+            raise BuildError(f"DNDETR_CUDA_ARCHS={text!r}: {word!r} is not an architecture such as 9.0 or 9.0+PTX")
+        archs.append(f"{match[1]}.{match[2]}{match[3] or ''}")
+    return archs
+
+
+def choose_archs(env: Mapping[str, str], visible: Sequence[str], supported: Sequence[str]) -> tuple[list[str], str]:
+    """Architectures to compile for -> (archs, reason). ``visible`` GPUs and those the compiler has ``supported``."""
+    if env.get("DNDETR_CUDA_ARCHS"):
+        return parse_archs(env["DNDETR_CUDA_ARCHS"]), "DNDETR_CUDA_ARCHS"
+    known = [arch for arch in dict.fromkeys(visible) if arch in supported]
+    if known:
+        return sorted(known, key=float), "the visible GPU"
+    archs = [arch for arch in DEFAULT_ARCHS if arch in supported]
+    if not archs:
+        raise BuildError(f"nvcc compiles for none of {', '.join(DEFAULT_ARCHS)}: set DNDETR_CUDA_ARCHS")
+    return [*archs[:-1], f"{archs[-1]}+PTX"], "the default list (no GPU is visible)"
+
+
+def arch_flags(archs: Sequence[str]) -> list[str]:
+    """nvcc flags of architectures as ``parse_archs`` gives them."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def compile_flags(openmp: bool) -> list[str]:
+    """Flags of the C++ compiler. The instruction set is chosen at run time, so none is named here."""
+    flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=off"]
+    return [*flags, "-fopenmp"] if openmp else flags
+
+
+def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str]) -> tuple[bool, str]:
+    """Whether CUDA code is compiled -> (yes, reason). Raises BuildError where mode ``cuda`` cannot be had."""
+    if mode == "cpu":
+        return False, "DNDETR_BUILD=cpu"
+    if not cuda_sources:
+        obstacle = "csrc holds no .cu file"
+    elif nvcc is None:
+        obstacle = "nvcc was not found (set CUDA_HOME, or put nvcc on PATH)"
+    else:
+        return True, f"compiled by {nvcc}"
+    if mode == "cuda":
+        raise BuildError(f"DNDETR_BUILD=cuda: {obstacle}")
+    return False, obstacle
+
+
+def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[str], csrc: Path) -> str:
+    """The text of a build.ninja that compiles ``record.sources`` from ``csrc`` and links ``target``."""
+    flags = [*record.flags, *(["-DDNDETR_CUDA"] if record.cuda else []), *(f"-I{_escape(path)}" for path in includes)]
+    link = ["-shared", *(["-fopenmp"] if record.openmp else [])]
+    if sys.platform == "darwin":
+        link += ["-undefined", "dynamic_lookup"]
+    lines = [
+        f"cxx = {_escape(record.compiler)}",
+        f"flags = {' '.join(flags)}",
+        "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = $cxx $in -o $out $link",
+    ]
+    if record.cuda:
+        # Linked statically: the CUDA runtime in use is then no business of the installed torch.
+        root = Path(record.nvcc).resolve().parents[1]
+        link += [f"-L{_escape(root / 'lib64')}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        cuda_flags = ["-O3", "-std=c++17", "-lineinfo", f"-ccbin={_escape(record.compiler)}", "-Xcompiler=-fPIC"]
+        lines += [
+            f"nvcc = {_escape(record.nvcc)}",
+            f"cuda_flags = {' '.join([*cuda_flags, '-Xcompiler=-fvisibility=hidden', *arch_flags(record.archs)])}",
+            "rule nvcc\n  command = $nvcc $cuda_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        ]
+    built = []
+    for source in record.sources:
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        built.append(_escape(objects / f"{source}.o"))
+        lines.append(f"build {built[-1]}: {rule} {_escape(csrc / source)}")
+    lines += [f"build {_escape(target)}: link {' '.join(built)}", f"  link = {' '.join(link)}", ""]
+    return "\n".join(lines)
+
+
+def _escape(path: str | Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def supports_openmp(compiler: str, folder: Path) -> bool:
+    """Whether the compiler builds and links an OpenMP program."""
+    source = folder / "openmp.cpp"
+    source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    return _run([compiler, "-fopenmp", str(source), "-o", str(folder / "openmp")]).returncode == 0
+
+
+def supported_archs(nvcc: str) -> list[str]:
+    """Architectures that this nvcc compiles for."""
+    listed = _run([nvcc, "--list-gpu-arch"]).stdout
+    return [f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)", listed)]
+
+
+def visible_archs() -> list[str]:
+    """Architectures of the GPUs that nvidia-smi lists; empty without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    found = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return re.findall(r"^\d+\.\d$", found.stdout, re.M) if found.returncode == 0 else []
+
+
+def version(program: str) -> str:
+    """First line with a number that ``program --version`` prints, after its path."""
+    lines = [line for line in _run([program, "--version"]).stdout.splitlines() if re.search(r"\d+\.\d+", line)]
+    return f"{program} ({lines[0].strip() if lines else 'unknown version'})"
+
+
+def _run(command: Sequence[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def build(csrc: Path, target: Path, work: Path, env: Mapping[str, str] = os.environ) -> Record:
+    """Compile ``csrc`` into ``target`` as far as the mode and the machine allow, and write the record beside it.
+
+    Raises BuildError where ``DNDETR_BUILD`` names something that cannot be had; ``auto`` records why and goes on.
+    """
+    mode = build_mode(env)
+    record = Record(mode)
+    if mode == "none":
+        record.reason = "DNDETR_BUILD=none"
+    else:
+        try:
+            _plan(record, csrc, work, env)
+            try:
+                _compile(record, csrc, target, work)
+            except BuildError as failure:
+                if mode == "cuda" or not record.cuda:
+                    raise
+                record.cuda, record.cuda_reason = False, f"the CUDA build failed: {failure}"
+                record.sources = [name for name in record.sources if not name.endswith(".cu")]
+                _compile(record, csrc, target, work)
+        except BuildError as failure:
+            if mode != "auto":
+                raise
+            record.reason = str(failure)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not record.built:
+        target.unlink(missing_ok=True)
+    (target.parent / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
+    return record
+
+
+def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> None:
+    compiler, nvcc = find_compiler(env), find_nvcc(env)
+    if compiler is None:
+        raise BuildError("no C++ compiler was found (install g++, or set CXX)")
+    work.mkdir(parents=True, exist_ok=True)
+    record.compiler = compiler
+    record.openmp = supports_openmp(compiler, work)
+    record.flags = compile_flags(record.openmp)
+    record.sources = sorted(path.name for path in csrc.glob("*.cpp"))
+    cuda_sources = sorted(path.name for path in csrc.glob("*.cu"))
+    record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc, cuda_sources)
+    if record.cuda:
+        record.nvcc = str(Path(nvcc).resolve())
+        record.archs, why = choose_archs(env, visible_archs(), supported_archs(nvcc))
+        record.cuda_reason += f" for {' '.join(record.archs)}: {why}"
+        record.sources += cuda_sources
+
+
+def _compile(record: Record, csrc: Path, target: Path, work: Path) -> None:
+    import ninja
+    import pybind11
+
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        raise BuildError(f"Python.h is missing from {include} (install the Python development package)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = ninja_file(record, work.resolve(), target.resolve(), [pybind11.get_include(), include], csrc.resolve())
+    (work / "build.ninja").write_text(text)
+    done = _run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(work), "-j", str(min(os.cpu_count() or 1, 8))])
+    if done.returncode != 0:
+        raise BuildError(f"the compiler failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    record.built = True
+    record.reason = f"compiled by {version(record.compiler)}"
