@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dndetr.ops import _backend
+from . import _backend
 
 
 def assign_reference(cost: Tensor, counts: Tensor) -> Tensor:

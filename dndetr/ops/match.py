@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dndetr.batch import Targets
-from dndetr.ops.assign import assign
-from dndetr.ops.match_cost import CostWeights, match_cost
+from ..batch import Targets
+from .assign import assign
+from .match_cost import CostWeights, match_cost
 
 
 class Matches(NamedTuple):

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dndetr.batch import Targets
-from dndetr.boxes import cxcywh_to_xyxy, generalized_iou
-from dndetr.ops import _backend
+from ..batch import Targets
+from ..boxes import cxcywh_to_xyxy, generalized_iou
+from . import _backend
 
 
 class CostWeights(NamedTuple):
@@ -53,7 +53,7 @@ torch.library.define(
 
 @torch.library.impl("dndetr::match_cost", ("cpu", "cuda"))
 def _match_cost_triton(logits, boxes, labels, target_boxes, counts, weights):
-    from dndetr.kernels.match_cost import match_cost_forward
+    from ..kernels.match_cost import match_cost_forward
 
     cost = _empty_cost(logits, labels)
     match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cost.transpose(-1, -2))

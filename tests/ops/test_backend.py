@@ -1,0 +1,124 @@
+import warnings
+
+import pytest
+import torch
+
+from dndetr.ops import _backend
+from dndetr.ops._backend import Backend, choose
+
+
+@pytest.fixture
+def op(fresh_backends, monkeypatch):
+    """Registers backends of an op named ``probe`` for one test."""
+    for name in ("DNDETR_BACKEND", "DNDETR_BACKEND_PROBE"):
+        monkeypatch.delenv(name, raising=False)
+    yield lambda *backends: _backend.register("probe", *backends)
+    _backend._backends.pop("probe", None)
+
+
+def backend(name="cpp", devices=("cpu",), obstacle=None, error=0.0):
+    def self_test(device_type):
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    return Backend(name, devices, lambda device_type: obstacle, self_test, tolerance=1e-3)
+
+
+def test_auto_takes_the_first_that_works(op):
+    op(backend("cuda", obstacle="no compiler"), backend("cpp"))
+    name, reason = choose("probe")
+    assert name == "cpp"
+    assert "cuda: no compiler" in reason
+
+
+def test_auto_keeps_to_the_devices_of_a_backend(op):
+    op(backend("triton", devices=("cuda",)))
+    assert choose("probe", device_type="cpu")[0] == "reference"
+    assert choose("probe", device_type="cuda")[0] == "triton"
+    # An explicit request asks the obstacle only: Triton's interpreter runs on CPU tensors.
+    assert choose("probe", "triton", "cpu")[0] == "triton"
+
+
+def test_explicit_request_that_cannot_run_raises_with_the_reason(op):
+    op(backend("cpp", obstacle="no compiler"))
+    assert choose("probe")[0] == "reference"
+    with pytest.raises(RuntimeError, match="no compiler"):
+        choose("probe", "cpp")
+
+
+def test_unknown_backend_names_the_known_ones(op):
+    op(backend("cpp"))
+    with pytest.raises(ValueError, match="auto, reference, cpp"):
+        choose("probe", "triton")
+
+
+def test_environment(op, monkeypatch):
+    op(backend("cpp"))
+    monkeypatch.setenv("DNDETR_BACKEND", "reference")
+    assert choose("probe") == ("reference", "asked for by DNDETR_BACKEND")
+    _backend.forget()
+    monkeypatch.setenv("DNDETR_BACKEND_PROBE", "cpp")
+    assert choose("probe") == ("cpp", "asked for by DNDETR_BACKEND_PROBE")
+    assert choose("probe", "reference") == ("reference", "asked for by the backend argument")
+
+
+def test_environment_for_all_ops_binds_those_that_have_the_backend(op, monkeypatch):
+    op(backend("cpp"))
+    monkeypatch.setenv("DNDETR_BACKEND", "triton")
+    assert choose("probe")[0] == "cpp"
+    _backend.forget()
+    monkeypatch.setenv("DNDETR_BACKEND", "quick")
+    with pytest.raises(ValueError, match="DNDETR_BACKEND"):
+        choose("probe")
+
+
+@pytest.mark.parametrize("error", [0.1, float("nan"), RuntimeError("no kernel image")], ids=str)
+def test_a_backend_that_disagrees_is_left_with_one_warning(op, error):
+    op(backend("cpp", error=error))
+    with pytest.warns(UserWarning, match="probe cannot use its cpp backend"):
+        assert choose("probe")[0] == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("probe")[0] == "reference"
+    with pytest.raises(RuntimeError, match="self-test"):
+        choose("probe", "cpp")
+
+
+def test_self_test_runs_once(op):
+    runs = []
+    op(Backend("cpp", ("cpu",), lambda device_type: None, lambda device_type: runs.append(1) or 0.0, 0.0))
+    for _ in range(3):
+        choose("probe")
+    choose("probe", "cpp")
+    assert len(runs) == 1
+
+
+def test_self_test_sees_real_tensors_under_a_fake_mode(op):
+    op(Backend("cpp", ("cpu",), lambda device_type: None, lambda device_type: torch.zeros(1).item(), 0.0))
+    with torch._subclasses.FakeTensorMode():
+        assert choose("probe")[0] == "cpp"
+
+
+def test_choice_is_a_constant_under_compile_and_the_reference_under_export(op):
+    op(backend("cpp"))
+
+    class Chosen(torch.nn.Module):
+        def forward(self, x):
+            name, _ = choose("probe")
+            return x + 1 if name == "cpp" else x - 1
+
+    assert torch.compile(Chosen(), fullgraph=True, backend="eager")(torch.zeros(1)).item() == 1
+    for strict in (False, True):
+        assert torch.export.export(Chosen(), (torch.zeros(1),), strict=strict).module()(torch.zeros(1)).item() == -1
+
+
+def test_missing_extension_is_explained(monkeypatch):
+    def absent():
+        raise ImportError("no module")
+
+    monkeypatch.setattr(_backend, "compiled", absent)
+    monkeypatch.setattr(_backend, "build_info", lambda: {"built": False, "reason": "no C++ compiler was found"})
+    assert "no C++ compiler" in _backend.extension_obstacle("assign")
+    monkeypatch.setattr(_backend, "build_info", dict)
+    assert "pip install -e ." in _backend.extension_obstacle("assign")
