@@ -1,0 +1,201 @@
+"""Contact sheets: the first training batch with its noised queries, and predictions beside the ground truth."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..boxes import cxcywh_to_xyxy
+from ..checkpoint import write_atomic
+from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_PAPER: Colour = (250, 250, 248)
+_GREY: Colour = (118, 122, 130)
+_FLIPPED: Colour = (255, 225, 120)
+_GAP = 14
+_SHOWN_GROUPS = 3
+_LEGEND = 12  # classes; more names would push the pictures off the page
+
+
+def batch_images(
+    images: Tensor,
+    sizes: Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> list[Image.Image]:
+    """Normalised images [B, 3, H, W], cut to their valid sizes [B, 2] (height, width) -> RGB pictures."""
+    images = images.detach().float().cpu()
+    images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image[:h, :w].copy()) for image, (h, w) in zip(pixels, sizes.tolist(), strict=True)]
+
+
+def draw_first_batch(
+    path: str | Path,
+    images: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    noised_boxes: Tensor | None,
+    noised_labels: Tensor | None,
+    class_names: Sequence[str],
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> None:
+    """Up to 8 images of a batch: ground truth, then what the decoder is fed in the first denoising groups.
+
+    images [B, 3, H, W] normalised with mean and std; sizes [B, 2] valid (height, width); boxes [B, T, 4], labels
+    [B, T], counts [B] ground truth; noised_boxes [B, G, T, 4], noised_labels [B, G, T], or None without denoising. A
+    noised box is dashed in the colour of the class it claims, and joined to the centre of its object; a flipped label
+    reads "circle > star".
+    """
+    pictures = batch_images(images[:8], sizes[:8], mean, std)
+    groups = 0 if noised_boxes is None else noised_boxes.shape[1]
+    shown = min(groups, _SHOWN_GROUPS)
+    cell = 300 if shown else 360
+    blocks = []
+    for row, picture in enumerate(pictures):
+        count = int(counts[row])
+        names = [class_names[label] for label in labels[row, :count].tolist()]
+        truth = _pixels(boxes[row, :count], picture)
+        scale = cell / max(picture.size)
+        panels = [(draw_boxes(picture, truth, labels[row, :count], None, class_names, scale=scale), f"{count} objects")]
+        for group in range(shown):
+            canvas = BoxCanvas(picture, scale)
+            for box in truth:
+                canvas.outline(box, WHITE, width=1, shadow=True)
+            noised = _pixels(noised_boxes[row, group, :count], picture)
+            claimed = noised_labels[row, group, :count].tolist()
+            flipped = 0
+            for box, new, label in zip(truth, noised, claimed, strict=True):
+                canvas.outline(new, class_colour(label), dashed=True)
+                canvas.arrow(_centre(box), _centre(new), class_colour(label))
+            for new, label, name in zip(noised, claimed, names, strict=True):
+                if class_names[label] != name:
+                    flipped += 1
+                    canvas.tag(new, f"{name} > {class_names[label]}", _FLIPPED, background=INK)
+            panels.append((canvas.finish(), f"group {group + 1}: {flipped} of {count} labels flipped"))
+        blocks.append(panels)
+    title = "First training batch"
+    note = "solid: ground truth"
+    if shown:
+        which = f"{shown} of {groups} denoising groups" if shown < groups else f"{groups} denoising groups"
+        note = f"solid: ground truth    dashed: noised queries, in the colour of the class they claim ({which})"
+    across = 2 if shown else 4
+    _save(path, _sheet(blocks, across if len(blocks) >= across else len(blocks), cell, title, note, class_names))
+
+
+def draw_predictions(
+    path: str | Path,
+    images: Sequence[Image.Image],
+    detections: Sequence[tuple],
+    truths: Sequence[tuple] | None,
+    class_names: Sequence[str],
+    threshold: float = 0.5,
+    *,
+    caption: str = "",
+) -> None:
+    """Up to 12 images with the predictions above a score, and the ground truth as thin white boxes.
+
+    images: pictures; detections: (scores [k], labels [k], boxes_xyxy [k, 4]) per image, in its pixels; truths: (labels
+    [n], boxes_xyxy [n, 4]) per image, or None; caption: shown in the title line, for example "AP 0.79".
+    """
+    blocks = []
+    for row, picture in enumerate(images[:12]):
+        scores, labels, boxes = (torch.as_tensor(field) for field in detections[row])
+        chosen = scores >= threshold
+        truth = [] if truths is None else torch.as_tensor(truths[row][1]).tolist()
+        drawn = draw_boxes(
+            picture,
+            boxes[chosen].tolist(),
+            labels[chosen].tolist(),
+            scores[chosen].tolist(),
+            class_names,
+            scale=400 / max(picture.size),
+            truth_xyxy=truth,
+        )
+        text = f"{int(chosen.sum())} predicted"
+        blocks.append([(drawn, text if truths is None else f"{text}, {len(truth)} in the ground truth")])
+    note = f"predictions with score >= {threshold:g}" + ("" if truths is None else "    thin white: ground truth")
+    title = "Predictions" + (f"    {caption}" if caption else "")
+    across = min(4, len(blocks)) or 1
+    _save(path, _sheet(blocks, across, 400, title, note, class_names))
+
+
+def _pixels(boxes: Tensor, picture: Image.Image) -> list[list[float]]:
+    """Normalised cxcywh [n, 4] -> xyxy in pixels of the picture."""
+    scale = torch.tensor([picture.width, picture.height] * 2)
+    return (cxcywh_to_xyxy(boxes.detach().float().cpu()) * scale).tolist()
+
+
+def _centre(box: Sequence[float]) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _sheet(
+    blocks: list[list[tuple[Image.Image, str]]],
+    across: int,
+    cell: int,
+    title: str,
+    note: str,
+    class_names: Sequence[str],
+) -> Image.Image:
+    """Blocks of panels (picture, caption), ``across`` in a row, under a title and the colours of the classes."""
+    big, medium, small = (ImageFont.load_default(size) for size in (26, 16, 14))
+    panels = max((len(block) for block in blocks), default=1)
+    rows = [blocks[start : start + across] for start in range(0, len(blocks), across)]
+    heights = [max(picture.height for block in row for picture, _ in block) for row in rows]
+    block_width = panels * cell + (panels - 1) * _GAP // 2
+    width = max(across * block_width + (across - 1) * 2 * _GAP + 2 * _GAP, 720)
+    legend = _legend(class_names, width - 2 * _GAP, medium)
+    header = 84 + 28 * len(legend)
+    page = Image.new("RGB", (width, header + sum(heights) + len(rows) * (26 + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((_GAP, 12), title, font=big, fill=INK)
+    draw.text((_GAP, 50), note, font=medium, fill=_GREY)
+    for line, entries in enumerate(legend):
+        for x, name, colour in entries:
+            y = 82 + 28 * line
+            draw.rounded_rectangle((_GAP + x, y, _GAP + x + 16, y + 16), radius=4, fill=colour)
+            draw.text((_GAP + x + 23, y - 1), name, font=medium, fill=INK)
+    y = header
+    for row, height in zip(rows, heights, strict=True):
+        for column, block in enumerate(row):
+            x = _GAP + column * (block_width + 2 * _GAP)
+            for picture, caption in block:
+                page.paste(picture, (x + (cell - picture.width) // 2, y))
+                draw.text((x + (cell - picture.width) // 2, y + height + 4), caption, font=small, fill=_GREY)
+                x += cell + _GAP // 2
+        y += height + 26 + _GAP
+    return page
+
+
+def _legend(class_names: Sequence[str], width: int, font) -> list[list[tuple[float, str, Colour]]]:
+    """Lines of (x, name, colour) that fit the width; the classes beyond the first are only counted."""
+    entries = [(name, class_colour(label)) for label, name in enumerate(class_names[:_LEGEND])]
+    if len(class_names) > _LEGEND:
+        entries.append((f"and {len(class_names) - _LEGEND} more", _PAPER))
+    lines: list[list[tuple[float, str, Colour]]] = [[]]
+    x = 0.0
+    for name, colour in entries:
+        needed = 23 + font.getlength(name) + 26
+        if x and x + needed > width:
+            lines.append([])
+            x = 0.0
+        lines[-1].append((x, name, colour))
+        x += needed
+    return lines
+
+
+def _save(path: str | Path, page: Image.Image) -> None:
+    buffer = io.BytesIO()
+    page.save(buffer, format="PNG")
+    write_atomic(path, buffer.getvalue())
