@@ -1,9 +1,9 @@
 """Query denoising (arXiv 2203.01305): noised ground truth as extra decoder queries, in groups of a fixed size.
 
-Every image's objects are copied into G groups of T slots, T being the targets' bucket, so no shape depends on the data.
-Labels are flipped to a random class with probability ``label_noise``; centres move by up to ``box_noise`` times half the
-box's size, sizes change by up to ``box_noise`` times themselves. The decoder learns to restore the originals; which query
-belongs to which object is known, so this part of the loss needs no matching.
+Every image's objects are copied into G groups of T slots, T being the targets' bucket, so no shape depends on the
+data. Labels are flipped to a random class with probability ``label_noise``; centres move by up to ``box_noise`` times
+half the box's size, sizes change by up to ``box_noise`` times themselves. The decoder learns to restore the originals;
+which query belongs to which object is known, so this part of the loss needs no matching.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ from .ops.group_attention import GroupLayout
 
 
 class Noise(NamedTuple):
-    """Random numbers of one step: flip [B, G, T] uniform in [0, 1), label [B, G, T] int64 in [0, K), box [B, G, T, 4] uniform."""
+    """Random numbers of one step.
+
+    flip [B, G, T] uniform in [0, 1); label [B, G, T] int64 in [0, K); box [B, G, T, 4] uniform in [0, 1).
+    """
 
     flip: Tensor
     label: Tensor
@@ -25,7 +28,7 @@ class Noise(NamedTuple):
 
 
 def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None) -> Noise:
-    """Fresh random numbers for every slot, on the targets' device (pass a generator of that device for repeatability)."""
+    """Fresh random numbers for every slot, on the targets' device (where the generator must be, too)."""
     shape = (targets.labels.shape[0], groups, targets.labels.shape[1])
     options = {"device": targets.boxes.device, "generator": generator}
     return Noise(

@@ -89,9 +89,9 @@ class ResNet(nn.Module):
 
     blocks and planes per stage (up to four stages, torchvision's ``layer1`` to ``layer4``, strides 4, 8, 16, 32);
     expansion 4 for bottlenecks; stem "imagenet" (7x7 stride 2 and max-pool, 64 wide) or "small" (two 3x3 stride 2, as
-    wide as the first stage); norm "frozen", "batch" or "group"; dilate_last keeps the last stage at the stride of the one before
-    (DC5); frozen counts the parts without gradient: 1 the stem, 2 also layer1, ...; outputs names the stages (1 to 4)
-    whose maps are returned.
+    wide as the first stage); norm "frozen", "batch" or "group"; dilate_last keeps the last stage at the stride of the
+    one before (DC5); frozen counts the parts without gradient: 1 the stem, 2 also layer1, ...; outputs names the stages
+    (1 to 4) whose maps are returned.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """content [B, Q, C], anchors [B, Q, 4] logits -> logits [Y, B, Q, K], boxes [Y, B, Q, 4] cxcywh of every layer."""
+        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4]."""
         x, half = content, content.shape[-1] // 2
         reference = anchors.sigmoid()
         ratios = features.valid_ratios(reference.dtype).repeat(1, 1, 2)  # [B, L, 4] (x, y, x, y)

@@ -11,7 +11,7 @@ from .queries import Queries
 
 
 class Predictions(NamedTuple):
-    """Every decoder layer's output: logits [Y, B, Q, K], boxes [Y, B, Q, 4] cxcywh, queries ordered as ``layout`` says."""
+    """Every decoder layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4] cxcywh, queries ordered as ``layout`` says."""
 
     logits: Tensor
     boxes: Tensor
@@ -21,7 +21,9 @@ class Predictions(NamedTuple):
 class DNDETR(nn.Module):
     """A DETR whose decoder can be fed noised ground truth beside its own queries (arXiv 2203.01305)."""
 
-    def __init__(self, backbone: nn.Module, projection: nn.Module, encoder: nn.Module, queries: Queries, decoder: nn.Module):
+    def __init__(
+        self, backbone: nn.Module, projection: nn.Module, encoder: nn.Module, queries: Queries, decoder: nn.Module
+    ):
         super().__init__()
         self.backbone = backbone
         self.projection = projection

@@ -55,7 +55,7 @@ class MSDeformAttn(nn.Module):
 
     def initialise(self) -> None:
         """Each head starts out looking in its own direction, point p at p + 1 pixels; all weights alike."""
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        angle = torch.arange(self.heads, dtype=torch.float64) * (2 * math.pi / self.heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
         reach = torch.arange(1, self.points + 1)

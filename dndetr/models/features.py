@@ -24,11 +24,12 @@ class Features(NamedTuple):
 
     def valid_ratios(self, dtype: torch.dtype) -> Tensor:
         """[B, L, 2] (x, y): valid part of each level's width and height."""
+        sizes = self.valid_sizes.to(dtype)
         ratios = [
-            torch.stack((self.valid_sizes[:, level, 1] / w, self.valid_sizes[:, level, 0] / h), dim=-1)
+            torch.stack((sizes[:, level, 1] / w, sizes[:, level, 0] / h), dim=-1)
             for level, (h, w) in enumerate(self.shapes)
         ]
-        return torch.stack(ratios, dim=1).to(dtype)
+        return torch.stack(ratios, dim=1)
 
 
 def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
@@ -81,11 +82,9 @@ class InputProjection(nn.Module):
         """maps [B, C_l, h, w] finest first, sizes [B, 2] valid (height, width) on the canvas (H, W) -> Features."""
         projected = []
         for level, projection in enumerate(self.projections):
-            if level < len(maps):
-                source = maps[level]
-            else:
-                source = maps[-1] if level == len(maps) else projected[-1]
-            projected.append(projection(source))
+            # The first extra level is made from the raw last map, further ones from the level before.
+            sources = maps if level <= len(maps) else projected
+            projected.append(projection(sources[min(level, len(sources) - 1)]))
         shapes = tuple(tuple(x.shape[-2:]) for x in projected)
         valid_sizes = level_valid_sizes(sizes, canvas, shapes)
         dtype = self.projections[0].weight.dtype if self.level_embed is None else self.level_embed.dtype

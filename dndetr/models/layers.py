@@ -1,5 +1,6 @@
 """Pieces that encoders and decoders share: MLP, feed-forward block, dense attention."""
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers

@@ -4,9 +4,8 @@ import re
 
 from torch import Tensor
 
-# In order; the first pattern that matches decides. None: an alias of another tensor.
+# In order; the first pattern that matches decides.
 _RENAMES = (
-    (r"transformer\.decoder\.(bbox|class)_embed\..*", None),
     (r"backbone\.0\.body\.(.*)", r"backbone.\1"),
     (r"(class|bbox)_embed\.(.*)", r"decoder.\1_embed.\2"),
     (r"(label_enc|refpoint_embed|tgt_embed)\.weight", r"queries.\1.weight"),
@@ -30,7 +29,10 @@ _DENSE_RENAMES = (
 
 
 def official_names(names) -> dict[str, str]:
-    """Names in an official state dictionary -> ours, without the aliases. Unknown names keep theirs."""
+    """Names in an official state dictionary -> ours. Unknown names keep theirs.
+
+    The heads appear there under two names, once in the decoder; both become the same one.
+    """
     names = list(names)
     dense = any(name.endswith("sa_qcontent_proj.weight") for name in names)
     renames = (*_DENSE_RENAMES, *_RENAMES) if dense else _RENAMES
@@ -39,8 +41,7 @@ def official_names(names) -> dict[str, str]:
         for pattern, replacement in renames:
             match = re.fullmatch(pattern, name)
             if match:
-                if replacement is not None:
-                    ours[name] = match.expand(replacement)
+                ours[name] = match.expand(replacement)
                 break
         else:
             ours[name] = name

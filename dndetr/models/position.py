@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _interleaved(angles: Tensor, channels: int, temperature: float) -> Tensor:
-    """angles [...] -> [..., channels]; channels 2k and 2k+1 are sine and cosine of angle / temperature^(2k / channels)."""
+    """angles [...] -> [..., channels]: sin and cos of angle / temperature^(2k / channels) in channels 2k and 2k + 1."""
     pair = torch.arange(channels // 2, device=angles.device, dtype=angles.dtype)
     phase = angles[..., None] * temperature ** (-2 * pair / channels)
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
@@ -24,7 +24,7 @@ def pixel_encoding(
     """Sine encoding of a feature map's pixels, relative to each image's valid part.
 
     valid_size [B, 2] (height, width) on a map of ``shape`` (h, w); ``temperature`` for (y, x); pixel i is at
-    (i + 1 - shift) / valid -> [B, h * w, channels], first half from y, second half from x. Pixels outside the valid part
+    (i + 1 - shift) / valid -> [B, h * w, channels], first half from y, second from x. Pixels outside the valid part
     get the official code's values as well: the last valid row or column, and zero along the other axis.
     """
     size = valid_size.to(dtype)

@@ -12,9 +12,9 @@ class Queries(nn.Module):
 
     A query's content is a label embedding of width C - 1 and an indicator: 1 for denoising, 0 for matching queries.
     ``learned_content``: matching queries have content of their own (the deformable model) instead of the shared row
-    "unknown", number K, of the label table. ``patterns`` > 0 repeats the anchors once per learned pattern vector, which
-    is added to the content. anchors: "normal" (logits from N(0, 1)), "uniform" (centres uniform in the image) or "grid"
-    (centres on a regular grid, sides 0.25).
+    "unknown", number K, of the label table. ``patterns`` > 0 repeats the anchors once per learned pattern vector,
+    which is added to the content. anchors: "normal" (logits from N(0, 1)), "uniform" (centres uniform in the image) or
+    "grid" (centres on a regular grid, sides 0.25).
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Queries(nn.Module):
         self.tgt_embed = nn.Embedding(queries, width - 1) if learned_content else None
         self.patterns = nn.Embedding(patterns, width) if patterns else None
         if patterns and learned_content:
-            raise ValueError("patterns need the shared content of dn-detr or dn-deformable-encoder; use --model.patterns 0")
+            raise ValueError("patterns need queries that share their content; use --model.patterns 0")
         with torch.no_grad():
             self._place_anchors(anchors)
 

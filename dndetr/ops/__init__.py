@@ -1,7 +1,25 @@
 """The compute-heavy parts, one module per op: a plain reference, its fast twins, and the choice between them."""
 
-from dndetr.ops.assign import assign
-from dndetr.ops.match import Matches, match
-from dndetr.ops.match_cost import CostWeights, match_cost
+from .assign import assign
+from .conditional_attention import conditional_attention
+from .group_attention import GroupLayout, group_attention
+from .match import Matches, match
+from .match_cost import CostWeights, match_cost
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from .set_loss import PARTS, LossWeights, set_loss
 
-__all__ = ["CostWeights", "Matches", "assign", "match", "match_cost"]
+__all__ = [
+    "PARTS",
+    "CostWeights",
+    "GroupLayout",
+    "LossWeights",
+    "Matches",
+    "assign",
+    "conditional_attention",
+    "group_attention",
+    "match",
+    "match_cost",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "set_loss",
+]

@@ -2,10 +2,10 @@
 
     out = softmax(scale * q k^T + hidden) v        hidden(i, j) = -inf where query i may not see key j, else 0
 
-A denoising query sees its own group and the matching queries; a matching query sees only the matching queries, so that
-nothing leaks from the ground truth into the predictions (arXiv 2203.01305, section 4.3). Slots at and beyond ``active``
-are hidden from everyone and produce zeros. With p = softmax(...): dv = p^T dout, ds = p * (dout v^T - rowsum(dout * out)),
-dq = scale * ds k, dk = scale * ds^T q, and nothing flows through what is hidden.
+A denoising query sees its own group and the matching queries; a matching query sees only the matching queries, so
+that nothing leaks from the ground truth into the predictions (arXiv 2203.01305, section 4.3). Slots at and beyond
+``active`` are hidden from everyone and produce zeros. With p = softmax(...): dv = p^T dout,
+ds = p * (dout v^T - rowsum(dout * out)), dq = scale * ds k, dk = scale * ds^T q; nothing flows through what is hidden.
 
 The structure is two key ranges per query, so no [Q, Q] mask is ever needed: the matching queries are one small
 attention, and each group is another over its own keys joined with the matching ones.
@@ -85,7 +85,7 @@ def _group_attention_split(
     noised = layout.denoising
     if noised == 0:
         return _attend(q @ (k * scale).transpose(-1, -2), v)
-    batch, heads, _, width = q.shape
+    batch, heads = q.shape[:2]
     k = k * scale
 
     def by_group(x):

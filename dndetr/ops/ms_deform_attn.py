@@ -1,6 +1,7 @@
 """Multi-scale deformable attention (arXiv 2010.04159, section 4.1).
 
-    out[b, q, h] = sum over levels l and points p of  weights[b, q, h, l, p] * sample(value_l[b, :, h], locations[b, q, h, l, p])
+    out[b, q, h] = sum over levels l and points p of
+                   weights[b, q, h, l, p] * sample(value_l[b, :, h], locations[b, q, h, l, p])
 
 ``sample`` is bilinear on pixel centres: a location x in [0, 1] is the pixel coordinate x * W_l - 0.5, and everything
 outside the level is zero. The gradient of a sample is spread to its four corners with the same bilinear weights; the
@@ -19,7 +20,7 @@ from torch import Tensor
 def ms_deform_attn_reference(
     value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The specification, sampling level by level with ``grid_sample``; arguments and result as :func:`ms_deform_attn`."""
+    """The specification, sampling with ``grid_sample``; arguments and result as :func:`ms_deform_attn`."""
     batch, _, heads, width = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     levels = value.split([h * w for h, w in spatial_shapes], dim=1)
@@ -36,13 +37,15 @@ def ms_deform_attn_reference(
 
 
 def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes) -> Tensor:
-    """Reference points [B, Q, L, 2 or 4] and offsets [B, Q, H, L, P, 2] -> locations [B, Q, H, L, P, 2] in at least float32."""
+    """Reference points [B, Q, L, 2 or 4] and offsets [B, Q, H, L, P, 2] -> locations like offsets, at least float32."""
     if offsets.dtype in (torch.bfloat16, torch.float16):
         offsets = offsets.float()
     reference = reference_points[:, :, None, :, None, :]
     if reference_points.shape[-1] == 2:
-        scale = offsets.new_tensor([[1 / w, 1 / h] for h, w in spatial_shapes])
-        return reference + offsets * scale[:, None]
+        # Filled on the device: a tensor made from a list would be copied there, and waited for.
+        sides = (side for h, w in spatial_shapes for side in (w, h))
+        pixel = torch.stack([torch.full((), 1 / side, dtype=offsets.dtype, device=offsets.device) for side in sides])
+        return reference + offsets * pixel.view(-1, 1, 2)
     return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / offsets.shape[4]))
 
 
@@ -69,8 +72,8 @@ def ms_deform_attn(
 ) -> Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
-    value [B, S, H, D] levels after each other, spatial_shapes ((h, w), ...) Python ints, locations [B, Q, H, L, P, 2] as
-    (x, y) in [0, 1] (outside samples zero), weights [B, Q, H, L, P] -> [B, Q, H * D].
+    value [B, S, H, D] levels after each other; spatial_shapes ((h, w), ...) Python ints; locations [B, Q, H, L, P, 2]
+    as (x, y) in [0, 1], zero is sampled outside; weights [B, Q, H, L, P] -> [B, Q, H * D].
     """
     _check(value, spatial_shapes, locations)
     return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
@@ -86,7 +89,7 @@ def ms_deform_attn_fused(
 ) -> Tensor:
     """Deformable attention from raw projections: softmax, locations and padding inside.
 
-    value [B, S, H, D]; reference_points [B, Q, L, 2] centres or [B, Q, L, 4] cxcywh, relative to each level's full size;
+    value [B, S, H, D]; reference_points [B, Q, L, 2] centres or [B, Q, L, 4] cxcywh, relative to each level's size;
     offsets [B, Q, H, L, P, 2]; logits [B, Q, H, L * P]; valid_sizes [B, L, 2] (height, width): pixels outside count as
     zero (None: all inside) -> [B, Q, H * D].
     """

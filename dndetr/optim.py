@@ -1,0 +1,81 @@
+"""AdamW with the official parameter groups, learning-rate schedules, and the moving average of the weights."""
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def build_optimizer(
+    model: nn.Module,
+    lr: float,
+    backbone_scale: float = 0.1,
+    weight_decay: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW over two groups: the backbone at ``lr * backbone_scale`` and the rest at ``lr``; everything decays.
+
+    Frozen parameters belong to no group.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    backbone = [p for name, p in named if name.startswith("backbone.")]
+    rest = [p for name, p in named if not name.startswith("backbone.")]
+    groups = [{"params": rest, "lr": lr}]
+    if backbone:
+        groups.append({"params": backbone, "lr": lr * backbone_scale})
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def schedule_factor(
+    kind: str, total_steps: int, warmup_steps: int, drop_steps: tuple[int, ...], gamma: float, floor: float
+) -> Callable[[int], float]:
+    """The factor on the learning rate as a function of the step.
+
+    Linear warm-up, then "constant"; "step" and "multistep": times ``gamma`` at each of ``drop_steps``; "cosine": from
+    1 to ``floor`` at the last step.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if kind == "cosine":
+            progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        if kind == "constant":
+            return 1.0
+        return gamma ** bisect_right(drop_steps, step)
+
+    return factor
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters and floating-point buffers, without host synchronisation.
+
+    The decay ramps up as (1 + n) / (10 + n) over the first updates n, so that the start is forgotten quickly.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards ``model``'s present weights."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mine, theirs = [], []
+        for average, current in zip(_tensors(self.model), _tensors(model), strict=True):
+            if average.is_floating_point():
+                mine.append(average)
+                theirs.append(current)
+            else:
+                average.copy_(current)
+        torch._foreach_lerp_(mine, theirs, weight)
+
+
+def _tensors(model: nn.Module):
+    yield from model.parameters()
+    yield from model.buffers()
