@@ -1,4 +1,4 @@
-"""What a training run shows: one live line on a terminal, a plain line now and then in a log file."""
+"""What a training run shows: two live lines on a terminal, a plain line now and then in a log file."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ import rich.live
 from rich.text import Text
 
 _MEMORY = 10.0  # seconds after which a measured speed counts half
-_BAR = 20  # characters
+_BAR = 12  # characters: with it the live lines fit a terminal 80 wide
 
 
 class Console:
@@ -50,7 +50,7 @@ class Console:
         self.close()
 
     def message(self, text: str, style: str | None = None) -> None:
-        """Print one unwrapped line, above the live one."""
+        """Print one unwrapped line, above the live ones."""
         if self._quiet:
             return
         self._out.print(Text(text, style=style or ""), soft_wrap=True)
@@ -121,7 +121,7 @@ class Console:
         self.message(row + ("  best" if best else ""), "bold green" if best else None)
 
     def close(self) -> None:
-        """Remove the live line; later messages are plain."""
+        """Remove the live lines; later messages are plain."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -144,34 +144,41 @@ class Console:
         if self._quiet:
             return
         if not self._out.is_terminal:
-            self.message("".join(text for text, _ in self._parts()))
+            self.message("".join(text for text, _ in (*self._progress(), *self._numbers())))
             return
         if self._live is None:
             self._live = rich.live.Live(console=self._out, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(self._line(), refresh=True)
+        self._live.update(self._lines(), refresh=True)
 
-    def _parts(self) -> list[tuple[str, str]]:
-        """The progress line as pieces of (text, style)."""
+    def _progress(self) -> list[tuple[str, str]]:
+        """How far and how fast, as pieces of (text, style)."""
         total = self._epochs * self._steps_per_epoch
         epoch = min(self._epochs, (self._step - 1) // self._steps_per_epoch + 1)
         _, images, waited, seconds = self._recent
-        parts = [(f"epoch {epoch}/{self._epochs}  step {self._step}/{total}", "bold")]
-        for name in ("loss", "matching", "denoising"):
-            if name in self._losses:
-                parts.append((f"  {name} {_number(self._losses[name], 3)}", "cyan" if name == "loss" else "dim cyan"))
-        if self._losses.get("lr") is not None:
-            parts.append((f"  lr {self._losses['lr']:.1e}", "dim"))
-        share = waited / max(seconds, 1e-9)
-        parts.append((f"  {images / max(seconds, 1e-9):.3g} images/s", "green"))
-        parts.append((f"  data wait {share:.0%}", "yellow" if share > 0.2 else "dim"))
-        parts.append((f"  ETA {duration(self.eta())}", "magenta"))
-        return parts
+        speed, share = images / max(seconds, 1e-9), waited / max(seconds, 1e-9)
+        return [
+            (f"epoch {epoch}/{self._epochs}  step {self._step}/{total}", "bold"),
+            (f"  ETA {duration(self.eta())}", "magenta"),
+            (f"  {speed:,.{0 if speed >= 100 else 1}f} images/s", "green"),
+            (f"  data wait {share:.0%}", "yellow" if share > 0.2 else "dim"),
+        ]
 
-    def _line(self) -> Text:
+    def _numbers(self) -> list[tuple[str, str]]:
+        """The losses and the learning rate, as pieces of (text, style)."""
+        shown = [
+            (f"  {name} {_number(self._losses[name], 3)}", "cyan" if name == "loss" else "dim cyan")
+            for name in ("loss", "matching", "denoising")
+            if name in self._losses
+        ]
+        rate = self._losses.get("lr")
+        return shown if rate is None else [*shown, (f"  lr {rate:.1e}", "dim")]
+
+    def _lines(self) -> Text:
         done = round(_BAR * self._step / max(1, self._epochs * self._steps_per_epoch))
         bar = [("━" * done, "green"), ("━" * (_BAR - done) + " ", "bright_black")]
-        return Text.assemble(*bar, *self._parts(), no_wrap=True, overflow="ellipsis")
+        lines = Text.assemble(*bar, *self._progress(), no_wrap=True, overflow="ellipsis")
+        return lines.append("\n").append(Text.assemble(" " * (_BAR - 1), *self._numbers()))
 
     def _restart_clock(self) -> None:
         """Whatever was done between two steps, evaluation above all, is not training speed."""

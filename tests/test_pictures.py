@@ -88,7 +88,7 @@ def test_no_boxes_and_dashes():
     solid, dashed = (BoxCanvas(Image.new("RGB", (300, 300)), 1.0) for _ in range(2))
     solid.outline([50, 50, 250, 250], class_colour(0))
     dashed.outline([50, 50, 250, 250], class_colour(0), dashed=True)
-    whole, part = (count(canvas.finish(), class_colour(0)) for canvas in (solid, dashed))
+    whole, part = (count(canvas.image, class_colour(0)) for canvas in (solid, dashed))
     assert 0.4 * whole < part < 0.8 * whole
 
 

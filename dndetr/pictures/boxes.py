@@ -55,7 +55,7 @@ def draw_boxes(
         name = class_names[labels[row]] if labels[row] < len(class_names) else str(labels[row])
         text = name if scores is None else f"{name} {float(scores[row]):.2f}"
         canvas.tag(boxes[row], text, class_colour(labels[row]))
-    return canvas.finish()
+    return canvas.image
 
 
 class BoxCanvas:
@@ -132,9 +132,6 @@ class BoxCanvas:
         self._draw.line((x0, y0, x1, y1), fill=(*colour, 220), width=1)
         radius = self._width
         self._draw.ellipse((x1 - radius, y1 - radius, x1 + radius, y1 + radius), fill=(*colour, 255))
-
-    def finish(self) -> Image.Image:
-        return self.image
 
     def _place(self, box: Sequence[float]) -> tuple[int, int, int, int]:
         """Canvas pixels of a box, kept so near the picture that a wild prediction costs no drawing time."""

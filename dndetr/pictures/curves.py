@@ -39,18 +39,22 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
         _smoothed(total, *_series(train, "step", name), colour, label)
     _finish(total, "Loss (log scale)", "step", log=True)
 
+    last = []
     for name, colour in (("AP50", _GREEN), ("AP75", _AMBER), ("AP", _BLUE)):
         epochs, values = _series(evaluations, "epoch", name)
         if epochs:
             marker = "o" if len(epochs) <= 60 else None
             precision.plot(epochs, values, color=colour, marker=marker, markersize=3.5, linewidth=1.8, label=name)
-            precision.annotate(
-                f"{values[-1]:.3f}", (epochs[-1], values[-1]), (6, 0), textcoords="offset points", color=colour,
-                va="center", fontsize=9, fontweight="bold",
-            )  # fmt: skip
-    precision.set_ylim(0, 1)
+            last.append((values[-1], epochs[-1], colour))
+    height = -1.0
+    for value, epoch, colour in sorted(last):
+        height = max(value, height + 0.045)  # numbers that are close would be printed over each other
+        precision.annotate(
+            f"{value:.3f}", (epoch, height), (6, 0), textcoords="offset points", color=colour,
+            va="center", fontsize=9, fontweight="bold",
+        )  # fmt: skip
+    precision.set_ylim(0, 1.02)
     precision.margins(x=0.09)
-    precision.locator_params(axis="x", integer=True)
     _finish(precision, "Average precision on the validation images", "epoch")
 
     for name, (colour, label) in _TERMS.items():
@@ -103,6 +107,7 @@ def _smoothed(axes, xs, values, colour, label, faint: bool = True, linestyle="-"
 def _finish(axes, title: str, x: str, log: bool = False, legend: bool = True) -> None:
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK)
     axes.set_xlabel(x, color=_INK, fontsize=9.5)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(True, color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

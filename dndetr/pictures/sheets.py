@@ -64,25 +64,24 @@ def draw_first_batch(
     blocks = []
     for row, picture in enumerate(pictures):
         count = int(counts[row])
-        names = [class_names[label] for label in labels[row, :count].tolist()]
+        true = labels[row, :count].tolist()
         truth = _pixels(boxes[row, :count], picture)
         scale = cell / max(picture.size)
-        panels = [(draw_boxes(picture, truth, labels[row, :count], None, class_names, scale=scale), f"{count} objects")]
+        panels = [(draw_boxes(picture, truth, true, None, class_names, scale=scale), f"{count} objects")]
         for group in range(shown):
             canvas = BoxCanvas(picture, scale)
             for box in truth:
                 canvas.outline(box, WHITE, width=1, shadow=True)
             noised = _pixels(noised_boxes[row, group, :count], picture)
             claimed = noised_labels[row, group, :count].tolist()
-            flipped = 0
             for box, new, label in zip(truth, noised, claimed, strict=True):
                 canvas.outline(new, class_colour(label), dashed=True)
                 canvas.arrow(_centre(box), _centre(new), class_colour(label))
-            for new, label, name in zip(noised, claimed, names, strict=True):
-                if class_names[label] != name:
-                    flipped += 1
-                    canvas.tag(new, f"{name} > {class_names[label]}", _FLIPPED, background=INK)
-            panels.append((canvas.finish(), f"group {group + 1}: {flipped} of {count} labels flipped"))
+            flipped = [slot for slot in range(count) if claimed[slot] != true[slot]]
+            for slot in flipped:
+                text = f"{class_names[true[slot]]} > {class_names[claimed[slot]]}"
+                canvas.tag(noised[slot], text, _FLIPPED, background=INK)
+            panels.append((canvas.image, f"group {group + 1}: {len(flipped)} of {count} labels flipped"))
         blocks.append(panels)
     title = "First training batch"
     note = "solid: ground truth"
