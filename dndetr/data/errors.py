@@ -1,0 +1,5 @@
+"""The error of everything that is wrong with a data set, and not with the program."""
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the file, the entry and what to do."""
