@@ -1,53 +1,41 @@
-"""Shared by all tests: where recorded data lies, and how a missing part is skipped with its reason."""
+"""Fixtures for all tests: the repository, the compiled extension, fresh backend choices, a fake GPU."""
 
-import os
 from pathlib import Path
 
 import pytest
+from fake_gpu import NoHostSync, WithoutDevice
+from torch._subclasses import FakeTensorMode
 
-ROOT = Path(__file__).resolve().parents[1]
+from dndetr.ops import _backend
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
-    return ROOT
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Folder of shared data and weights: ``DNDETR_SHARED``, default ../shared."""
-    folder = ROOT / os.environ.get("DNDETR_SHARED", "../shared")
-    if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder} (set DNDETR_SHARED)")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Folder of recorded results of the official code: ``DNDETR_GOLDEN``, default golden/ in the shared data."""
-    shared = ROOT / os.environ.get("DNDETR_SHARED", "../shared")
-    folder = ROOT / os.environ.get("DNDETR_GOLDEN", shared / "golden")
-    if not folder.is_dir():
-        pytest.skip(f"no golden data at {folder} (set DNDETR_GOLDEN)")
-    return folder
-
-
-@pytest.fixture
-def fresh_backends():
-    """Backend answers are dropped before and after, so that a test may change the environment."""
-    from dndetr.ops import _backend
-
-    _backend.forget()
-    yield _backend
-    _backend.forget()
+    return Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def extension():
     """The compiled module, or a skip that says why there is none."""
-    from dndetr.ops import _backend
-
     if reason := _backend.extension_obstacle():
         pytest.skip(reason)
     return _backend.compiled()
+
+
+@pytest.fixture
+def fresh_backends():
+    """Backend choices are forgotten before and after, so that a test may change the environment."""
+    _backend.forget()
+    yield
+    _backend.forget()
+
+
+@pytest.fixture
+def fake_cuda():
+    """Tensors made with device="cuda" are fake ones of a GPU, and whatever would make the host wait for it raises.
+
+    Works without a GPU and on torch's CPU build. Values do not exist: check shapes, dtypes, devices, and that it runs.
+    """
+    with FakeTensorMode() as mode, NoHostSync(), WithoutDevice():
+        yield mode

@@ -23,7 +23,7 @@ class Backend:
     """One fast implementation of an op.
 
     ``devices`` are the device types ``auto`` takes it for; ``obstacle(device_type)`` says why it cannot run there, or
-    gives None; ``self_test(device_type)`` returns its largest error against the reference, at most ``tolerance`` if sound.
+    gives None; ``self_test(device_type)`` returns its largest error against the reference, sound up to ``tolerance``.
     """
 
     name: str

@@ -122,3 +122,24 @@ def test_missing_extension_is_explained(monkeypatch):
     assert "no C++ compiler" in _backend.extension_obstacle("assign")
     monkeypatch.setattr(_backend, "build_info", dict)
     assert "pip install -e ." in _backend.extension_obstacle("assign")
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.item(),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: bool(x.sum() > 0),
+    ],
+    ids=["item", "tolist", "nonzero", "mask", "cpu", "bool"],
+)
+def test_the_fake_gpu_rejects_what_waits_for_it(fake_cuda, waits):
+    x = torch.ones(1, device="cuda")
+    assert (x[None, 0:1] + x[..., None])[0].shape == (1,)
+    assert torch.ones(1).to("cuda", torch.float16).device == (~(x > 0)).device
+    x[0] = 2
+    with pytest.raises(Exception, match=r"waits for the device|to the host|data-dependent|_local_scalar_dense"):
+        waits(x)

@@ -1,0 +1,147 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dndetr.batch import Targets
+from dndetr.ops import CostWeights, match_cost
+from dndetr.ops.match_cost import CASES, make_case, match_cost_reference
+
+
+def pair_cost(logit, a, b, w):
+    """Cost of one query and one target, written out in Python floats."""
+    import math
+
+    p = 1 / (1 + math.exp(-logit))
+    focal = w.alpha * (1 - p) ** 2 * -math.log(p + 1e-8) - (1 - w.alpha) * p**2 * -math.log(1 - p + 1e-8)
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+        (x - width / 2, y - height / 2, x + width / 2, y + height / 2) for x, y, width, height in (a, b)
+    )
+    inside = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - inside
+    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+    giou = inside / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+    return w.label * focal + w.l1 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) - w.giou * giou
+
+
+def test_formula():
+    logits, boxes, targets = make_case("f64")
+    weights = CostWeights(1.5, 4.0, 3.0, 0.3)
+    cost = match_cost_reference(logits, boxes, targets, weights)
+    for y, n, t in [(0, 0, 0), (1, 16, 15), (1, 5, 7)]:
+        logit = logits[y, 0, n, targets.labels[0, t]].item()
+        expected = pair_cost(logit, boxes[y, 0, n].tolist(), targets.boxes[0, t].tolist(), weights)
+        assert cost[y, 0, n, t].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shape_dtype_padding(name):
+    layers, batch, queries, _, counts, slots, dtype = CASES[name]
+    logits, boxes, targets = make_case(name)
+    cost = match_cost(logits, boxes, targets)
+    assert cost.shape == (layers, batch, queries, slots)
+    assert cost.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    padded = torch.arange(slots) >= torch.tensor(counts)[:, None]
+    assert torch.equal(cost.isinf(), padded[None, :, None].expand_as(cost))
+    assert cost.transpose(-1, -2).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_low_precision_logits_are_used_in_float32(name):
+    logits, boxes, targets = make_case(name)
+    assert torch.equal(match_cost(logits, boxes, targets), match_cost(logits.float(), boxes, targets))
+
+
+def test_no_gradient_flows():
+    logits, boxes, targets = make_case("tiny")
+    assert not match_cost(logits.requires_grad_(), boxes.requires_grad_(), targets).requires_grad
+
+
+def test_a_query_does_not_see_other_images_targets():
+    logits, boxes, targets = make_case("uneven")
+    cost = match_cost(logits, boxes, targets)
+    alone = Targets(targets.labels[1:2], targets.boxes[1:2], targets.counts[1:2])
+    assert torch.equal(cost[:, 1:2], match_cost(logits[:, 1:2], boxes[:, 1:2], alone))
+
+
+def test_wrong_input_is_an_error():
+    logits, boxes, targets = make_case("tiny")
+    with pytest.raises(ValueError, match="match_cost: logits must be"):
+        match_cost(logits[0], boxes, targets)
+    with pytest.raises(ValueError, match="images in logits"):
+        match_cost(logits[:, :1], boxes[:, :1], targets)
+
+
+def test_compiles_without_a_graph_break():
+    logits, boxes, targets = make_case("uneven")
+    compiled = torch.compile(match_cost, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, boxes, targets), match_cost(logits, boxes, targets))
+
+
+def test_fake_tensors(fake_cuda):
+    targets = Targets(
+        torch.empty(2, 8, dtype=torch.int64, device="cuda"),
+        torch.empty(2, 8, 4, device="cuda"),
+        torch.empty(2, dtype=torch.int32, device="cuda"),
+    )
+    cost = match_cost(torch.empty(3, 2, 30, 5, device="cuda"), torch.empty(3, 2, 30, 4, device="cuda"), targets)
+    assert cost.shape == (3, 2, 30, 8) and cost.device.type == "cuda"
+
+
+INTERPRETED = """
+import torch
+from dndetr.ops import CostWeights, match_cost
+from dndetr.ops.match_cost import CASES, make_case, match_cost_reference
+
+weights = CostWeights(1.5, 4.0, 3.0, 0.3)
+for name, case in CASES.items():
+    logits, boxes, targets = make_case(name)
+    given = match_cost(logits, boxes, targets, weights, backend="triton")
+    expected = match_cost_reference(logits, boxes, targets, weights)
+    tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
+    torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
+    assert given.stride() == expected.stride(), name
+
+logits, boxes, targets = make_case("uneven")
+wide_logits, wide_boxes = torch.randn(3, 3, 50, 11), torch.randn(3, 3, 50, 4)
+wide_logits[:, :, 13:], wide_boxes[:, :, 13:] = logits, boxes
+torch.testing.assert_close(
+    match_cost(wide_logits[:, :, 13:], wide_boxes[:, :, 13:], targets, backend="triton"),
+    match_cost(logits, boxes, targets, backend="reference"), rtol=1e-5, atol=1e-5)
+
+labels, target_boxes, counts = targets.labels, targets.boxes, targets.counts
+torch.library.opcheck(torch.ops.dndetr.match_cost.default, (logits, boxes, labels, target_boxes, counts, list(weights)))
+"""
+
+
+def test_triton_in_the_interpreter(root):
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("logits", "precise"), [("*bf16", "fp32"), ("*fp32", "fp32"), ("*fp64", "fp64")])
+def test_triton_compiles_for_gpus(arch, logits, precise, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dndetr.kernels.match_cost import match_cost_kernel
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    floats = "*fp64" if precise == "fp64" else "*fp32"
+    signature = {name: "i32" for name in match_cost_kernel.arg_names}
+    signature |= dict.fromkeys(("boxes", "target_boxes", "cost"), floats)
+    signature |= {"logits": logits, "labels": "*i64", "counts": "*i32"}
+    signature |= dict.fromkeys(("label_weight", "l1_weight", "giou_weight", "alpha"), "fp32")
+    constants = {"PRECISE": triton.language.dtype(precise), "BLOCK_N": 128, "BLOCK_T": 8}
+    signature |= dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(match_cost_kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}
+    )
+    assert compiled.metadata.shared <= 48 * 1024
+    assert f"sm_{arch}" in compiled.asm["ptx"] and compiled.asm["cubin"]
