@@ -1,7 +1,7 @@
-"""Every setting, as frozen dataclasses; presets are functions; the command line is made from the types."""
+"""Every setting of a run, as frozen dataclasses from which the command line is made; presets are in ``presets``."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_type_hints
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
 
@@ -75,8 +75,176 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.width % (2 * self.heads) or self.width % 4:
-            raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice --model.heads {self.heads}")
+            raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of 2 * --model.heads {self.heads}")
         if self.variant == "dn-detr" and (self.levels != 1 or len(self.backbone.outputs) != 1):
-            raise ValueError("dn-detr works on one level: use --model.levels 1 and one stage in --model.backbone.outputs")
+            raise ValueError("dn-detr works on one level: use --model.levels 1 and one of --model.backbone.outputs")
         if self.patterns and self.variant == "dn-deformable-detr":
             raise ValueError("dn-deformable-detr has no patterns: use --model.patterns 0")
+
+
+@dataclass(frozen=True)
+class DenoisingConfig:
+    """Query denoising; ``--denoising.groups 0`` is the plain DAB baseline."""
+
+    groups: int = 5
+    """Copies of every image's objects that the decoder learns to restore (0: no denoising)."""
+    label_noise: float = 0.2
+    """Probability of replacing a label by a random one."""
+    box_noise: float = 0.4
+    """Largest shift, in half box sizes, and largest change of size, in box sizes."""
+    padding: Literal["hidden", "official"] = "hidden"
+    """Slots without an object: hidden from attention, or seen up to the batch's largest count (official code)."""
+
+    def __post_init__(self):
+        if self.groups < 0:
+            raise ValueError(f"--denoising.groups {self.groups}: give 0 (off) or more")
+        for name in ("label_noise", "box_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--denoising.{name.replace('_', '-')} {getattr(self, name)}: give 0 to 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Coefficients of the loss and of the matching cost."""
+
+    label: float = 1.0
+    """Classification loss."""
+    l1: float = 5.0
+    """L1 distance of boxes."""
+    giou: float = 2.0
+    """Generalised IoU."""
+    cost_label: float = 2.0
+    """Classification in the matching cost."""
+    cost_l1: float = 5.0
+    """L1 distance in the matching cost."""
+    cost_giou: float = 2.0
+    """Generalised IoU in the matching cost."""
+    alpha: float = 0.25
+    """Weight of the positive class in the focal loss and cost."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning-rate schedule, and the averaged weights."""
+
+    backbone_scale: float = 0.1
+    """The backbone's learning rate as a share of --lr."""
+    weight_decay: float = 1e-4
+    """Decay of all weights."""
+    clip_norm: float = 0.1
+    """Largest norm of the whole gradient."""
+    schedule: Literal["constant", "step", "multistep", "cosine"] = "step"
+    """How the learning rate falls."""
+    warmup: float = 0.0
+    """Share of the run in which the learning rate rises from zero."""
+    drops: tuple[float, ...] = (0.8,)
+    """Shares of the run after which step (its first) and multistep (all) multiply the rate by gamma; whole epochs."""
+    gamma: float = 0.1
+    """That factor."""
+    floor: float = 0.01
+    """Where cosine ends, as a share of --lr."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, which is then what is evaluated (0: off)."""
+
+
+@dataclass(frozen=True)
+class ImagesConfig:
+    """How images become canvases."""
+
+    recipe: Literal["official", "fixed"] = "official"
+    """Multi-scale resize and crop of DETR, or one canvas with flips, crops and colour changes for small data."""
+    sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """official: short sides to draw from in training."""
+    eval_size: int = 800
+    """official: short side in evaluation."""
+    max_size: int = 1333
+    """official: longest long side."""
+    canvas: tuple[int, int] = (240, 320)
+    """fixed: height and width that every image is resized to."""
+    multiple: int = 64
+    """official: canvases are multiples of this many pixels."""
+    augment: bool = True
+    """Augment the training images."""
+    vertical_flip: bool = False
+    """fixed: also flip upside down."""
+    cache_mib: int = 1024
+    """Memory for decoded images, in MiB (0: decode every time)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    preset: str = "tiny"
+    """The preset that everything else starts from."""
+    data: str | None = None
+    """A COCO-format folder, or "shapes" for the built-in data."""
+    output: str | None = None
+    """New folder for the run (default: a numbered one under runs/)."""
+    resume: str | None = None
+    """Continue this run folder to its configured end."""
+    init: str | None = None
+    """File with weights to start from: a checkpoint, an official DN-DETR or DAB-DETR file, or a ResNet."""
+    epochs: int = 50
+    """Passes over the training data."""
+    batch_size: int = 2
+    """Images per step."""
+    lr: float = 1e-4
+    """Learning rate."""
+    seed: int = 42
+    """Seed of weights, data order, augmentation and noise."""
+    workers: int = 0
+    """Processes that prepare images (0: in the training process)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the model's matrix products; auto takes bfloat16 where the hardware has it."""
+    max_steps_per_epoch: int | None = None
+    """End every epoch after this many steps."""
+    train_images: int = 2000
+    """Built-in data: training images per epoch, new ones every epoch."""
+    val_images: int = 200
+    """Built-in data: validation images."""
+    evaluate_every: int = 1
+    """Epochs from one evaluation to the next (the last epoch is always evaluated)."""
+    detections: int = 100
+    """Detections kept per image (COCO scores at most 100)."""
+    log_every: int = 20
+    """Steps from one row of metrics.jsonl to the next."""
+    quiet: bool = False
+    """Print nothing but errors."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "evaluate_every", "log_every", "train_images", "val_images", "detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
+        if self.max_steps_per_epoch is not None and self.max_steps_per_epoch < 1:
+            raise ValueError(f"--max-steps-per-epoch {self.max_steps_per_epoch}: give 1 or more")
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr}: give a positive number")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any], kind: type = Config) -> Any:
+    """The inverse of :func:`to_dict`; ValueError for a field that does not exist."""
+    known = get_type_hints(kind)
+    unknown = sorted(set(values) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ValueError(f"the saved configuration has unknown fields: {', '.join(unknown)} (another version's?)")
+    built = {}
+    for name, value in values.items():
+        if is_dataclass(known[name]):
+            value = from_dict(value, known[name])
+        elif isinstance(value, list):
+            value = tuple(value)
+        built[name] = value
+    return kind(**built)

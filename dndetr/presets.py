@@ -1,0 +1,146 @@
+"""Named starting points: the official 50-epoch recipes, and two for small machines and small data."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .config import (
+    BackboneConfig,
+    Config,
+    DenoisingConfig,
+    ImagesConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
+
+_MULTI_SCALE = (2, 3, 4)
+
+
+def dn_detr_r50() -> Config:
+    """DN-DETR: dense attention on one level, 50 epochs, 16 images in all processes."""
+    return Config(
+        preset="dn-detr-r50",
+        workers=10,
+        model=ModelConfig(activation="prelu"),
+        denoising=DenoisingConfig(padding="official"),
+        detections=300,
+    )
+
+
+def dn_detr_r50_dc5() -> Config:
+    """DN-DETR at stride 16: the last stage is dilated."""
+    config = dn_detr_r50()
+    backbone = replace(config.model.backbone, dilation=True)
+    return replace(config, preset="dn-detr-r50-dc5", model=replace(config.model, backbone=backbone))
+
+
+def dn_detr_r101() -> Config:
+    """DN-DETR with the deeper backbone."""
+    config = dn_detr_r50()
+    backbone = replace(config.model.backbone, depth=101)
+    return replace(config, preset="dn-detr-r101", model=replace(config.model, backbone=backbone))
+
+
+def dn_deformable_detr_r50() -> Config:
+    """DN-Deformable-DETR: four levels, deformable attention throughout."""
+    config = dn_detr_r50()
+    model = ModelConfig(
+        variant="dn-deformable-detr",
+        backbone=BackboneConfig(outputs=_MULTI_SCALE),
+        levels=4,
+        temperature=(10000.0, 10000.0),
+        position_shift=0.5,
+    )
+    return replace(config, preset="dn-deformable-detr-r50", model=model, detections=100)
+
+
+def dn_deformable_encoder_r50() -> Config:
+    """DN-DETR with a deformable encoder over four levels, three patterns per anchor."""
+    config = dn_detr_r50()
+    model = ModelConfig(
+        variant="dn-deformable-encoder", backbone=BackboneConfig(outputs=_MULTI_SCALE), levels=4, patterns=3
+    )
+    return replace(config, preset="dn-deformable-encoder-r50", model=model)
+
+
+def tiny() -> Config:
+    """A small detector on the built-in shapes, from nothing, in minutes on two CPU cores."""
+    return Config(
+        preset="tiny",
+        data="shapes",
+        epochs=8,
+        batch_size=16,
+        lr=2e-3,
+        train_images=1760,
+        log_every=10,
+        model=ModelConfig(
+            variant="dn-deformable-detr",
+            backbone=BackboneConfig(
+                blocks=(1, 2, 2),
+                planes=(48, 96, 192),
+                bottleneck=False,
+                stem="small",
+                norm="batch",
+                frozen=0,
+                outputs=(2, 3),
+            ),
+            width=128,
+            heads=4,
+            hidden=512,
+            encoder_layers=1,
+            decoder_layers=3,
+            queries=30,
+            levels=2,
+            anchors="grid",
+            size_bias=0.0,
+            temperature=(10000.0, 10000.0),
+            position_shift=0.5,
+        ),
+        loss=LossConfig(label=2.0),
+        optimizer=OptimizerConfig(backbone_scale=1.0, schedule="cosine", warmup=0.05, ema=0.99),
+        images=ImagesConfig(recipe="fixed", canvas=(128, 128), augment=False),
+    )
+
+
+def small() -> Config:
+    """Small data on a small machine: ResNet-18 up to stride 16, fixed canvas, strong augmentation."""
+    return Config(
+        preset="small",
+        epochs=48,
+        batch_size=4,
+        lr=8e-4,
+        evaluate_every=4,
+        model=ModelConfig(
+            variant="dn-deformable-detr",
+            backbone=BackboneConfig(depth=18, frozen=2, outputs=(2, 3)),
+            width=128,
+            heads=4,
+            hidden=512,
+            encoder_layers=1,
+            decoder_layers=3,
+            queries=60,
+            levels=2,
+            anchors="grid",
+            size_bias=0.0,
+            temperature=(10000.0, 10000.0),
+            position_shift=0.5,
+        ),
+        denoising=DenoisingConfig(groups=4),
+        loss=LossConfig(label=2.0),
+        optimizer=OptimizerConfig(backbone_scale=0.15, schedule="cosine", warmup=0.05, ema=0.995),
+        images=ImagesConfig(recipe="fixed", canvas=(240, 320), vertical_flip=True),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset().preset: preset
+    for preset in (
+        tiny,
+        small,
+        dn_detr_r50,
+        dn_detr_r50_dc5,
+        dn_detr_r101,
+        dn_deformable_detr_r50,
+        dn_deformable_encoder_r50,
+    )
+}

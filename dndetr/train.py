@@ -1,0 +1,112 @@
+"""``python -m dndetr.train``: train a detector on the built-in shapes or on a COCO-format folder."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .checkpoint import load_checkpoint
+from .config import Config, from_dict
+from .presets import PRESETS
+
+# What may change when a run is continued: where and how loudly it runs, not what it computes.
+_WITH_RESUME = ("device", "workers", "quiet")
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Command-line arguments -> configuration: the preset's (``--preset``, default tiny), changed by the other flags."""
+    name = _flag(arguments, "--preset") or "tiny"
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+    return tyro.cli(
+        Annotated[Config, tyro.conf.arg(name="")],
+        default=PRESETS[name](),
+        args=list(arguments),
+        prog="python -m dndetr.train",
+        description=__doc__,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def _flag(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of ``flag`` as in ``--flag value`` or ``--flag=value``."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Config:
+    """The saved run's configuration, on this invocation's device; ValueError for flags that would change the run."""
+    given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+    allowed = {"--resume"} | {f"--{name}" for name in _WITH_RESUME}
+    if given - allowed:
+        raise ValueError(
+            f"--resume continues a run as it was configured; leave out {', '.join(sorted(given - allowed))} "
+            "(to start from its weights with other settings use --init)"
+        )
+    changed = {name: getattr(config, name) for name in _WITH_RESUME if f"--{name}" in given}
+    return replace(from_dict(saved), resume=config.resume, **changed)
+
+
+def run(arguments: Sequence[str]) -> Path:
+    """Train as the arguments say -> the run's folder."""
+    config = parse(arguments)
+    checkpoint = None
+    if config.resume is not None:
+        checkpoint = load_checkpoint(config.resume, needs=("model", "optimizer", "step", "config", "classes"))
+        config = resumed_config(config, checkpoint["config"], arguments)
+    if config.data is None:
+        raise ValueError(f"--preset {config.preset} needs data: give --data DIR (a COCO-format folder) or --data shapes")
+
+    # Imported here so that --help and mistakes in the flags answer at once.
+    from .console import Console
+    from .data.training import TrainingData
+    from .initialise import initialise
+    from .runlog import claim_output, new_run_folder
+    from .trainer import Trainer
+
+    data = TrainingData(config)
+    trainer = Trainer(config, data, checkpoint)
+    notes = [trainer.summary()]
+    if checkpoint is not None:
+        if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
+            raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
+        folder = Path(config.resume) if Path(config.resume).is_dir() else Path(config.resume).parent
+        if checkpoint["step"] >= trainer.total_steps:
+            print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
+            return folder
+    else:
+        if config.init is not None:
+            notes.append(f"--init {config.init}: {initialise(trainer.model, config.init)}")
+        folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
+    with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet) as console:
+        console.message(f"run folder: {folder}")
+        for note in notes:
+            console.message(note)
+        console.classes(data.classes, data.class_counts)
+    trainer.prepare()
+    trainer.fit(folder)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
