@@ -230,7 +230,7 @@ def render(split: str, index: int, size: int = MIN_SIZE, seed: int = 0) -> tuple
     objects = _COUNTS[objects]
     base = 48 + (draw(3) * 160 >> 16)  # the mean colour of the ground
     kinds = [_LINE] * lines + (draw(_MAX_OBJECTS) * len(CLASSES) >> 16)[:objects].tolist()
-    radius, stretch, angle, _ = draw(4 * _MAX_FIGURES).reshape(4, _MAX_FIGURES)[:, : len(kinds)]
+    radius, stretch, angle = draw(3 * _MAX_FIGURES).reshape(3, _MAX_FIGURES)[:, : len(kinds)]
     # At least 64 levels (of 256, around the clock) away from the ground's mean, in each channel.
     colours = (base + 64 + (draw(3 * _MAX_FIGURES).reshape(_MAX_FIGURES, 3) * 129 >> 16)) % 256
     line_centres = (draw(2 * _MAX_LINES) * (size * _UNIT) >> 16).reshape(_MAX_LINES, 2)[:lines]
@@ -292,6 +292,8 @@ class ShapesDataset:
             raise DataError(f"the built-in shapes need a side of at least {MIN_SIZE} pixels, not {size}")
         self.split, self.length, self.size, self.seed = split, length, size, seed
         self.canvas = (size, size)
+        self.sizes = [self.canvas] * length
+        self.counts = [_MAX_OBJECTS] * length  # at most
         self.classes = [(number, name) for number, name in enumerate(CLASSES, start=1)]
 
     def __len__(self) -> int:

@@ -1,0 +1,70 @@
+"""From samples to a batch of static shape: a canvas from a small set, and targets padded to a bucket."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dndetr.batch import Batch, Targets
+from dndetr.boxes import xyxy_to_cxcywh
+from dndetr.data.sample import Sample
+
+TARGET_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
+
+
+def target_bucket(count: int) -> int:
+    """The smallest bucket that holds ``count`` targets, or the largest bucket."""
+    return next((bucket for bucket in TARGET_BUCKETS if bucket >= count), TARGET_BUCKETS[-1])
+
+
+def canvas_bucket(sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[int, int]:
+    """The smallest (height, width) in whole multiples that holds images of all these sizes."""
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def largest_objects(boxes_xyxy: Tensor, keep: int) -> Tensor:
+    """Numbers, ascending, of the ``keep`` boxes [n, 4] with the largest area."""
+    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(dim=1)
+    return area.argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def collate(
+    samples: Sequence[Sample], multiple: int = 64, canvas: tuple[int, int] | None = None, slots: int | None = None
+) -> Batch:
+    """Puts samples on one canvas, top left, zero (the mean colour) elsewhere.
+
+    canvas (height, width), by default the smallest in multiples of ``multiple``; slots T, by default the bucket of the
+    largest count. Of an image with more objects than slots the largest objects are kept.
+    """
+    sizes = [tuple(sample.image.shape[1:]) for sample in samples]
+    if canvas is None:
+        canvas = canvas_bucket(sizes, multiple)
+    if slots is None:
+        slots = target_bucket(max(len(sample.labels) for sample in samples))
+
+    if all(size == canvas for size in sizes):
+        images = torch.stack([sample.image for sample in samples])
+    else:
+        images = torch.zeros(len(samples), 3, *canvas)
+        for image, sample, (height, width) in zip(images, samples, sizes, strict=True):
+            image[:, :height, :width] = sample.image
+    labels = torch.zeros(len(samples), slots, dtype=torch.int64)
+    boxes = torch.zeros(len(samples), slots, 4)
+    counts = torch.zeros(len(samples), dtype=torch.int32)
+    for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
+        own_boxes, own_labels = sample.boxes_xyxy, sample.labels
+        if len(own_labels) > slots:
+            kept = largest_objects(own_boxes, slots)
+            own_boxes, own_labels = own_boxes[kept], own_labels[kept]
+        count = len(own_labels)
+        counts[row] = count
+        labels[row, :count] = own_labels
+        boxes[row, :count] = xyxy_to_cxcywh(own_boxes / own_boxes.new_tensor((width, height, width, height)))
+    return Batch(
+        images=images,
+        sizes=torch.tensor(sizes),
+        targets=Targets(labels, boxes, counts),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        ids=torch.tensor([sample.image_id for sample in samples]),
+    )

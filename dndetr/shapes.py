@@ -1,0 +1,79 @@
+"""``python -m dndetr.shapes DIR``: writes the built-in synthetic data as a COCO-format folder."""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image
+
+from dndetr.data.errors import DataError
+from dndetr.data.shapes import MIN_SIZE, ShapesDataset, render
+
+
+def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MIN_SIZE, seed: int = 0) -> None:
+    """Writes ``train/``, ``val/`` (PNG) and ``annotations/instances_<split>.json``, all at once or nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is already there and not empty; give a new folder")
+    for flag, length in (("--train", train), ("--val", val)):
+        if length < 1:
+            raise DataError(f"{flag} {length}: at least one image is needed")
+    datasets = [ShapesDataset("train", train, size, seed), ShapesDataset("val", val, size, seed)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (unfinished / "annotations").mkdir()
+        for dataset in datasets:
+            _write_split(dataset, unfinished)
+        unfinished.chmod(0o755)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_split(dataset: ShapesDataset, folder: Path) -> None:
+    document = dataset.coco_dict()
+    (folder / dataset.split).mkdir()
+    for index, image in enumerate(document["images"]):
+        pixels, _, _ = render(dataset.split, index, dataset.size, dataset.seed)
+        Image.fromarray(pixels.transpose(1, 2, 0).copy()).save(folder / dataset.split / image["file_name"])
+    path = folder / "annotations" / f"instances_{dataset.split}.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    train: int = 2000,
+    val: int = 200,
+    size: int = MIN_SIZE,
+    seed: int = 0,
+) -> None:
+    """Write the built-in shapes as a COCO-format folder.
+
+    Args:
+        folder: New folder to write.
+        train: Number of training images.
+        val: Number of validation images.
+        size: Side of the images in pixels.
+        seed: Another seed, other images.
+    """
+    write_shapes(folder, train, val, size, seed)
+    print(f"{train} training and {val} validation images in {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit status is 1, with one line on stderr, where the folder cannot be written."""
+    try:
+        tyro.cli(command, prog="python -m dndetr.shapes", args=argv)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
