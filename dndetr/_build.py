@@ -126,7 +126,7 @@ def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str]) -> tup
 
 def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[str], csrc: Path) -> str:
     """The text of a build.ninja that compiles ``record.sources`` from ``csrc`` and links ``target``."""
-    flags = [*record.flags, *(["-DDNDETR_CUDA"] if record.cuda else []), *(f"-I{_escape(path)}" for path in includes)]
+    flags = [*record.flags, *(["-DWITH_CUDA"] if record.cuda else []), *(f"-I{_escape(path)}" for path in includes)]
     link = ["-shared", *(["-fopenmp"] if record.openmp else [])]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
@@ -134,18 +134,18 @@ def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[s
         f"cxx = {_escape(record.compiler)}",
         f"flags = {' '.join(flags)}",
         "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = $cxx $in -o $out $link",
     ]
     if record.cuda:
-        # Linked statically: the CUDA runtime in use is then no business of the installed torch.
-        root = Path(record.nvcc).resolve().parents[1]
-        link += [f"-L{_escape(root / 'lib64')}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        cuda_flags = ["-O3", "-std=c++17", "-lineinfo", f"-ccbin={_escape(record.compiler)}", "-Xcompiler=-fPIC"]
+        host = f"-ccbin={_escape(record.compiler)}"
+        cuda_flags = ["-O3", "-std=c++17", "-lineinfo", host, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
+        # nvcc links, since it knows where its runtime is; static, so that torch's CUDA version does not matter.
+        link = ["-shared", "-cudart=static", host, *(["-Xcompiler=-fopenmp"] if record.openmp else [])]
         lines += [
             f"nvcc = {_escape(record.nvcc)}",
-            f"cuda_flags = {' '.join([*cuda_flags, '-Xcompiler=-fvisibility=hidden', *arch_flags(record.archs)])}",
+            f"cuda_flags = {' '.join([*cuda_flags, *arch_flags(record.archs)])}",
             "rule nvcc\n  command = $nvcc $cuda_flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         ]
+    lines.append(f"rule link\n  command = {'$nvcc' if record.cuda else '$cxx'} $in -o $out $link")
     built = []
     for source in record.sources:
         rule = "nvcc" if source.endswith(".cu") else "cxx"
@@ -233,7 +233,7 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
     cuda_sources = sorted(path.name for path in csrc.glob("*.cu"))
     record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc, cuda_sources)
     if record.cuda:
-        record.nvcc = str(Path(nvcc).resolve())
+        record.nvcc = nvcc
         record.archs, why = choose_archs(env, visible_archs(), supported_archs(nvcc))
         record.cuda_reason += f" for {' '.join(record.archs)}: {why}"
         record.sources += cuda_sources

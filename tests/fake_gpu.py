@@ -1,4 +1,4 @@
-"""A GPU that is not there: modes under which fake CUDA tensors work on torch's CPU build and never wait for the host."""
+"""A GPU that is not there: modes under which fake CUDA tensors work on a CPU build of torch and never meet the host."""
 
 import torch
 from torch import Tensor
