@@ -56,7 +56,7 @@ class View(NamedTuple):
             moved[:, [0, 2]] = width - moved[:, [2, 0]]
         if self.vflip:
             moved[:, [1, 3]] = height - moved[:, [3, 1]]
-        moved = moved.astype(np.float32).clip(0, (width, height, width, height))
+        moved = moved.clip(0, (width, height, width, height)).astype(np.float32)
         kept = (visible >= self.min_visible * area) & (moved[:, 2:] > moved[:, :2]).all(axis=1)
         return moved[kept], kept
 
