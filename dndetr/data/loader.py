@@ -60,7 +60,8 @@ class Loader:
         self._plan.keys = [(epoch, batch) for batch in self._order.batches(epoch)[start:]]
         for result in map(self._reader.__getitem__, self._plan.keys) if self._processes is None else self._processes:
             if isinstance(result, DataError):
-                raise result
+                # A new one: a frame that holds the error it raises is a cycle, which would keep the workers alive.
+                raise DataError(*result.args)
             yield result
 
 
