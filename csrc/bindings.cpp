@@ -4,6 +4,8 @@
 
 #include <array>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 
@@ -32,6 +34,56 @@ void assign(std::uintptr_t cost, bool is_double, std::array<int, 3> shape, std::
   dndetr::assign(problems, threads, chosen);
 }
 
+// (tensor.data_ptr(), number of its dtype)
+using Pointer = std::pair<std::uintptr_t, int>;
+
+dndetr::Array array_at(Pointer p) { return {reinterpret_cast<void*>(p.first), static_cast<dndetr::Dtype>(p.second)}; }
+
+// What both directions of deformable attention are given. `sizes`: batch, queries, heads, width, points, reference width.
+struct DeformAttnArguments {
+  std::array<int, 6> sizes;
+  std::vector<int> shapes;
+  Pointer value;
+  std::array<std::int64_t, 3> value_strides;
+  Pointer reference, offsets, logits;
+  std::uintptr_t valid_sizes;
+
+  dndetr::DeformAttn problem() const {
+    return {sizes[0],
+            sizes[1],
+            sizes[2],
+            sizes[3],
+            static_cast<int>(shapes.size() / 2),
+            sizes[4],
+            sizes[5],
+            shapes.data(),
+            array_at(value),
+            value_strides[0],
+            value_strides[1],
+            value_strides[2],
+            array_at(reference),
+            array_at(offsets),
+            array_at(logits),
+            reinterpret_cast<const std::int64_t*>(valid_sizes)};
+  }
+};
+
+void ms_deform_attn(const DeformAttnArguments& arguments, Pointer out, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::ms_deform_attn(arguments.problem(), array_at(out), threads, chosen);
+}
+
+void ms_deform_attn_backward(const DeformAttnArguments& arguments, Pointer grad_out, Pointer grad_value,
+                             Pointer grad_reference, Pointer grad_offsets, Pointer grad_logits, int threads,
+                             const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  const dndetr::DeformAttnGrads grads{array_at(grad_value), array_at(grad_reference), array_at(grad_offsets),
+                                      array_at(grad_logits)};
+  py::gil_scoped_release release;
+  dndetr::ms_deform_attn_backward(arguments.problem(), array_at(grad_out), grads, threads, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -41,4 +93,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("assign", &assign, py::arg("cost"), py::arg("is_double"), py::arg("shape"), py::arg("strides"), py::arg("counts"),
         py::arg("query_of"), py::arg("threads") = 1, py::arg("simd") = "",
         "Exact assignment of every problem: cost [M, N, T] at any strides, counts [M] int32 -> query_of [M, T] int32.");
+  py::class_<DeformAttnArguments>(m, "DeformAttn", "Inputs of deformable attention; whoever makes one keeps them alive.")
+      .def(py::init<std::array<int, 6>, std::vector<int>, Pointer, std::array<std::int64_t, 3>, Pointer, Pointer, Pointer,
+                    std::uintptr_t>(),
+           py::arg("sizes"), py::arg("shapes"), py::arg("value"), py::arg("value_strides"), py::arg("reference"),
+           py::arg("offsets"), py::arg("logits"), py::arg("valid_sizes"));
+  m.def("ms_deform_attn", &ms_deform_attn, py::arg("problem"), py::arg("out"), py::arg("threads") = 1,
+        py::arg("simd") = "", "Deformable attention: -> out [B, Q, H, D].");
+  m.def("ms_deform_attn_backward", &ms_deform_attn_backward, py::arg("problem"), py::arg("grad_out"),
+        py::arg("grad_value"), py::arg("grad_reference"), py::arg("grad_offsets"), py::arg("grad_logits"),
+        py::arg("threads") = 1, py::arg("simd") = "", "Its gradients; that of the references per head, [B, H, Q, L, R].");
 }

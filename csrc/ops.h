@@ -23,4 +23,32 @@ struct AssignProblems {
 
 void assign(const AssignProblems& problems, int threads, Simd simd);
 
+enum class Dtype { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Array {
+  void* data;
+  Dtype dtype;
+};
+
+// Multi-scale deformable attention. Contiguous, except for value [B, S, H, D], whose width D alone must be.
+struct DeformAttn {
+  int batch, queries, heads, width, levels, points;
+  int reference_width;  // 2 or 4: offsets and logits are given; 0: locations and weights in their place, no reference
+  const int* shapes;    // height and width of each level
+  Array value;
+  std::int64_t batch_stride, pixel_stride, head_stride;
+  Array reference, offsets, logits;  // [B, Q, L, 2 or 4], [B, Q, H, L, P, 2], [B, Q, H, L, P]
+  const std::int64_t* valid_sizes;   // [B, L, 2] (height, width), or null: every pixel counts
+};
+
+// Gradients; `reference` is [B, H, Q, L, 2 or 4], each head's part apart, or null data where it is not wanted.
+struct DeformAttnGrads {
+  Array value, reference, offsets, logits;
+};
+
+// out [B, Q, H, D]. Computed in double for float64 values, else in float.
+void ms_deform_attn(const DeformAttn& problem, Array out, int threads, Simd simd);
+void ms_deform_attn_backward(const DeformAttn& problem, Array grad_out, const DeformAttnGrads& grads, int threads,
+                             Simd simd);
+
 }  // namespace dndetr

@@ -5,16 +5,21 @@
 
 ``sample`` is bilinear on pixel centres: a location x in [0, 1] is the pixel coordinate x * W_l - 0.5, and everything
 outside the level is zero. The gradient of a sample is spread to its four corners with the same bilinear weights; the
-location's gradient is the difference of neighbouring corners times the level's size.
+location's gradient is the difference of neighbouring corners times the level's size, and zero off the image.
 
 The fused form takes what the projections produce: raw offsets and logits. It applies the softmax over levels and points
 together, and turns offsets into locations: with 2-d reference points  ref + offset / (W_l, H_l),  with 4-d ones (boxes)
 ref_xy + offset / P * ref_wh / 2.
+
+Everything is computed in at least float32 and rounded once, to the dtype of ``value``. The C++ path (csrc/
+ms_deform_attn_kernel.h) keeps nothing for the backward pass but the inputs, where the reference keeps every sample.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _backend
 
 
 def ms_deform_attn_reference(
@@ -23,23 +28,39 @@ def ms_deform_attn_reference(
     """The specification, sampling with ``grid_sample``; arguments and result as :func:`ms_deform_attn`."""
     batch, _, heads, width = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    levels = value.split([h * w for h, w in spatial_shapes], dim=1)
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # [B*H, Q, L, P, 2]
+    precise = torch.promote_types(value.dtype, torch.float32)
+    levels = value.to(precise).split([h * w for h, w in spatial_shapes], dim=1)
+    grids = (2 * locations.to(precise) - 1).transpose(1, 2).flatten(0, 1)  # [B*H, Q, L, P, 2]
     samples = []
     for level, ((h, w), pixels) in enumerate(zip(spatial_shapes, levels, strict=True)):
         image = pixels.permute(0, 2, 3, 1).reshape(batch * heads, width, h, w)
-        grid = grids[:, :, level].to(image.dtype)
+        grid = grids[:, :, level]
         samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     sampled = torch.cat(samples, dim=-1)  # [B*H, D, Q, L*P]
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(levels) * points)
+    weights = weights.to(precise).transpose(1, 2).reshape(batch * heads, 1, queries, len(levels) * points)
     out = (sampled * weights).sum(-1)
-    return out.view(batch, heads * width, queries).transpose(1, 2)
+    return out.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype)
+
+
+def ms_deform_attn_fused_reference(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    valid_sizes: Tensor | None = None,
+) -> Tensor:
+    """The specification of the fused form; arguments and result as :func:`ms_deform_attn_fused`."""
+    precise = torch.promote_types(value.dtype, torch.float32)
+    if valid_sizes is not None:
+        value = value.masked_fill(~valid_pixels(valid_sizes, spatial_shapes)[:, :, None, None], 0)
+    locations = sampling_locations(reference_points.to(precise), offsets.to(precise), spatial_shapes)
+    weights = logits.to(precise).softmax(-1).view(offsets.shape[:-1])
+    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
 
 
 def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes) -> Tensor:
-    """Reference points [B, Q, L, 2 or 4] and offsets [B, Q, H, L, P, 2] -> locations like offsets, at least float32."""
-    if offsets.dtype in (torch.bfloat16, torch.float16):
-        offsets = offsets.float()
+    """Reference points [B, Q, L, 2 or 4] and offsets [B, Q, H, L, P, 2] -> locations like offsets."""
     reference = reference_points[:, :, None, :, None, :]
     if reference_points.shape[-1] == 2:
         # Filled on the device: a tensor made from a list would be copied there, and waited for.
@@ -59,24 +80,146 @@ def valid_pixels(valid_sizes: Tensor, spatial_shapes) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _check(value: Tensor, spatial_shapes, points: Tensor) -> None:
+# One op for both forms: without reference points, offsets are locations and logits are weights. ``shapes`` is flat.
+_INPUTS = "Tensor value, int[] shapes, Tensor? reference_points, Tensor offsets, Tensor logits, Tensor? valid_sizes"
+torch.library.define("dndetr::ms_deform_attn", f"({_INPUTS}) -> Tensor")
+torch.library.define(
+    "dndetr::ms_deform_attn_backward",
+    f"(Tensor grad_out, {_INPUTS}, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ABSENT = (0, 0)
+
+
+def _pointer(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+
+
+def _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes):
+    """Inputs as the compiled module takes them -> (problem, the tensors to keep alive meanwhile)."""
+    if value.stride(-1) != 1:
+        value = value.contiguous()
+    offsets, logits = offsets.contiguous(), logits.contiguous()
+    reference_points = None if reference_points is None else reference_points.contiguous()
+    valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
+    batch, queries, heads, _, points, _ = offsets.shape
+    problem = module.DeformAttn(
+        (batch, queries, heads, value.shape[3], points, 0 if reference_points is None else reference_points.shape[3]),
+        shapes,
+        _pointer(value),
+        value.stride()[:3],
+        _ABSENT if reference_points is None else _pointer(reference_points),
+        _pointer(offsets),
+        _pointer(logits),
+        0 if valid_sizes is None else valid_sizes.data_ptr(),
+    )
+    return problem, (value, reference_points, offsets, logits, valid_sizes)
+
+
+@torch.library.impl("dndetr::ms_deform_attn", "cpu")
+def _forward_cpp(value, shapes, reference_points, offsets, logits, valid_sizes):
+    module = _backend.compiled()
+    out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
+    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    module.ms_deform_attn(problem, _pointer(out), torch.get_num_threads())
+    return out
+
+
+@torch.library.impl("dndetr::ms_deform_attn_backward", "cpu")
+def _backward_cpp(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
+    module = _backend.compiled()
+    grad_out = grad_out.contiguous()
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, offsets, logits)]
+    by_head = value.new_empty(0)
+    if reference_grad:
+        batch, queries, levels, form = reference_points.shape
+        precise = torch.promote_types(value.dtype, torch.float32)
+        by_head = value.new_empty((batch, value.shape[2], queries, levels, form), dtype=precise)
+    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    grad_value, grad_offsets, grad_logits = map(_pointer, grads)
+    module.ms_deform_attn_backward(
+        problem,
+        _pointer(grad_out),
+        grad_value,
+        _pointer(by_head) if reference_grad else _ABSENT,
+        grad_offsets,
+        grad_logits,
+        torch.get_num_threads(),
+    )
+    grad_reference = by_head.sum(1).to(reference_points.dtype) if reference_grad else by_head
+    return grads[0], grad_reference, grads[1], grads[2]
+
+
+@torch.library.register_fake("dndetr::ms_deform_attn")
+def _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes):
+    batch, queries, heads = offsets.shape[:3]
+    return value.new_empty((batch, queries, heads * value.shape[3]))
+
+
+@torch.library.register_fake("dndetr::ms_deform_attn_backward")
+def _backward_fake(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
+    like = (value, reference_points if reference_grad else value.new_empty(0), offsets, logits)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+
+
+def _setup_context(ctx, inputs, output):
+    value, ctx.shapes, *rest = inputs
+    ctx.save_for_backward(value, *rest)
+
+
+def _differentiate(ctx, grad_out):
+    value, reference_points, offsets, logits, valid_sizes = ctx.saved_tensors
+    reference_grad = ctx.needs_input_grad[2]
+    grad_value, grad_reference, grad_offsets, grad_logits = torch.ops.dndetr.ms_deform_attn_backward(
+        grad_out, value, ctx.shapes, reference_points, offsets, logits, valid_sizes, reference_grad
+    )
+    return grad_value, None, grad_reference if reference_grad else None, grad_offsets, grad_logits, None
+
+
+torch.library.register_autograd("dndetr::ms_deform_attn", _differentiate, setup_context=_setup_context)
+
+
+def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple]) -> None:
+    """Raise ValueError where a tensor does not have its dtype, device or shape (None: any size)."""
     pixels = sum(h * w for h, w in spatial_shapes)
-    if value.shape[1] != pixels:
-        raise ValueError(f"value has {value.shape[1]} pixels, but spatial_shapes {spatial_shapes} describe {pixels}")
-    if points.shape[3] != len(spatial_shapes):
-        raise ValueError(f"locations or offsets have {points.shape[3]} levels, spatial_shapes {len(spatial_shapes)}")
+    if value.ndim != 4 or value.shape[1] != pixels:
+        raise ValueError(
+            f"{op}: value must be [B, S, H, D] with the S = {pixels} pixels of spatial_shapes {spatial_shapes}, "
+            f"got {list(value.shape)}"
+        )
+    for name, (tensor, shape) in {"value": (value, (None,) * 4), **others}.items():
+        fits = tensor.ndim == len(shape)
+        fits = fits and all(size is None or size == given for size, given in zip(shape, tensor.shape, strict=True))
+        if not fits:
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
+        expected = [torch.int64] if name == "valid_sizes" else list(_DTYPES)
+        if tensor.dtype not in expected or tensor.device != value.device:
+            names = " or ".join(str(dtype) for dtype in expected)
+            raise ValueError(f"{op}: {name} must be {names} on {value.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def ms_deform_attn(
-    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    locations: Tensor,
+    weights: Tensor,
+    backend: str | None = None,
 ) -> Tensor:
     """Weighted sum of bilinear samples from several feature levels.
 
     value [B, S, H, D] levels after each other; spatial_shapes ((h, w), ...) Python ints; locations [B, Q, H, L, P, 2]
-    as (x, y) in [0, 1], zero is sampled outside; weights [B, Q, H, L, P] -> [B, Q, H * D].
+    as (x, y) in [0, 1], zero is sampled outside; weights [B, Q, H, L, P] -> [B, Q, H * D] in the dtype of value.
     """
-    _check(value, spatial_shapes, locations)
-    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+    batch, heads, levels = value.shape[0], value.shape[-2], len(spatial_shapes)
+    sampled = (batch, locations.shape[1], heads, levels, locations.shape[-2])
+    _check("ms_deform_attn", value, spatial_shapes, locations=(locations, (*sampled, 2)), weights=(weights, sampled))
+    name, _ = _backend.choose("ms_deform_attn", backend, value.device.type)
+    if name == "reference":
+        return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+    shapes = [side for shape in spatial_shapes for side in shape]
+    return torch.ops.dndetr.ms_deform_attn(value, shapes, None, locations, weights, None)
 
 
 def ms_deform_attn_fused(
@@ -86,16 +229,95 @@ def ms_deform_attn_fused(
     offsets: Tensor,
     logits: Tensor,
     valid_sizes: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Deformable attention from raw projections: softmax, locations and padding inside.
 
     value [B, S, H, D]; reference_points [B, Q, L, 2] centres or [B, Q, L, 4] cxcywh, relative to each level's size;
-    offsets [B, Q, H, L, P, 2]; logits [B, Q, H, L * P]; valid_sizes [B, L, 2] (height, width): pixels outside count as
-    zero (None: all inside) -> [B, Q, H * D].
+    offsets [B, Q, H, L, P, 2]; logits [B, Q, H, L * P]; valid_sizes [B, L, 2] int64 (height, width): pixels outside
+    count as zero (None: all inside) -> [B, Q, H * D] in the dtype of value.
     """
-    _check(value, spatial_shapes, offsets)
+    batch, heads, levels = value.shape[0], value.shape[-2], len(spatial_shapes)
+    queries, points = offsets.shape[1], offsets.shape[-2]
+    checks = {
+        "reference_points": (reference_points, (batch, queries, levels, 4 if reference_points.shape[-1] == 4 else 2)),
+        "offsets": (offsets, (batch, queries, heads, levels, points, 2)),
+        "logits": (logits, (batch, queries, heads, levels * points)),
+    }
     if valid_sizes is not None:
-        value = value.masked_fill(~valid_pixels(valid_sizes, spatial_shapes)[:, :, None, None], 0)
-    locations = sampling_locations(reference_points, offsets, spatial_shapes)
-    weights = logits.softmax(-1).view(offsets.shape[:-1])
-    return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
+        checks["valid_sizes"] = (valid_sizes, (batch, levels, 2))
+    _check("ms_deform_attn_fused", value, spatial_shapes, **checks)
+    name, _ = _backend.choose("ms_deform_attn", backend, value.device.type)
+    if name == "reference":
+        return ms_deform_attn_fused_reference(value, spatial_shapes, reference_points, offsets, logits, valid_sizes)
+    shapes = [side for shape in spatial_shapes for side in shape]
+    return torch.ops.dndetr.ms_deform_attn(value, shapes, reference_points, offsets, logits, valid_sizes)
+
+
+# name: (B, Q, H, D, level shapes, P, form of the reference points, padding)
+CASES = {
+    "tiny": (2, 19, 2, 8, ((6, 5), (3, 4)), 3, 4, True),
+    "train-tiny-encoder": (16, 320, 4, 32, ((16, 16), (8, 8)), 4, 2, False),
+    "train-tiny-decoder": (16, 70, 4, 32, ((16, 16), (8, 8)), 4, 4, False),
+    "train-small-encoder": (4, 1500, 4, 32, ((30, 40), (15, 20)), 4, 2, True),
+    "train-small-decoder": (4, 180, 4, 32, ((30, 40), (15, 20)), 4, 4, True),
+    "quarter-encoder": (1, 5580, 8, 32, ((50, 84), (25, 42), (13, 21), (7, 11)), 4, 2, True),
+    "decoder": (1, 500, 8, 32, ((100, 167), (50, 84), (25, 42), (13, 21)), 4, 4, True),
+    "odd-width": (2, 33, 3, 13, ((7, 9), (4, 5), (2, 3)), 2, 2, True),
+    "wide": (1, 17, 2, 136, ((5, 6),), 8, 4, False),
+    "one-point": (3, 5, 1, 16, ((4, 4),), 1, 2, False),
+    "one-pixel": (1, 9, 2, 8, ((1, 1), (1, 3)), 2, 4, False),
+    "many-levels": (1, 21, 2, 24, tuple((h, 9 - h) for h in range(1, 9)), 8, 2, True),
+    "no-queries": (2, 0, 2, 8, ((3, 3),), 2, 4, False),
+    "no-images": (0, 5, 2, 8, ((3, 3),), 2, 2, False),
+}
+
+
+def make_case(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
+    """Arguments of :func:`ms_deform_attn_fused` for a case; some points lie off the image.
+
+    dtype is that of value, offsets and logits; reference points are in at least float32.
+    """
+    batch, queries, heads, width, shapes, points, form, padded = CASES[name]
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+    levels, pixels = len(shapes), sum(h * w for h, w in shapes)
+    reference = torch.rand(batch, queries, 1, form, generator=draw, dtype=torch.float64).expand(-1, -1, levels, -1)
+    valid = None
+    if padded:
+        share = 0.5 + 0.5 * torch.rand(batch, 1, 2, generator=draw)
+        valid = (torch.tensor(shapes) * share).ceil().long().to(device)
+    precise = torch.promote_types(dtype, torch.float32)
+    return (
+        normal(batch, pixels, heads, width).to(device, dtype),
+        shapes,
+        reference.contiguous().to(device, precise),
+        (2 * normal(batch, queries, heads, levels, points, 2)).to(device, dtype),
+        normal(batch, queries, heads, levels * points).to(device, dtype),
+        valid,
+    )
+
+
+def _self_test(device_type: str) -> float:
+    value, shapes, reference, offsets, logits, valid = make_case("tiny", device=device_type)
+    inputs = [x.requires_grad_() for x in (value, reference, offsets, logits)]
+    flat = [side for shape in shapes for side in shape]
+    with torch.enable_grad():
+        expected = ms_deform_attn_fused_reference(value, shapes, reference, offsets, logits, valid)
+        grad_out = torch.linspace(-1, 1, expected.numel(), device=expected.device).view_as(expected)
+        expected_grads = torch.autograd.grad(expected, inputs, grad_out)
+    given = (value.detach(), flat, reference.detach(), offsets.detach(), logits.detach(), valid)
+    out = torch.ops.dndetr.ms_deform_attn(*given)
+    grads = torch.ops.dndetr.ms_deform_attn_backward(grad_out, *given, True)
+    pairs = zip((out, *grads), (expected.detach(), *expected_grads), strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def _cpp_obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("ms_deform_attn") if device_type == "cpu" else "it works on CPU tensors"
+
+
+_backend.register("ms_deform_attn", _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=1e-4))
