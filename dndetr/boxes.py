@@ -19,7 +19,7 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection over union of boxes that broadcast against each other, and the union's area.
 
-    a_xyxy, b_xyxy [..., 4] -> two tensors [...]. The union is enlarged by 1e-6 in the division, as the official code does.
+    a_xyxy, b_xyxy [..., 4] -> two tensors [...]. The division adds 1e-6 to the union, as the official code does.
     """
     area_a = (a_xyxy[..., 2] - a_xyxy[..., 0]) * (a_xyxy[..., 3] - a_xyxy[..., 1])
     area_b = (b_xyxy[..., 2] - b_xyxy[..., 0]) * (b_xyxy[..., 3] - b_xyxy[..., 1])

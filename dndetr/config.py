@@ -75,7 +75,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.width % (2 * self.heads) or self.width % 4:
-            raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of 2 * --model.heads {self.heads}")
+            raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")
         if self.variant == "dn-detr" and (self.levels != 1 or len(self.backbone.outputs) != 1):
             raise ValueError("dn-detr works on one level: use --model.levels 1 and one of --model.backbone.outputs")
         if self.patterns and self.variant == "dn-deformable-detr":

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -17,17 +16,16 @@ _WITH_RESUME = ("device", "workers", "quiet")
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Command-line arguments -> configuration: the preset's (``--preset``, default tiny), changed by the other flags."""
+    """Command-line arguments -> the configuration of ``--preset`` (default tiny), changed by the other flags."""
     name = _flag(arguments, "--preset") or "tiny"
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
     return tyro.cli(
-        Annotated[Config, tyro.conf.arg(name="")],
+        Config,
         default=PRESETS[name](),
         args=list(arguments),
         prog="python -m dndetr.train",
         description=__doc__,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
     )
 
 
@@ -62,7 +60,7 @@ def run(arguments: Sequence[str]) -> Path:
         checkpoint = load_checkpoint(config.resume, needs=("model", "optimizer", "step", "config", "classes"))
         config = resumed_config(config, checkpoint["config"], arguments)
     if config.data is None:
-        raise ValueError(f"--preset {config.preset} needs data: give --data DIR (a COCO-format folder) or --data shapes")
+        raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
 
     # Imported here so that --help and mistakes in the flags answer at once.
     from .console import Console

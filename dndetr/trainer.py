@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from .checkpoint import save_checkpoint, write_json_atomic
 from .config import Config, to_dict
 from .console import Console
 from .criterion import Criterion
-from .data import TrainingData
+from .data.training import TrainingData
 from .evaluation import Evaluation, evaluate, postprocess, write_results
 from .models.build import build_model
 from .ops import PARTS, CostWeights, LossWeights
@@ -68,6 +69,17 @@ class Trainer:
         self.done = 0
         self.best: float | None = None
         self._checkpoint = checkpoint
+
+    def summary(self) -> str:
+        """One line: model, size, data, arithmetic."""
+        model, images = self.config.model, self.data.images
+        parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+        groups = self.config.denoising.groups
+        return (
+            f"{model.variant}, {parameters:.1f} M parameters, {len(self.data.classes)} classes, "
+            f"{images['train']:,} training and {images['val']:,} validation images, "
+            f"{groups} denoising groups, {self.device.type} {str(self.precision).removeprefix('torch.')}"
+        )
 
     def prepare(self) -> None:
         """Move the model to the device and make what surrounds it; restore all of it from the checkpoint, if any."""
@@ -144,6 +156,7 @@ class Trainer:
             batch = next(batches)
             if self.device.type == "cuda":
                 batch = batch.pin_memory().to(self.device)
+            batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
             waited = time.perf_counter() - waiting
             if self.done == 0:
                 self._draw_first_batch(batch)

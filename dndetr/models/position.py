@@ -48,5 +48,5 @@ def anchor_encoding(boxes: Tensor, channels: int) -> Tensor:
 
     boxes [..., 4] cxcywh (or [..., 2]) -> [..., 4 * channels] in the order y, x, w, h.
     """
-    order = [1, 0, 2, 3][: boxes.shape[-1]]
-    return _interleaved(boxes[..., order] * math.tau, channels, 10000.0).flatten(-2)
+    ordered = torch.cat((boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]), dim=-1)
+    return _interleaved(ordered * math.tau, channels, 10000.0).flatten(-2)

@@ -1,0 +1,123 @@
+"""Small detectors of every kind, and batches for them."""
+
+from dataclasses import replace
+
+import torch
+
+from dndetr.batch import Batch, Targets
+from dndetr.config import BackboneConfig, ModelConfig
+from dndetr.criterion import Criterion
+from dndetr.models.build import build_model
+from dndetr.optim import WeightAverage, build_optimizer, schedule_factor
+from dndetr.step import TrainStep
+
+CLASSES = 5
+_SMALL = ModelConfig(
+    variant="dn-detr",
+    width=32,
+    heads=4,
+    hidden=64,
+    encoder_layers=2,
+    decoder_layers=3,
+    queries=12,
+    activation="prelu",
+    backbone=BackboneConfig(blocks=(1, 1, 1, 1), planes=(8, 8, 16, 16), bottleneck=False),
+)
+_MULTI = replace(
+    _SMALL,
+    variant="dn-deformable-encoder",
+    activation="relu",
+    levels=4,
+    backbone=replace(_SMALL.backbone, outputs=(2, 3, 4)),
+)
+CONFIGS = {
+    "dn-detr": _SMALL,
+    "dn-detr-dc5-patterns": replace(_SMALL, patterns=3, backbone=replace(_SMALL.backbone, dilation=True)),
+    "dn-deformable-detr": replace(_MULTI, variant="dn-deformable-detr", position_shift=0.5),
+    "dn-deformable-encoder": _MULTI,
+    "dn-deformable-encoder-patterns": replace(_MULTI, patterns=2),
+    "batch-norm-from-scratch": replace(
+        _MULTI,
+        variant="dn-deformable-detr",
+        levels=2,
+        anchors="grid",
+        backbone=replace(_SMALL.backbone, norm="batch", stem="small", frozen=0, outputs=(2, 3)),
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32):
+    """The detector, the same weights every time."""
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[name], CLASSES)
+    return model if dtype == torch.float32 else model.to(dtype)  # fake tensors cannot be moved
+
+
+def emptied(model, device: str):
+    """The model with empty tensors on a device that is not there, where nothing can be copied to."""
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            empty = torch.empty(value.shape, device=device)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=value.requires_grad))
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device=device))
+    return model
+
+
+def empty_batch(device: str) -> Batch:
+    """Two images on a device that is not there."""
+    return Batch(
+        torch.empty(2, 3, 96, 128, device=device),
+        torch.empty(2, 2, dtype=torch.int64, device=device),
+        Targets(
+            torch.empty(2, 8, dtype=torch.int64, device=device),
+            torch.empty(2, 8, 4, device=device),
+            torch.empty(2, dtype=torch.int32, device=device),
+        ),
+        torch.empty(2, 2, dtype=torch.int64, device=device),
+        torch.empty(2, dtype=torch.int64, device=device),
+    )
+
+
+def make_targets(counts: list[int], slots: int, dtype=torch.float32, device="cpu") -> Targets:
+    """Random objects, the same for an image whatever the slots and the other images; values beyond counts are zero."""
+    labels = torch.zeros(len(counts), slots, dtype=torch.int64)
+    boxes = torch.zeros(len(counts), slots, 4, dtype=dtype)
+    for image, count in enumerate(counts):
+        generator = torch.Generator().manual_seed(100 + image)
+        labels[image, :count] = torch.randint(CLASSES, (count,), generator=generator)
+        values = torch.rand(count, 4, generator=generator, dtype=dtype)
+        boxes[image, :count] = torch.cat((0.3 + 0.4 * values[:, :2], 0.1 + 0.3 * values[:, 2:]), dim=-1)
+    return Targets(labels, boxes, torch.tensor(counts, dtype=torch.int32)).to(device)
+
+
+def make_batch(counts: list[int], slots: int, dtype=torch.float32, canvas=(96, 128)) -> Batch:
+    """Random images of different sizes on one canvas, zero outside, with their objects."""
+    height, width = canvas
+    images = torch.zeros(len(counts), 3, height, width, dtype=dtype)
+    sizes = torch.tensor([(height - 16 * (i % 3), width - 24 * (i % 2)) for i in range(len(counts))])
+    for image, (h, w) in enumerate(sizes.tolist()):
+        generator = torch.Generator().manual_seed(image)
+        images[image, :, :h, :w] = torch.randn(3, h, w, generator=generator, dtype=dtype)
+    return Batch(images, sizes, make_targets(counts, slots, dtype), sizes, torch.arange(len(counts)))
+
+
+def make_step(model, groups: int = 5, precision=torch.float32, lr: float = 1e-3, average=None) -> TrainStep:
+    """A whole training step around a model, with moving average (a new one by default) and schedule."""
+    optimizer = build_optimizer(model, lr)
+    factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
+    return TrainStep(
+        model.train(),
+        Criterion(),
+        optimizer,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        average or WeightAverage(model, 0.9),
+        classes=CLASSES,
+        groups=groups,
+        label_noise=0.2,
+        box_noise=0.4,
+        batch_active=False,
+        clip_norm=0.1,
+        precision=precision,
+        noise_generator=torch.Generator().manual_seed(0),
+    )

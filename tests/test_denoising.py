@@ -1,0 +1,173 @@
+"""The method: what a denoising query may depend on, and what must never depend on it."""
+
+import detectors
+import pytest
+import torch
+from torch.nn.functional import pad
+
+from dndetr.batch import Targets
+from dndetr.criterion import Criterion
+from dndetr.denoising import Noise, draw_noise, noised_queries
+from dndetr.ops import match, set_loss
+
+every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
+GROUPS = 3
+COUNTS = [3, 0, 6, 1]
+
+
+def fixed_noise(batch: int, slots: int, classes: int = detectors.CLASSES) -> Noise:
+    """Noise whose draws for a slot do not depend on the number of slots or images."""
+    draws = []
+    for image in range(batch):
+        generator = torch.Generator().manual_seed(7 + image)
+        largest = 64
+        flip, box = (torch.rand(GROUPS, largest, n, generator=generator, dtype=torch.float64) for n in (1, 4))
+        label = torch.randint(classes, (GROUPS, largest), generator=generator)
+        draws.append((flip[..., 0], label, box))
+    flip, label, box = (torch.stack(part)[:, :, :slots] for part in zip(*draws, strict=True))
+    return Noise(flip, label, box)
+
+
+def run(name: str, counts=COUNTS, slots: int = 8, only: int | None = None, batch_active: bool = False):
+    """A training forward in float64 on a fixed canvas -> predictions, targets; of one image alone with ``only``."""
+    model = detectors.build(name, dtype=torch.float64).eval()
+    batch = detectors.make_batch(counts, slots, torch.float64)
+    noise = fixed_noise(len(counts), slots)
+    images, sizes, targets = batch.images, batch.sizes, batch.targets
+    if only is not None:
+        one = slice(only, only + 1)
+        images, sizes, noise = images[one], sizes[one], Noise(*(part[one] for part in noise))
+        targets = Targets(targets.labels[one], targets.boxes[one], targets.counts[one])
+    noised = noised_queries(targets, noise, batch_active=batch_active)
+    with torch.no_grad():
+        return model(images, sizes, noised), targets
+
+
+def per_image(predictions, targets):
+    """Un-normalised loss terms of each image: [B, Y, 6]."""
+    terms = []
+    for image in range(len(targets.counts)):
+        one = slice(image, image + 1)
+        logits, boxes = predictions.logits[:, one], predictions.boxes[:, one]
+        alone = Targets(targets.labels[one], targets.boxes[one], targets.counts[one])
+        noised = predictions.layout.denoising
+        matches = match(logits[:, :, noised:], boxes[:, :, noised:], alone)
+        unit = torch.ones(2, dtype=logits.dtype)
+        terms.append(set_loss(logits, boxes, matches, predictions.layout, alone, unit, Criterion().weights)[1])
+    return torch.stack(terms)
+
+
+def live_rows(predictions, targets, image: int):
+    """Outputs of an image's live denoising queries, group by group, then of its matching queries."""
+    layout, count = predictions.layout, int(targets.counts[image])
+    rows = []
+    for x in (predictions.logits[:, image], predictions.boxes[:, image]):
+        noised = x[:, : layout.denoising].unflatten(1, (layout.groups, layout.slots))[:, :, :count].flatten(1, 2)
+        rows.append(torch.cat((noised, x[:, layout.denoising :]), dim=1).flatten())
+    return torch.cat(rows)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@every_model
+@pytest.mark.parametrize("slots", [6, 16, 64])
+def test_the_bucket_does_not_matter(name, slots):
+    small, targets = run(name, slots=8)
+    large, padded = run(name, slots=slots)
+    for image in range(len(COUNTS)):
+        close(live_rows(small, targets, image), live_rows(large, padded, image))
+    close(per_image(small, targets), per_image(large, padded))
+    close(Criterion()(small, targets).total, Criterion()(large, padded).total)
+
+
+@every_model
+def test_the_other_images_do_not_matter(name):
+    together, targets = run(name)
+    losses = per_image(together, targets)
+    for image in range(len(COUNTS)):
+        alone, own = run(name, only=image)
+        close(live_rows(together, targets, image), live_rows(alone, own, 0))
+        close(losses[image], per_image(alone, own)[0])
+
+
+def test_official_padding_does_depend_on_the_others():
+    """The quirk that the default leaves out; if this fails, the two settings are one."""
+    together, targets = run("dn-detr", batch_active=True)
+    alone, own = run("dn-detr", only=0, batch_active=True)
+    assert (live_rows(together, targets, 0) - live_rows(alone, own, 0)).abs().max() > 1e-6
+
+
+@every_model
+def test_matching_queries_do_not_see_the_ground_truth(name):
+    model = detectors.build(name, dtype=torch.float64).eval()
+    batch = detectors.make_batch(COUNTS, 8, torch.float64)
+    noise = fixed_noise(len(COUNTS), 8)
+    other = Targets((batch.targets.labels + 1) % detectors.CLASSES, 1 - batch.targets.boxes, batch.targets.counts)
+    outputs = []
+    with torch.no_grad():
+        for targets in (batch.targets, other):
+            predictions = model(batch.images, batch.sizes, noised_queries(targets, noise))
+            noised = predictions.layout.denoising
+            outputs.append((predictions.logits[:, :, noised:], predictions.boxes[:, :, noised:]))
+        outputs.append(model(batch.images, batch.sizes)[:2])
+    for changed in outputs[1:]:
+        close(outputs[0][0], changed[0])
+        close(outputs[0][1], changed[1])
+
+
+@every_model
+def test_groups_do_not_see_each_other(name):
+    model = detectors.build(name, dtype=torch.float64).eval()
+    batch = detectors.make_batch(COUNTS, 8, torch.float64)
+    noise = fixed_noise(len(COUNTS), 8)
+    order = torch.tensor([2, 0, 1])
+    permuted = Noise(*(part[:, order] for part in noise))
+    with torch.no_grad():
+        plain = model(batch.images, batch.sizes, noised_queries(batch.targets, noise))
+        turned = model(batch.images, batch.sizes, noised_queries(batch.targets, permuted))
+    for a, b in zip(plain[:2], turned[:2], strict=True):
+        grouped = a[:, :, : GROUPS * 8].unflatten(2, (GROUPS, 8))[:, :, order].flatten(2, 3)
+        close(grouped, b[:, :, : GROUPS * 8])
+        close(a[:, :, GROUPS * 8 :], b[:, :, GROUPS * 8 :])
+
+
+def test_padding_the_canvas_does_not_matter_to_the_encoder():
+    """dn-detr hides every padded pixel (group norm and strided levels of the other models see the padding)."""
+    model = detectors.build("dn-detr", dtype=torch.float64).eval()
+    width = model.projection.projections[0].in_channels
+    small = torch.randn(2, width, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sizes = torch.tensor([[96, 128], [96, 128]])
+    with torch.no_grad():
+        plain = model.encoder(model.projection([small], sizes, (96, 128)))
+        large = model.encoder(model.projection([pad(small, (0, 4, 0, 6), value=9.0)], sizes, (192, 192)))
+    close(plain.tokens[plain.valid], large.tokens[large.valid])
+
+
+def test_noise_is_what_the_paper_says():
+    targets = detectors.make_targets([8] * 64, 8)
+    noise = draw_noise(targets, 40, detectors.CLASSES, torch.Generator().manual_seed(0))
+    noised = noised_queries(targets, noise, label_noise=0.2, box_noise=0.4)
+    clean_labels, clean = targets.labels[:, None], targets.boxes[:, None]
+    changed = (noised.labels != clean_labels).double().mean()
+    assert abs(changed - 0.2 * (1 - 1 / detectors.CLASSES)) < 0.01  # a random label may be the right one
+    shift = (noised.boxes - clean)[..., :2] / (clean[..., 2:] / 2)
+    scale = noised.boxes[..., 2:] / clean[..., 2:]
+    assert shift.abs().max() <= 0.4 + 1e-5 and shift.abs().max() > 0.39
+    assert scale.min() >= 0.6 - 1e-5 and scale.max() <= 1.4 + 1e-5
+    assert noised.active.tolist() == [8] * 64 and noised.live.all()
+
+
+def test_without_noise_the_targets_come_back():
+    targets = detectors.make_targets([2, 0], 8)
+    noised = noised_queries(targets, draw_noise(targets, 2, detectors.CLASSES), 0.0, 0.0)
+    assert torch.equal(noised.labels, targets.labels[:, None].expand(-1, 2, -1))
+    close(noised.boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
+
+
+def test_no_objects_at_all_still_trains():
+    step = detectors.make_step(detectors.build("dn-detr"))
+    losses, norm = step(detectors.make_batch([0, 0], 8))
+    assert losses.total.isfinite() and norm.isfinite()
+    assert torch.equal(losses.parts[:, 1:], torch.zeros(3, 5))

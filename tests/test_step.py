@@ -1,0 +1,96 @@
+"""The whole training step: it learns, and it never makes the host wait for the device."""
+
+import subprocess
+import sys
+
+import detectors
+import pytest
+import torch
+
+every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
+
+
+# The sampling of the deformable models has no form for fake CUDA tensors; the next test covers them.
+@pytest.mark.parametrize("groups", [5, 0])
+@pytest.mark.parametrize("name", ["dn-detr", "dn-detr-dc5-patterns"])
+def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups):
+    model = detectors.emptied(detectors.build(name), "cuda")
+    step = detectors.make_step(model, groups)
+    step.noise_generator = None  # there is no generator of a fake device
+    batch = detectors.empty_batch("cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        predictions = model(batch.images, batch.sizes, step.noised(batch))
+    losses = step.criterion(predictions, batch.targets)
+    assert losses.total.device.type == "cuda" and losses.total.shape == ()
+    assert losses.parts.shape == (3, 6)
+
+
+def test_no_whole_step_asks_the_device_for_anything(root):
+    """Backward, clipping, AdamW and averaging too, on a device of its own kind: torch's CPU build cannot
+    differentiate fake CUDA tensors. In a process of its own, since a new kind of device is there to stay."""
+    command = [sys.executable, str(root / "tests" / "steps_on_a_fake_device.py"), *detectors.CONFIGS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [f"{name}:{groups}" for name in detectors.CONFIGS for groups in (5, 0)]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.sum().tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: (x > 0).nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu", non_blocking=True),
+    ],
+    ids=["item", "tolist", "bool", "boolean-index", "nonzero", "cpu", "to-cpu"],
+)
+def test_the_guard_sees_every_kind_of_wait(fake_cuda, wait):
+    with pytest.raises(Exception, match=r"waits|copies|data-dependent|DataDependent|item|not supported|Cannot"):
+        wait(torch.ones(3, device="cuda"))
+
+
+@every_model
+def test_the_loss_falls(name):
+    batch = detectors.make_batch([3, 5], 8)
+    step = detectors.make_step(detectors.build(name))
+    history = [step(batch)[0].total.item() for _ in range(25)]
+    assert all(map(torch.isfinite, map(torch.tensor, history)))
+    assert sum(history[-3:]) < 0.85 * sum(history[:3])
+
+
+def test_two_runs_are_bit_identical():
+    ends = []
+    for _ in range(2):
+        batch = detectors.make_batch([3, 5], 8)
+        model = detectors.build("dn-deformable-detr")
+        step = detectors.make_step(model)
+        for _ in range(3):
+            step(batch)
+        ends.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+@every_model
+def test_frozen_parts_stay_and_the_rest_moves(name):
+    model = detectors.build(name)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    step = detectors.make_step(model, lr=1e-2)
+    for _ in range(3):
+        step(detectors.make_batch([3, 5], 8))
+    for key, value in model.named_parameters():
+        assert torch.equal(value, before[key]) != value.requires_grad, key
+
+
+def test_the_average_lags_behind_and_counts():
+    model = detectors.build("batch-norm-from-scratch")
+    step = detectors.make_step(model, lr=1e-2)
+    weight, average = model.decoder.class_embed[0].weight, step.average.model.decoder.class_embed[0].weight
+    start = weight.detach().clone()
+    step(detectors.make_batch([3, 5], 8))
+    share = 1 - 2 / 11  # the first update's decay is (1 + 1) / (10 + 1)
+    torch.testing.assert_close(average, torch.lerp(start, weight.detach(), share))
+    steps = model.backbone.bn1.num_batches_tracked
+    assert step.average.model.backbone.bn1.num_batches_tracked == steps == 1
