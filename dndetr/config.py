@@ -1,5 +1,6 @@
 """Every setting of a run, as frozen dataclasses from which the command line is made; presets are in ``presets``."""
 
+import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -230,8 +231,8 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
-    return asdict(config)
+    """A configuration as plain JSON values: lists, not tuples."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def from_dict(values: dict[str, Any], kind: type = Config) -> Any:

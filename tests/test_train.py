@@ -1,0 +1,201 @@
+"""The train command, end to end on a few images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import goldens
+import pytest
+import torch
+
+from dndetr import train
+from dndetr.config import Config, from_dict, to_dict
+from dndetr.presets import PRESETS
+from dndetr.step import TrainStep
+from dndetr.trainer import Diverged, Trainer
+
+FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
+FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "best.pt",
+    "detections_val.json",
+    "curves.png",
+    "first_batch.png",
+    "predictions.png",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def rows(folder, event):
+    with open(folder / "metrics.jsonl") as file:
+        return [row for row in map(json.loads, file) if row["event"] == event]
+
+
+def test_a_run_leaves_what_the_documentation_promises():
+    folder = train.run(FEW)
+    assert folder.name == "tiny-1" and {path.name for path in folder.iterdir()} == FILES
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert {"model", "ema", "optimizer", "scheduler", "rng", "step", "epoch", "config", "classes"} <= set(saved)
+    assert (saved["step"], saved["epoch"]) == (6, 2)
+    assert saved["config"] == json.loads(json.dumps(saved["config"]))
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+    trained, evaluated, ended = (rows(folder, event) for event in ("train", "eval", "end"))
+    assert [row["step"] for row in trained] == [2, 3, 4, 6]
+    assert [row["epoch"] for row in evaluated] == [1, 2] and {"AP", "AP50", "AP75"} <= set(evaluated[0])
+    assert len(ended) == 1
+    for row in trained:
+        terms = [row[name] for name in ("label", "l1", "giou", "dn_label", "dn_l1", "dn_giou")]
+        assert row["loss"] == pytest.approx(row["matching"] + row["denoising"], rel=1e-4)
+        assert row["loss"] == pytest.approx(sum(terms), rel=1e-4)
+    results = json.loads((folder / "detections_val.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(results[0])
+    assert train.run(FEW).name == "tiny-2"
+
+
+def test_denoising_off_is_a_plain_switch():
+    folder = train.run([*FEW, "--denoising.groups", "0"])
+    assert all(row["denoising"] == 0 for row in rows(folder, "train"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.variant", "dn-detr", "--model.levels", "1", "--model.backbone.outputs", "3"],
+        ["--model.variant", "dn-deformable-encoder", "--model.patterns", "2"],
+        ["--model.backbone.norm", "group", "--model.levels", "3", "--optimizer.schedule", "multistep"],
+        ["--precision", "float32", "--optimizer.ema", "0", "--denoising.padding", "official"],
+        ["--precision", "bfloat16", "--model.anchors", "uniform", "--optimizer.schedule", "step"],
+    ],
+    ids=["dn-detr", "encoder-patterns", "group-norm", "float32", "bfloat16"],
+)
+def test_every_kind_of_model_trains(flags):
+    folder = train.run([*FEW, "--max-steps-per-epoch", "1", *flags])
+    assert [row["step"] for row in rows(folder, "train")] == [1, 2]
+
+
+def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(monkeypatch):
+    whole = train.run([*FEW, "--output", "whole"])
+    save = Trainer._save
+
+    def stop_after_saving(self, epoch):
+        save(self, epoch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", stop_after_saving)
+    assert train.main([*FEW, "--output", "stopped"]) == 130
+    monkeypatch.setattr(Trainer, "_save", save)
+    resumed = train.run(["--resume", "stopped", "--quiet"])
+    ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, resumed)]
+    for part in ("model", "ema"):
+        for name, value in ends[0][part].items():
+            assert torch.equal(value, ends[1][part][name]), name
+    compared = ("step", "loss", "grad_norm", "lr")
+    logs = [[[row[key] for key in compared] for row in rows(folder, "train")] for folder in (whole, resumed)]
+    assert logs[0] == logs[1]
+
+
+def test_resuming_a_finished_run_says_so(capsys):
+    train.run([*FEW, "--output", "done"])
+    assert train.main(["--resume", "done"]) == 0
+    assert "done is finished: 6 of 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "huge"], "--preset huge: choose one of tiny, small"),
+        (["--preset", "small"], "--preset small needs data: --data DIR"),
+        (["--resume", "nowhere"], "no checkpoint at nowhere"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["--device", "cuda"], "--device cuda: torch"),
+        (["--batch-size", "100"], "too few for a batch of 100"),
+    ],
+    ids=["preset", "no-data", "resume", "data", "init", "device", "batch"],
+)
+def test_mistakes_are_one_plain_line_and_leave_nothing(flags, message, tmp_path, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert train.main([*FEW, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_resume_refuses_to_change_the_run(capsys):
+    train.run([*FEW, "--output", "run"])
+    assert train.main(["--resume", "run", "--lr", "1"]) == 1
+    assert "leave out --lr" in capsys.readouterr().err
+
+
+def test_an_existing_output_is_never_overwritten(capsys):
+    train.run([*FEW, "--output", "run"])
+    before = {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+    assert train.main([*FEW, "--output", "run"]) == 1
+    assert "--resume run" in capsys.readouterr().err
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+
+
+def test_a_loss_that_is_not_finite_names_step_term_and_layer(monkeypatch):
+    def poisoned(self, batch):
+        losses, norm = original(self, batch)
+        losses.total.fill_(float("nan"))
+        losses.parts[1, 2] = float("nan")
+        return losses, norm
+
+    original = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    with pytest.raises(Diverged, match="not finite by step 2 .* giou of layer 2"):
+        train.run(FEW)
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dndetr.train", *FEW[:-1], "--max-steps-per-epoch", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(goldens.ROOT)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run folder: runs/tiny-1" in done.stdout and "circle" in done.stdout
+
+
+def test_real_data_with_pretrained_weights():
+    data = goldens.SHARED / "data" / "coco_tiny"
+    weights = goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"
+    if not (data.is_dir() and weights.is_file()):
+        pytest.skip(f"no data at {data} (set DNDETR_SHARED)")
+    flags = ["--preset", "small", "--data", str(data), "--init", str(weights), "--max-steps-per-epoch", "2"]
+    folder = train.run([*flags, "--epochs", "1", "--quiet"])
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert len(saved["classes"]) == 80 and saved["classes"][-1] == [90, "toothbrush"]
+    start = torch.load(weights, weights_only=True)
+    torch.testing.assert_close(saved["model"]["backbone.conv1.weight"], start["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_file(name):
+    config = PRESETS[name]()
+    assert isinstance(config, Config) and config.preset == name
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    flags = "epochs max-steps-per-epoch batch-size lr seed workers resume init output device data preset denoising.groups"
+    for flag in flags.split():
+        assert f"--{flag} " in text
