@@ -152,8 +152,8 @@ class OptimizerConfig:
 class ImagesConfig:
     """How images become canvases."""
 
-    recipe: Literal["official", "fixed"] = "official"
-    """Multi-scale resize and crop of DETR, or one canvas with flips, crops and colour changes for small data."""
+    recipe: Literal["official", "fixed", "original"] = "official"
+    """DETR's multi-scale resize and crop; one canvas with flips, crops and colours for small data; or own sizes."""
     sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """official: short sides to draw from in training."""
     eval_size: int = 800
@@ -163,7 +163,7 @@ class ImagesConfig:
     canvas: tuple[int, int] = (240, 320)
     """fixed: height and width that every image is resized to."""
     multiple: int = 64
-    """official: canvases are multiples of this many pixels."""
+    """official, original: canvases are multiples of this many pixels."""
     augment: bool = True
     """Augment the training images."""
     vertical_flip: bool = False

@@ -31,7 +31,7 @@ class Diverged(RuntimeError):
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one."""
+    """The device of that name; "auto" is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
+    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":

@@ -8,7 +8,7 @@ from ..config import Config
 from .coco import CocoDataset
 from .loader import build_loader
 from .shapes import ShapesDataset
-from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining
+from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Unresized
 
 # What an image costs in evaluation is small beside training, so its batches may be larger on small canvases.
 _EVAL_PIXELS = 50 * 128 * 128
@@ -63,6 +63,8 @@ def _transforms(config: Config):
         evaluation = FixedEvaluation(images.canvas)
         vflip = 0.5 if images.vertical_flip else 0.0
         return FixedTraining(images.canvas, vflip=vflip) if images.augment else evaluation, evaluation
+    if images.recipe == "original":
+        return Unresized(hflip=0.5 if images.augment else 0.0), Unresized()
     evaluation = OfficialEvaluation(images.eval_size, images.max_size)
     return OfficialTraining(images.sizes, images.max_size) if images.augment else evaluation, evaluation
 

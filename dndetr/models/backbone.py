@@ -126,9 +126,7 @@ class ResNet(nn.Module):
             for index in range(blocks[number - 1]):
                 # torchvision's dilated stage starts with the undilated block that used to carry the stride.
                 dilation = 2 if dilated and index else 1
-                layer.append(
-                    _Block(width, planes[number - 1], step if index == 0 else 1, dilation, expansion, norm)
-                )
+                layer.append(_Block(width, planes[number - 1], step if index == 0 else 1, dilation, expansion, norm))
                 width = planes[number - 1] * expansion
             self.add_module(f"layer{number}", nn.Sequential(*layer))
             if number in outputs:

@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
 
 def activation(name: str) -> nn.Module:
-    """"relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
+    """ "relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
     choices = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
     if name not in choices:
         raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(choices)}")

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
 from ..checkpoint import write_atomic
+from ..data.sample import denormalise
 from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _PAPER: Colour = (250, 250, 248)
 _GREY: Colour = (118, 122, 130)
@@ -23,17 +21,11 @@ _SHOWN_GROUPS = 3
 _LEGEND = 12  # classes; more names would push the pictures off the page
 
 
-def batch_images(
-    images: Tensor,
-    sizes: Tensor,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> list[Image.Image]:
+def batch_images(images: Tensor, sizes: Tensor) -> list[Image.Image]:
     """Normalised images [B, 3, H, W], cut to their valid sizes [B, 2] (height, width) -> RGB pictures."""
-    images = images.detach().float().cpu()
-    images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image[:h, :w].copy()) for image, (h, w) in zip(pixels, sizes.tolist(), strict=True)]
+    return [
+        Image.fromarray(denormalise(image[:, :h, :w])) for image, (h, w) in zip(images, sizes.tolist(), strict=True)
+    ]
 
 
 def draw_first_batch(
@@ -46,18 +38,15 @@ def draw_first_batch(
     noised_boxes: Tensor | None,
     noised_labels: Tensor | None,
     class_names: Sequence[str],
-    *,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
 ) -> None:
     """Up to 8 images of a batch: ground truth, then what the decoder is fed in the first denoising groups.
 
-    images [B, 3, H, W] normalised with mean and std; sizes [B, 2] valid (height, width); boxes [B, T, 4], labels
+    images [B, 3, H, W] normalised; sizes [B, 2] valid (height, width); boxes [B, T, 4], labels
     [B, T], counts [B] ground truth; noised_boxes [B, G, T, 4], noised_labels [B, G, T], or None without denoising. A
     noised box is dashed in the colour of the class it claims, and joined to the centre of its object; a flipped label
     reads "circle > star".
     """
-    pictures = batch_images(images[:8], sizes[:8], mean, std)
+    pictures = batch_images(images[:8], sizes[:8])
     groups = 0 if noised_boxes is None else noised_boxes.shape[1]
     shown = min(groups, _SHOWN_GROUPS)
     cell = 300 if shown else 360

@@ -17,9 +17,7 @@ def document(images=((40, 60), (50, 30)), boxes=((5.0, 6.0, 20.0, 10.0),), categ
         for b, box in enumerate(boxes)
     ]
     return {
-        "images": [
-            {"id": 11 + i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(images)
-        ],
+        "images": [{"id": 11 + i, "file_name": f"{i}.png", "height": h, "width": w} for i, (h, w) in enumerate(images)],
         "annotations": [{"id": 100 + i, **entry} for i, entry in enumerate(entries)],
         "categories": [{"id": number, "name": name} for number, name in categories],
     }
