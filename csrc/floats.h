@@ -44,7 +44,8 @@ template <>
 DNDETR_CONVERT BFloat16 narrow<BFloat16, float>(float x) {
   const std::uint32_t bits = bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {static_cast<std::uint16_t>(x == x ? rounded : 0x7fc0u)};
+  const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
+  return {static_cast<std::uint16_t>(number ? rounded : 0x7fc0u)};
 }
 template <>
 DNDETR_CONVERT Float16 narrow<Float16, float>(float x) {

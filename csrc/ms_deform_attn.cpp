@@ -42,7 +42,7 @@ struct Workspace {
   Real *offset, *weight, *reference;         // [column, query of the block]
   Real *right, *down, *seen, *corner, *dot;  // [sample (, corner), query of the block]
   Index* cell;                               // upper left corner
-  Real* row;                                 // one query's channels
+  Real *row, *partial;                       // one query's channels, and its dots, not yet summed
   std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
 
   Workspace(const DeformAttn& p, bool backward) {
@@ -58,7 +58,7 @@ struct Workspace {
     stride = (p.width + kLanes - 1) / kLanes * kLanes;
     const std::int64_t block = std::int64_t(p.levels) * p.points * kBlock, all = first * stride;
     const std::int64_t references = std::int64_t(p.levels) * p.reference_width * kBlock;
-    const std::int64_t total = all * (backward ? 2 : 1) + 15 * block + references + stride;
+    const std::int64_t total = all * (backward ? 2 : 1) + 16 * block + references + stride;
     memory.reset(std::aligned_alloc(kAlignment, (total + 1) * sizeof(Real) / kAlignment * kAlignment + kAlignment));
     if (!memory) throw std::bad_alloc();
     Real* next = static_cast<Real*>(memory.get());
@@ -75,6 +75,7 @@ struct Workspace {
     dot = take(4 * block);
     cell = reinterpret_cast<Index*>(take(block));
     row = take(stride);
+    partial = take(block);
     std::fill_n(cells, all, Real(0));
     std::fill_n(dot, 4 * block, Real(0));
     std::fill_n(row, stride, Real(0));

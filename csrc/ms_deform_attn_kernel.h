@@ -257,17 +257,32 @@ DNDETR_KERNEL void gather(const DeformAttn& p, const Workspace<Real>& s, int q, 
   for (int n = 0; n < N; ++n) at(s.row + channel + n * kLanes) = above[n] + below[n];
 }
 
+// Adds upper halves of a register to lower ones until a quad of lanes is left (or what the register has).
+template <class Real, int Lanes>
+struct Folded {
+  typedef Real Lower __attribute__((vector_size(Lanes / 2 * sizeof(Real)), may_alias));
+  template <class Whole>
+  static DNDETR_KERNEL void store(const Whole& x, Real* to) {
+    Lower low, high;
+    std::memcpy(&low, &x, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    Folded<Real, Lanes / 2>::store(low + high, to);
+  }
+};
 template <class Real>
-DNDETR_KERNEL Real sum(Reals<Real> x) {
-  Real total = x[0];
-  for (int l = 1; l < Registers<Real>::lanes; ++l) total += x[l];
-  return total;
-}
+struct Folded<Real, 4> {
+  template <class Whole>
+  static DNDETR_KERNEL void store(const Whole& x, Real* to) { std::memcpy(to, &x, sizeof x); }
+};
+template <class Real>
+struct Folded<Real, 2> : Folded<Real, 4> {};
 
 // N registers of channels of one query's gradient, backwards: spread to the corners, and dotted with each of them.
 template <int N, class Real>
 DNDETR_KERNEL void scatter(const DeformAttn& p, const Workspace<Real>& s, int q, int channel) {
-  constexpr int kLanes = Registers<Real>::lanes;
+  constexpr int kLanes = Registers<Real>::lanes, kPart = kLanes < 4 ? kLanes : 4;
+  const Real *const cells = s.cells + channel, *const corner = s.corner + q;
+  Real *const grads = s.grads + channel, *const partial = s.partial;
   Reals<Real> grad[N];
   for (int n = 0; n < N; ++n) grad[n] = at(s.row + channel + n * kLanes);
   int k = 0;
@@ -275,18 +290,24 @@ DNDETR_KERNEL void scatter(const DeformAttn& p, const Workspace<Real>& s, int q,
     const std::int64_t next_row = s.levels[l].row * s.stride;
     const std::int64_t corners[4] = {0, s.stride, next_row, next_row + s.stride};
     for (const int end = k + p.points; k < end; ++k) {
-      const std::int64_t cell = std::int64_t(s.cell[k * kBlock + q]) * s.stride + channel;
+      const std::int64_t cell = std::int64_t(s.cell[k * kBlock + q]) * s.stride;
       for (int c = 0; c < 4; ++c) {
         const std::int64_t place = cell + corners[c];
-        const int i = (k * 4 + c) * kBlock + q;
+        const Real weight = corner[(k * 4 + c) * kBlock];
         Reals<Real> dot{};
         for (int n = 0; n < N; ++n) {
-          dot += grad[n] * at(s.cells + place + n * kLanes);
-          at(s.grads + place + n * kLanes) += s.corner[i] * grad[n];
+          dot += grad[n] * at(cells + place + n * kLanes);
+          at(grads + place + n * kLanes) += weight * grad[n];
         }
-        s.dot[i] = (channel > 0 ? s.dot[i] : 0) + sum<Real>(dot);
+        Folded<Real, kLanes>::store(dot, partial + (k * 4 + c) * kPart);
       }
     }
+  }
+  Real* const dots = s.dot + q;
+  for (int i = 0; i < k * 4; ++i) {
+    Real sum = channel > 0 ? dots[i * kBlock] : 0;
+    for (int part = 0; part < kPart; ++part) sum += partial[i * kPart + part];
+    dots[i * kBlock] = sum;
   }
 }
 
