@@ -126,7 +126,7 @@ Kernels<Real> kernels_for(Simd simd) {
 // Calls run(image, head, workspace) for all of them, by a team of threads if it pays to wake one.
 template <class Real, class Run>
 void for_each_head(const DeformAttn& p, bool backward, int threads, const Run& run) {
-  constexpr double kWorkPerTeam = 2e6;
+  constexpr double kWorkPerTeam = 8e6;  // about a millisecond of one thread
   const int tasks = p.batch * p.heads;
   const double samples = double(tasks) * p.queries * p.levels * p.points;
   const int team = samples * 4 * p.width * (backward ? 3 : 1) > kWorkPerTeam ? std::min(threads, tasks) : 1;
