@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from . import _spinning  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
 from .presets import PRESETS
