@@ -317,7 +317,7 @@ class _Window:
             "images_per_second": round(self.images / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),
         }
-        if len(rates) > 1:
+        if len(set(rates)) > 1:
             about["lr_backbone"] = rates[1]
         means = self.sums / self.steps
         self._reset()

@@ -59,7 +59,8 @@ def model_config(golden: dict) -> ModelConfig:
         levels=meta["num_feature_levels"] if multi else 1,
         encoder_points=meta["enc_n_points"],
         decoder_points=meta["dec_n_points"],
-        activation=meta["activation"],
+        # The official deformable decoder has its ReLU hard-coded, whatever its flag says.
+        activation="relu" if variant == "dn-deformable-detr" else meta["activation"],
         temperature=tuple(float(t) for t in meta["pe_temperature"]),
         position_shift=0.5 if variant == "dn-deformable-detr" else 0.0,
     )

@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why: every op asks here, and ``python -m dndetr.doctor`` repeats the answers.
 
-An op registers its fast backends in order of preference; ``reference`` (plain torch, or scipy) is always there. What is
-asked for explicitly (argument, ``DNDETR_BACKEND_<OP>``, ``DNDETR_BACKEND``) runs or raises; only ``auto`` falls back.
+An op registers its fast backends in order of preference; ``reference`` (the specification in plain torch, or scipy) is
+always there, ``torch`` is plain torch arranged for speed. What is asked for explicitly (argument,
+``DNDETR_BACKEND_<OP>``, ``DNDETR_BACKEND``) runs or raises; only ``auto`` falls back.
 The first use of a fast backend compares it with the reference on a tiny case. Answers are kept for the process.
 """
 
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("auto", "reference", "cpp", "cuda", "triton")
+NAMES = ("auto", "reference", "torch", "cpp", "cuda", "triton")
 
 
 @dataclass(frozen=True)
 class Backend:
     """One fast implementation of an op.
 
-    ``devices`` are the device types ``auto`` takes it for; ``obstacle(device_type)`` says why it cannot run there, or
-    gives None; ``self_test(device_type)`` returns its largest error against the reference, sound up to ``tolerance``.
+    ``devices`` are the device types ``auto`` takes it for (none named: all); ``obstacle(device_type)`` says why it
+    cannot run there, or gives None; ``self_test(device_type)`` returns its largest error against the reference, sound up to ``tolerance``.
     """
 
     name: str
@@ -102,7 +103,7 @@ def _resolve(op: str, requested: str | None, device_type: str) -> tuple[str, str
         return name, f"asked for by {source}"
     problems = []
     for backend in _backends[op]:
-        if device_type not in backend.devices:
+        if backend.devices and device_type not in backend.devices:
             continue
         finding = _examine(op, backend, device_type)
         if finding.problem is None:

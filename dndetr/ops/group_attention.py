@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _backend
+
 
 class GroupLayout(NamedTuple):
     """Order of the queries: ``groups`` x ``slots`` denoising queries first, then ``matching`` queries (Python ints)."""
@@ -81,6 +83,7 @@ def _attend(scores: Tensor, v: Tensor) -> Tensor:
 def _group_attention_split(
     q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, active: Tensor | None, scale: float
 ) -> Tensor:
+    """The matching part as one attention, each group as one over its own keys and the matching ones."""
     groups, slots, matching = layout
     noised = layout.denoising
     if noised == 0:
@@ -110,7 +113,13 @@ def _group_attention_split(
 
 
 def group_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, active: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: GroupLayout,
+    active: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Attention of denoising and matching queries in which no group sees another and matching queries see no group.
 
@@ -122,4 +131,40 @@ def group_attention(
     if not (q.shape[:3] == k.shape[:3] == v.shape[:3]):
         raise ValueError(f"q, k, v must agree in [B, H, Q]: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _group_attention_split(q, k, v, layout, active, scale)
+    chosen, _ = _backend.choose("group_attention", backend, q.device.type)
+    attend = group_attention_reference if chosen == "reference" else _group_attention_split
+    return attend(q, k, v, layout, active, scale)
+
+
+# name: (groups, slots, matching), live slots of each image (None: all), heads, head width
+CASES = {
+    "tiny": ((2, 3, 4), (3, 1), 2, 8),
+    "no-groups": ((0, 0, 5), None, 2, 8),
+    "no-groups-but-slots": ((0, 8, 5), (3, 0), 2, 8),
+    "one-group": ((1, 8, 6), (8, 2), 2, 8),
+    "nothing-live": ((3, 4, 6), (0, 0), 2, 8),
+    "all-live": ((3, 4, 6), None, 2, 8),
+    "one-matching-query": ((2, 3, 1), (2, 3), 2, 8),
+    "no-matching-queries": ((2, 3, 0), (2, 0), 2, 8),
+    "demo": ((5, 8, 30), (8, 5, 0, 1), 4, 32),
+}
+
+
+def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(q, k, v, layout, active) of a case; q, k, v are strided views of one packed projection."""
+    layout, live, heads, width = CASES[name]
+    layout = GroupLayout(*layout)
+    batch = 2 if live is None else len(live)
+    draw = torch.Generator().manual_seed(seed)
+    packed = torch.randn(batch, layout.queries, 3, heads, width, generator=draw, dtype=torch.float64).to(dtype)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    return q, k, v, layout, None if live is None else torch.tensor(live, dtype=torch.int32)
+
+
+def _self_test(_device_type: str) -> float:
+    q, k, v, layout, active = make_case("tiny")
+    given = _group_attention_split(q, k, v, layout, active, 0.3)
+    return (given - group_attention_reference(q, k, v, layout, active, 0.3)).abs().max().item()
+
+
+_backend.register("group_attention", _backend.Backend("torch", (), lambda _: None, _self_test, tolerance=1e-5))

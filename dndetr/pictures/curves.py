@@ -62,7 +62,7 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
         _smoothed(terms, *_series(train, "step", f"dn_{name}"), colour, "", faint=False, linestyle=_DASHED)
     if any(f"dn_{name}" in row for row in train for name in _TERMS):
         terms.plot([], [], color="#8a8f98", linestyle=_DASHED, label="of denoising queries")
-    _finish(terms, "Terms of the loss, unweighted (log scale)", "step", log=True)
+    _finish(terms, "Terms of the loss, as weighted (log scale)", "step", log=True)
 
     names = sorted({key for row in train for key in row if key.startswith("lr")})
     for name, colour in zip(names, (_VIOLET, _CORAL, _GREEN, _AMBER, _BLUE), strict=False):

@@ -84,6 +84,8 @@ def test_every_layer(file, name, dtype):
 @both
 @every_case
 def test_matching(file, name, dtype):
+    if dtype == torch.float32 and not FILES[file]["cases"][name].get("fp32_official", {}).get("matcher_equal", True):
+        pytest.skip("the official matching is not the same in float32 either")
     _, _, _, losses = run(file, name, dtype)
     for layer, images in enumerate(FILES[file]["cases"][name]["matcher"]):
         for image, (queries, targets) in enumerate(images):

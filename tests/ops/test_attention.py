@@ -1,0 +1,107 @@
+"""Group attention and conditional attention against their references, forward and every gradient."""
+
+import pytest
+import torch
+
+from dndetr.ops import GroupLayout, conditional_attention, group_attention
+from dndetr.ops.conditional_attention import CASES as CONDITIONAL
+from dndetr.ops.conditional_attention import conditional_attention_reference
+from dndetr.ops.conditional_attention import make_case as conditional_case
+from dndetr.ops.group_attention import CASES as GROUPS
+from dndetr.ops.group_attention import group_attention_reference
+from dndetr.ops.group_attention import make_case as group_case
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def outputs(function, inputs, names, *rest):
+    """Result and named gradients of a weighted sum of it, in float64."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves, *rest)
+    if out.numel():
+        (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
+    found = {"out": out.detach().double()}
+    for name, leaf in zip(names, leaves, strict=True):
+        found[name] = torch.zeros_like(leaf).double() if leaf.grad is None else leaf.grad.double()
+    return found
+
+
+def compare(fast, reference, inputs, names, dtype, *rest):
+    """At most twice the reference's own error in ``dtype``, both against float64."""
+    exact = outputs(reference, [x.double() for x in inputs], names, *rest)
+    plain = outputs(reference, inputs, names, *rest)
+    ours = outputs(fast, inputs, names, *rest)
+    floor = 8 * torch.finfo(dtype).eps
+    for name, truth in exact.items():
+        assert ours[name].isfinite().all(), name
+        if truth.numel():
+            allowed = 2 * (plain[name] - truth).abs().max() + floor * truth.abs().max()
+            assert (ours[name] - truth).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", GROUPS)
+def test_group_attention(name, dtype):
+    q, k, v, layout, active = group_case(name, dtype)
+    compare(group_attention, group_attention_reference, (q, k, v), "qkv", dtype, layout, active)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_inactive_slots_are_zero_and_silent(name):
+    q, k, v, layout, active = group_case(name)
+    if active is None:
+        active = torch.full((2,), layout.slots, dtype=torch.int32)
+    found = outputs(group_attention, (q, k, v), "qkv", layout, active)
+    dead = ~layout.slot_alive(active)
+    for name in ("out", "q", "k", "v"):
+        assert not found[name][:, :, : layout.denoising].transpose(1, 2)[dead].any(), name
+
+
+def test_a_group_sees_itself_and_the_matching_part_only():
+    layout = GroupLayout(2, 2, 3)
+    v = torch.eye(7).expand(1, 1, 7, 7)
+    weights = group_attention(torch.zeros(1, 1, 7, 4), torch.zeros(1, 1, 7, 4), v, layout)[0, 0]
+    seen = weights > 0
+    assert torch.equal(seen, ~layout.blocked())
+    assert seen[0].tolist() == [True, True, False, False, True, True, True]
+    assert seen[6].tolist() == [False, False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_conditional_attention(name, dtype):
+    *inputs, valid = conditional_case(name, dtype)
+    names = ("q_content", "q_position", "k_content", "k_position", "v")
+    compare(conditional_attention, conditional_attention_reference, inputs, names, dtype, valid)
+
+
+def test_an_image_without_valid_keys_gives_zeros():
+    *inputs, valid = conditional_case("nothing-valid")
+    assert not conditional_attention(*inputs, valid)[0].any()
+
+
+@pytest.mark.parametrize("function", [group_attention, conditional_attention])
+def test_compiles_without_a_graph_break(function):
+    inputs = group_case("tiny") if function is group_attention else conditional_case("tiny")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+def test_wrong_sizes_are_named():
+    q, k, v, layout, active = group_case("tiny")
+    with pytest.raises(ValueError, match="describes 10"):
+        group_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], layout, active)
+    with pytest.raises(ValueError, match="must agree"):
+        group_attention(q, k[:, :, 1:], v, layout, active)
+    *inputs, valid = conditional_case("tiny")
+    inputs[2] = inputs[2][:, :, 1:]
+    with pytest.raises(ValueError, match="keys and values"):
+        conditional_attention(*inputs, valid)
+
+
+def test_the_reference_can_be_asked_for():
+    q, k, v, layout, active = group_case("demo")
+    expected = group_attention_reference(q, k, v, layout, active)
+    assert torch.equal(group_attention(q, k, v, layout, active, backend="reference"), expected)
+    with pytest.raises(ValueError, match="no backend 'cpp'"):
+        group_attention(q, k, v, layout, active, backend="cpp")
