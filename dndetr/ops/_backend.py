@@ -24,7 +24,8 @@ class Backend:
     """One fast implementation of an op.
 
     ``devices`` are the device types ``auto`` takes it for (none named: all); ``obstacle(device_type)`` says why it
-    cannot run there, or gives None; ``self_test(device_type)`` returns its largest error against the reference, sound up to ``tolerance``.
+    cannot run there, or gives None; ``self_test(device_type)`` returns its largest error against the reference, sound
+    up to ``tolerance``.
     """
 
     name: str
