@@ -212,6 +212,8 @@ class Config:
     """Detections kept per image (COCO scores at most 100)."""
     log_every: int = 20
     """Steps from one row of metrics.jsonl to the next."""
+    checkpoint_every: int | None = None
+    """Also save after every so many steps, not only after every epoch."""
     quiet: bool = False
     """Print nothing but errors."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -226,6 +228,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
         if self.max_steps_per_epoch is not None and self.max_steps_per_epoch < 1:
             raise ValueError(f"--max-steps-per-epoch {self.max_steps_per_epoch}: give 1 or more")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"--checkpoint-every {self.checkpoint_every}: give 1 or more")
         if self.lr <= 0:
             raise ValueError(f"--lr {self.lr}: give a positive number")
 

@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> Path:
     from .data.training import TrainingData
     from .initialise import initialise
     from .runlog import claim_output, new_run_folder
-    from .trainer import Trainer
+    from .trainer import Stopped, Trainer
 
     data = TrainingData(config)
     trainer = Trainer(config, data, checkpoint)
@@ -90,7 +90,11 @@ def run(arguments: Sequence[str]) -> Path:
             console.message(note)
         console.classes(data.classes, data.class_counts)
     trainer.prepare()
-    trainer.fit(folder)
+    try:
+        trainer.fit(folder)
+    except Stopped as stopped:
+        print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
     return folder
 
 
@@ -101,9 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -1,6 +1,6 @@
 """The training run: data, model and step put together, evaluated, logged, drawn and saved."""
 
-import math
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from .batch import Batch
 from .checkpoint import save_checkpoint, write_json_atomic
 from .config import Config, to_dict
 from .console import Console
-from .criterion import Criterion
+from .criterion import Criterion, Losses
 from .data.training import TrainingData
 from .evaluation import Evaluation, evaluate, postprocess, write_results
 from .models.build import build_model
@@ -27,7 +27,15 @@ _PICTURED = 12  # validation images in predictions.png
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or its gradient, is no longer a number."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; it was saved and can be resumed."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
+        self.number = number
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,6 +76,8 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.done = 0
         self.best: float | None = None
+        self._window = _Window()
+        self._signal: int | None = None
         self._checkpoint = checkpoint
 
     def summary(self) -> str:
@@ -123,7 +133,25 @@ class Trainer:
         )
 
     def fit(self, folder: Path) -> dict:
-        """Train to the configured end, writing into ``folder`` -> the last evaluation's metrics."""
+        """Train to the configured end, writing into ``folder`` -> the last evaluation's metrics.
+
+        Raises Diverged, with the last good checkpoint left as it is, and Stopped after SIGINT or SIGTERM, with all
+        steps so far saved.
+        """
+        handlers = {number: signal.signal(number, self._note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._fit(folder)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _note_signal(self, number: int, _frame) -> None:
+        """Only noted here, and heeded between two steps; a second one does not wait."""
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _fit(self, folder: Path) -> dict:
         config = self.config
         self.folder, self.log, self.readback = folder, RunLog(folder), Readback()
         if self._checkpoint is None:
@@ -139,6 +167,8 @@ class Trainer:
                 if last or (epoch + 1) % config.evaluate_every == 0:
                     metrics = self._evaluate(epoch + 1, loss)
                 self._save(epoch + 1)
+                if self._signal is not None and not last:
+                    raise Stopped(self._signal, self.done)
             seconds = time.perf_counter() - started
             self.log.write("end", self.done, epoch=config.epochs, seconds=round(seconds, 1), AP=metrics.get("AP"))
             self._draw_predictions(metrics)
@@ -148,12 +178,14 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> float | None:
         """One epoch, or what is left of it -> the last logged loss."""
         self.model.train()
-        window = _Window(self.device)
+        window = self._window
+        window.restart_clock()
         first = self.done - epoch * self.steps_per_epoch
         batches = iter(self.data.training(epoch, first))
         for _ in range(first, self.steps_per_epoch):
             waiting = time.perf_counter()
             batch = next(batches)
+            ids = batch.ids.tolist()
             if self.device.type == "cuda":
                 batch = batch.pin_memory().to(self.device)
             batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
@@ -162,11 +194,18 @@ class Trainer:
                 self._draw_first_batch(batch)
             losses, norm = self.step(batch)
             self.done += 1
-            window.add(losses.total, losses.parts, norm, len(batch.ids), waited)
-            if self.done % self.config.log_every == 0 or self.done % self.steps_per_epoch == 0:
+            window.add(losses, norm, ids, waited)
+            ended = self.done % self.steps_per_epoch == 0
+            if ended or self.done % self.config.log_every == 0:
                 self.readback.send(*window.close(self.done, epoch + 1, self.scheduler.get_last_lr()))
             shown = self._write_rows()
-            self.console.advance(len(batch.ids), waited, shown)
+            self.console.advance(len(ids), waited, shown)
+            if not ended:  # after the last step comes the evaluation, and then the checkpoint
+                every = self.config.checkpoint_every
+                if self._signal is not None or (every is not None and self.done % every == 0):
+                    self._save(epoch)
+                if self._signal is not None:
+                    raise Stopped(self._signal, self.done)
         self._write_rows(wait=True)
         return self._loss
 
@@ -175,10 +214,10 @@ class Trainer:
         weights = self.step.criterion.weights
         coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
         row = None
-        for values, about in self.readback.receive(wait):
-            total, norm, parts = values[0].item(), values[1].item(), values[2:].view(-1, len(PARTS))
-            if not math.isfinite(total):
-                raise Diverged(_diagnosis(parts, about))
+        for values, (ids, about) in self.readback.receive(wait):
+            _demand_finite(values, ids, about["step"])
+            mean = values.mean(0)
+            total, norm, parts = mean[0].item(), mean[1].item(), mean[2:].view(-1, len(PARTS))
             terms = (parts * coefficients).sum(0)
             row = {
                 "loss": total,
@@ -230,6 +269,10 @@ class Trainer:
         }
 
     def _save(self, epoch: int) -> None:
+        self._write_rows(wait=True)
+        window = self._window.state()
+        if window["values"]:
+            _demand_finite(torch.stack(window["values"]), window["ids"], self.done)
         rng = {"noise": self.step.noise_generator.get_state(), "torch": torch.get_rng_state()}
         state = {
             "optimizer": self.step.optimizer.state_dict(),
@@ -237,6 +280,7 @@ class Trainer:
             "ema_updates": 0 if self.average is None else self.average.updates,
             "rng": rng,
             "best": self.best,
+            "window": window,
         }
         save_checkpoint(self.folder / "checkpoint.pt", self._weights(epoch) | state)
 
@@ -250,6 +294,7 @@ class Trainer:
         self.step.noise_generator.set_state(checkpoint["rng"]["noise"])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
+        self._window.restore(checkpoint["window"], self.device)
 
     def _draw_first_batch(self, batch: Batch) -> None:
         """Ground truth and the very noise that the first step is about to draw."""
@@ -290,50 +335,60 @@ class Trainer:
 
 
 class _Window:
-    """Sums of the losses since the last log row, kept on the device."""
+    """Losses of the steps since the last log row, kept on the device."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._reset()
+    def __init__(self):
+        self.values: list[Tensor] = []
+        self.ids: list[list[int]] = []
+        self.waited, self.started = 0.0, time.perf_counter()
 
-    def _reset(self) -> None:
-        self.sums: Tensor | None = None
-        self.steps, self.images, self.waited, self.started = 0, 0, 0.0, time.perf_counter()
-
-    def add(self, total: Tensor, parts: Tensor, norm: Tensor, images: int, waited: float) -> None:
-        values = torch.cat((total.reshape(1), norm.reshape(1), parts.flatten()))
-        self.sums = values if self.sums is None else self.sums + values
-        self.steps += 1
-        self.images += images
+    def add(self, losses: Losses, norm: Tensor, ids: list[int], waited: float) -> None:
+        """One more step: total, gradient norm and parts, one vector on the device; ids of its images."""
+        self.values.append(torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten())))
+        self.ids.append(ids)
         self.waited += waited
 
-    def close(self, step: int, epoch: int, rates: list[float]) -> tuple[Tensor, dict]:
-        """Means on the device, and what the host knows about them; starts a new window."""
+    def close(self, step: int, epoch: int, rates: list[float]) -> tuple[Tensor, tuple[list[list[int]], dict]]:
+        """All steps' values on the device, their images, and what the host knows of them; starts a new window."""
         seconds = time.perf_counter() - self.started
         about = {
             "step": step,
             "epoch": epoch,
             "lr": rates[0],
-            "images_per_second": round(self.images / seconds, 2),
+            "images_per_second": round(sum(map(len, self.ids)) / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),
         }
         if len(set(rates)) > 1:
             about["lr_backbone"] = rates[1]
-        means = self.sums / self.steps
-        self._reset()
-        return means, about
+        values, ids = torch.stack(self.values), self.ids
+        self.__init__()
+        return values, (ids, about)
+
+    def restart_clock(self) -> None:
+        """Evaluation and drawing are not training time."""
+        self.waited, self.started = 0.0, time.perf_counter()
+
+    def state(self) -> dict:
+        """What a run resumed from here needs to log the same numbers."""
+        return {"values": [value.cpu() for value in self.values], "ids": self.ids}
+
+    def restore(self, state: dict, device: torch.device) -> None:
+        """The inverse of ``state``."""
+        self.values, self.ids = [value.to(device) for value in state["values"]], list(state["ids"])
 
 
-def _diagnosis(parts: Tensor, about: dict) -> str:
-    bad = [
-        f"{name} of layer {layer + 1}"
-        for layer, row in enumerate(parts.tolist())
-        for name, value in zip(PARTS, row, strict=True)
-        if not math.isfinite(value)
-    ]
-    return (
-        f"the loss is not finite by step {about['step']} (epoch {about['epoch']}): {', '.join(bad[:6])}; "
-        "the last checkpoint is intact; try a lower --lr, a longer --optimizer.warmup or --precision float32"
+def _demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> None:
+    """Diverged, with step, terms, layers and images, if a loss or gradient norm [steps, 2 + Y * 6] is not finite."""
+    bad = ~values[:, :2].isfinite().all(1)
+    if not bad.any():
+        return
+    row = int(bad.nonzero()[0])
+    parts = values[row, 2:].view(-1, len(PARTS))
+    terms = [f"{PARTS[term]} of layer {layer + 1}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
+    raise Diverged(
+        f"the loss is not finite at step {last_step - len(values) + 1 + row}: {', '.join(terms[:6]) or 'the gradient'} "
+        f"(image ids {', '.join(map(str, ids[row][:16]))}); the last checkpoint is intact; "
+        "try a lower --lr, a longer --optimizer.warmup or --precision float32"
     )
 
 

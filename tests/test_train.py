@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from dndetr import train
 from dndetr.config import Config, from_dict, to_dict
+from dndetr.console import Console
 from dndetr.presets import PRESETS
 from dndetr.step import TrainStep
-from dndetr.trainer import Diverged, Trainer
+from dndetr.trainer import Diverged
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
 FILES = {
@@ -82,17 +84,23 @@ def test_every_kind_of_model_trains(flags):
     assert [row["step"] for row in rows(folder, "train")] == [1, 2]
 
 
-def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(monkeypatch):
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
+def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(monkeypatch, stop_after):
+    """Stopped by a signal in the middle of an epoch, of a log window, or at an epoch's end."""
     whole = train.run([*FEW, "--output", "whole"])
-    save = Trainer._save
+    advance = Console.advance
 
-    def stop_after_saving(self, epoch):
-        save(self, epoch)
-        raise KeyboardInterrupt
+    def signal_then_advance(self, *arguments):
+        advance(self, *arguments)
+        if self._step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_save", stop_after_saving)
-    assert train.main([*FEW, "--output", "stopped"]) == 130
-    monkeypatch.setattr(Trainer, "_save", save)
+    monkeypatch.setattr(Console, "advance", signal_then_advance)
+    with pytest.raises(SystemExit) as end:
+        train.main([*FEW, "--output", "stopped"])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert torch.load("stopped/checkpoint.pt", weights_only=True)["step"] == stop_after
+    monkeypatch.setattr(Console, "advance", advance)
     resumed = train.run(["--resume", "stopped", "--quiet"])
     ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, resumed)]
     for part in ("model", "ema"):
@@ -148,14 +156,16 @@ def test_an_existing_output_is_never_overwritten(capsys):
 def test_a_loss_that_is_not_finite_names_step_term_and_layer(monkeypatch):
     def poisoned(self, batch):
         losses, norm = original(self, batch)
-        losses.total.fill_(float("nan"))
-        losses.parts[1, 2] = float("nan")
+        if self.scheduler.last_epoch == 5:
+            losses.total.fill_(float("nan"))
+            losses.parts[1, 2] = float("nan")
         return losses, norm
 
     original = TrainStep.__call__
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
-    with pytest.raises(Diverged, match=r"not finite by step 2 .* giou of layer 2"):
-        train.run(FEW)
+    with pytest.raises(Diverged, match=r"not finite at step 5: giou of layer 2 \(image ids \d+, \d+, \d+, \d+\)"):
+        train.run([*FEW, "--checkpoint-every", "5"])
+    assert torch.load("runs/tiny-1/checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_the_module_runs_as_a_program(tmp_path):
