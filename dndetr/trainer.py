@@ -156,7 +156,10 @@ class Trainer:
         self.folder, self.log, self.readback = folder, RunLog(folder), Readback()
         if self._checkpoint is None:
             write_json_atomic(folder / "config.json", to_dict(config), indent=2)
+            self._save(0)  # from here on the run can be resumed whatever happens
         else:
+            for left_by_a_kill in folder.glob(".*.tmp"):
+                left_by_a_kill.unlink()
             self.log.truncate_to(self.done)
         started = time.perf_counter()
         metrics: dict = {}
@@ -330,7 +333,13 @@ class Trainer:
         names = [name for _, name in self.data.classes]
         shown = slice(_PICTURED)
         draw_predictions(
-            self.folder / "predictions.png", pictures[shown], detections[shown], truths[shown], names, caption=caption
+            self.folder / "predictions.png",
+            pictures[shown],
+            detections[shown],
+            truths[shown],
+            names,
+            0.35,
+            caption=caption,
         )
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import goldens
@@ -109,6 +110,31 @@ def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(monkeypatch,
     compared = ("step", "loss", "grad_norm", "lr")
     logs = [[[row[key] for key in compared] for row in rows(folder, "train")] for folder in (whole, resumed)]
     assert logs[0] == logs[1]
+
+
+def test_kills_at_any_moment_lose_nothing(tmp_path):
+    whole = train.run([*FEW, "--output", "whole"])
+    environment = {**os.environ, "PYTHONPATH": str(goldens.ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "dndetr.train"]
+    command = [*FEW, "--output", "killed", "--checkpoint-every", "2"]
+    # Killed as soon as a file appears or changes: at the start, within an epoch, in the middle of writing.
+    for watched in ("checkpoint.pt", "metrics.jsonl", "best.pt"):
+        path = tmp_path / "killed" / watched
+        before = path.stat().st_mtime_ns if path.exists() else None
+        process = subprocess.Popen([*program, *command], env=environment, stderr=subprocess.PIPE)
+        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        command = ["--resume", "killed", "--quiet"]
+    done = subprocess.run([*program, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == FILES
+    ends = [torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["ema"] for folder in (whole, "killed")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    logs = [[(row["step"], row["loss"]) for row in rows(Path(folder), "train")] for folder in (whole, "killed")]
+    assert logs[0] == logs[1]
+    assert [row["epoch"] for row in rows(Path("killed"), "eval")] == [1, 2]
 
 
 def test_resuming_a_finished_run_says_so(capsys):
