@@ -93,6 +93,11 @@ def coco_evaluate(ground_truth: dict, results: list[dict], image_ids: Iterable[i
     ``coco_results``; image_ids: the images to score (default: all) -> the twelve numbers of ``STATISTICS`` and
     ``classes``, the AP of each class by name. In [0, 1]; None where nothing could be measured (no such objects).
     """
+    return metrics_of(coco_referee(ground_truth, results, image_ids))
+
+
+def coco_referee(ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None) -> COCOeval:
+    """pycocotools' evaluation, done, for what ``coco_evaluate`` does not give; arguments as there."""
     truth = _index(ground_truth["images"], ground_truth["categories"], map(_completed, ground_truth["annotations"]))
     unknown = {result["image_id"] for result in results} - truth.imgs.keys()
     if unknown:
@@ -105,14 +110,29 @@ def coco_evaluate(ground_truth: dict, results: list[dict], image_ids: Iterable[i
         referee.evaluate()
         referee.accumulate()
         referee.summarize()
-    metrics = {name: _measured(value) for name, value in zip(STATISTICS, referee.stats, strict=True)}
-    precision = referee.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes], all areas, 100 detections
-    metrics["classes"] = {}
+    return referee
+
+
+def precision_by_class(referee: COCOeval) -> dict[str, np.ndarray]:
+    """Precision at IoU 0.5 to 0.95 (rows) and recall 0 to 1 by hundredths, all areas, best 100, by class name.
+
+    -> [10, 101] each, -1 throughout for classes without objects.
+    """
+    curves = {}
     for column, category_id in enumerate(referee.params.catIds):
-        values = precision[:, :, column]
-        name = truth.cats[category_id]["name"]
-        key = f"{name} ({category_id})" if name in metrics["classes"] else name
-        metrics["classes"][key] = _measured(values[values > -1].mean()) if (values > -1).any() else None
+        name = referee.cocoGt.cats[category_id]["name"]
+        key = f"{name} ({category_id})" if name in curves else name
+        curves[key] = referee.eval["precision"][:, :, column, 0, -1]
+    return curves
+
+
+def metrics_of(referee: COCOeval) -> dict:
+    """The result of ``coco_evaluate``."""
+    metrics = {name: _measured(value) for name, value in zip(STATISTICS, referee.stats, strict=True)}
+    metrics["classes"] = {
+        name: _measured(values[values > -1].mean()) if (values > -1).any() else None
+        for name, values in precision_by_class(referee).items()
+    }
     return metrics
 
 
@@ -128,6 +148,17 @@ def evaluate(
     predict: batch -> logits [B, N, K], boxes [B, N, 4]; ground_truth: COCO dict; classes: (category id, name) in label
     order; keep: detections per image -> Evaluation. An image that comes twice (a sampler that pads) counts once.
     """
+    results, image_ids = detect(predict, batches, classes, keep)
+    return Evaluation(coco_evaluate(ground_truth, results, image_ids), results, image_ids)
+
+
+def detect(
+    predict: Callable[[Batch], tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
+    classes: Sequence[tuple[int, str]],
+    keep: int = 100,
+) -> tuple[list[dict], list[int]]:
+    """COCO results of a model and the ids of the images, ascending; arguments as for ``evaluate``."""
     results, seen = [], set()
     for batch in batches:
         logits, boxes = predict(batch)
@@ -140,8 +171,7 @@ def evaluate(
                 rows.append(row)
         fresh = Detections(*(field[rows] for field in detections))
         results += coco_results(fresh, [image_ids[row] for row in rows], classes)
-    image_ids = sorted(seen)
-    return Evaluation(coco_evaluate(ground_truth, results, image_ids), results, image_ids)
+    return results, sorted(seen)
 
 
 def _completed(annotation: dict) -> dict:

@@ -1,59 +1,145 @@
 """Starting weights from a file: our checkpoints, official DN-DETR and DAB-DETR files, torchvision's ResNets."""
 
+import argparse
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint
+from .classes import Classes, listed, match_classes
 from .models.official import from_official
+
+_CLASS_HEAD = re.compile(r"decoder\.class_embed\.(\d+\.)?(weight|bias)")
+_LABEL_TABLE = "queries.label_enc.weight"
+
+
+class Source(NamedTuple):
+    """What a file holds: tensors under our names, and whose rows those of its class heads are.
+
+    classes: (category id, name) of every row; for official files, whose rows are category ids without names, only
+    their number; None where the file does not say.
+    """
+
+    weights: dict[str, Tensor]
+    classes: Classes | int | None
 
 
 class Initialised(NamedTuple):
-    """What became of the names: taken from the file, left as they were (missing there), of another shape, unused."""
+    """What became of a file's weights.
+
+    kept: names of tensors taken from it; remade: names of those that it does not have, or in another shape, and which
+    therefore start as in a new model; ignored: names in the file that the model does not have; found, absent: classes
+    whose rows were taken, and those that start anew (both empty where the rows were not looked up).
+    """
 
     kept: list[str]
-    missing: list[str]
-    reshaped: list[str]
-    unused: list[str]
+    remade: list[str]
+    ignored: list[str]
+    found: list[str]
+    absent: list[str]
 
     def __str__(self) -> str:
-        text = f"{len(self.kept)} tensors taken, {len(self.missing)} not in the file"
-        if self.reshaped:
-            text += f", {len(self.reshaped)} of another shape left out ({', '.join(self.reshaped[:3])}, ...)"
-        if self.unused:
-            text += f", {len(self.unused)} in the file unused ({', '.join(self.unused[:3])}, ...)"
+        text = f"kept {len(self.kept)} tensors"
+        if self.found or self.absent:
+            text += f" and the classes {listed(self.found)}" if self.found else " and no class"
+        if self.absent:
+            text += f"; classes made anew: {listed(self.absent)}"
+        for what, names in (("re-made", self.remade), ("ignored", self.ignored)):
+            if names:
+                text += f"; {what} {len(names)}: {listed(names, 3)}"
         return text
 
 
-def weights_in(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file under our names; the moving average where a checkpoint has one."""
-    state = load_checkpoint(path, needs=())
-    state = state.get("ema") or state.get("model") or state
-    state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-    if any(name.startswith("transformer.") for name in state):
-        return from_official(state)
-    if "conv1.weight" in state:
-        return {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
-    return state
+def read_weights(path: str | Path) -> Source:
+    """The weights in a file; the moving average where a checkpoint has one. Runs no code that the file may hold."""
+    # Official files keep their command line in one; as a plain bag of values it is harmless.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = load_checkpoint(path, needs=())
+    state = content.get("ema") or content.get("model") or content
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} has a {type(state).__name__} where its weights should be, not a dict of tensors")
+    weights = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    if any(name.startswith("transformer.") for name in weights):
+        weights = from_official(weights)
+        rows = {len(value) for name, value in weights.items() if _CLASS_HEAD.fullmatch(name)}
+        return Source(weights, rows.pop() if len(rows) == 1 else None)
+    if "conv1.weight" in weights:
+        return Source({f"backbone.{n}": value for n, value in weights.items() if not n.startswith("fc.")}, None)
+    classes = content.get("classes") if "model" in content else None
+    return Source(weights, None if classes is None else [(number, name) for number, name in classes])
 
 
-def initialise(model: nn.Module, path: str | Path) -> Initialised:
-    """Copy into ``model`` every tensor of the file that fits by name and shape.
+def initialise(model: nn.Module, path: str | Path, classes: Classes) -> Initialised:
+    """Copy into ``model`` every tensor of the file that fits by name and shape; rows of the class heads by class.
 
-    ValueError if none does, since training would then silently start from random weights.
+    classes: (category id, name) of the model, in label order. They are looked up by name in our checkpoints, by
+    category id in official files, whose heads have a row for every id. ValueError if nothing fits, or the backbone
+    does not, since training would then silently start from random weights.
     """
-    state = weights_in(path)
+    source = read_weights(path)
     own = model.state_dict()
-    kept = [name for name in own if name in state and state[name].shape == own[name].shape]
-    report = Initialised(
-        kept,
-        missing=[name for name in own if name not in state],
-        reshaped=[name for name in own if name in state and state[name].shape != own[name].shape],
-        unused=[name for name in state if name not in own],
-    )
-    if not kept:
-        found = ", ".join(list(state)[:3]) or "no tensors"
-        raise ValueError(f"--init {path}: nothing in this file fits the model (it has {found}, ...)")
-    model.load_state_dict({name: state[name] for name in kept}, strict=False)
-    return report
+    _check_backbone(path, own, source.weights)
+    places = _places(classes, source.classes)
+    taken, remade = {}, []
+    for name, value in own.items():
+        there = source.weights.get(name)
+        by_class = places is not None and (_CLASS_HEAD.fullmatch(name) or name == _LABEL_TABLE)
+        if there is not None and by_class and there.shape[1:] == value.shape[1:]:
+            taken[name] = _rows_by_class(value, there, places, name == _LABEL_TABLE)
+        elif there is not None and there.shape == value.shape:
+            taken[name] = there
+        elif there is not None:
+            remade.append(f"{name} ({_shape(there)} there, {_shape(value)} here)")
+        elif not _is_counter(name):
+            remade.append(name)
+    if not taken:
+        found = listed(list(source.weights), 3) or "no tensors"
+        raise ValueError(f"{path}: nothing in this file fits the model (it has {found})")
+    model.load_state_dict(taken, strict=False)
+    ignored = [name for name in source.weights if name not in own and not _is_counter(name)]
+    found, absent = [], []
+    for (number, name), place in zip(classes, places or (), strict=False):
+        (absent if place is None else found).append(f"{name} ({number})" if isinstance(source.classes, int) else name)
+    return Initialised(list(taken), remade, ignored, found, absent)
+
+
+def _places(classes: Classes, there: Classes | int | None) -> list[int | None] | None:
+    """The file's row for every class, None where it has none; None altogether where rows cannot be told apart."""
+    if there is None:
+        return None
+    if isinstance(there, int):
+        return [number if 0 <= number < there else None for number, _ in classes]
+    return match_classes(classes, there)
+
+
+def _rows_by_class(own: Tensor, there: Tensor, places: list[int | None], table: bool) -> Tensor:
+    """``own`` with the rows that the file has; the last row of a label table is no class, and goes to the last."""
+    rows = own.clone()
+    for label, place in enumerate(places):
+        if place is not None and place < len(there) - table:
+            rows[label] = there[place]
+    if table:
+        rows[-1] = there[-1]
+    return rows
+
+
+def _check_backbone(path: str | Path, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Half a backbone is worse than none: norms would be taken for convolutions that are not."""
+    for name, value in weights.items():
+        if name.startswith("backbone.") and name in own and own[name].shape != value.shape:
+            raise ValueError(
+                f"{path}: its backbone does not fit: {name} is {_shape(value)} there and {_shape(own[name])} "
+                "here; choose the file's with --model.backbone.depth (or .stem, .blocks, .planes)"
+            )
+
+
+def _is_counter(name: str) -> bool:
+    """Batch norm's step counter, which no layer here reads."""
+    return name.endswith("num_batches_tracked")
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "one number"

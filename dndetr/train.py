@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> Path:
             return folder
     else:
         if config.init is not None:
-            notes.append(f"--init {config.init}: {initialise(trainer.model, config.init)}")
+            notes.append(f"--init {config.init}: {initialise(trainer.model, config.init, data.classes)}")
         folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
     with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet) as console:
         console.message(f"run folder: {folder}")

@@ -5,19 +5,26 @@ from collections.abc import Iterator
 
 from ..batch import Batch
 from ..config import Config
+from .annotations import raise_problems
+from .checks import UNREADABLE, file_problems
 from .coco import CocoDataset
+from .errors import DataError
 from .loader import build_loader
-from .shapes import ShapesDataset
-from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Unresized
+from .shapes import MIN_SIZE, ShapesDataset
+from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
 
 # What an image costs in evaluation is small beside training, so its batches may be larger on small canvases.
 _EVAL_PIXELS = 50 * 128 * 128
+# A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
+_DECODED_PIXELS = 200_000_000
+_FEW_IMAGES = 1000
 
 
 class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
-    Raises DataError for whatever is wrong with the folder, before anything is written.
+    ``warnings`` are sentences to show once. Raises DataError for whatever is wrong with the folder, before anything is
+    written.
     """
 
     def __init__(self, config: Config):
@@ -25,23 +32,24 @@ class TrainingData:
         if config.data == "shapes":
             train = ShapesDataset("train", config.train_images, seed=config.seed)
             val = ShapesDataset("val", config.val_images)
+            self.warnings = []
         else:
             train_view, eval_view = _transforms(config)
             cache = images.cache_mib << 20
             train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
             val = CocoDataset(config.data, "val", eval_view, classes=train.classes, cache_bytes=cache)
+            self.warnings = [*_checked(train, images.skip_unreadable), *_checked(val, images.skip_unreadable)]
+        self.warnings += _from_scratch(config, len(train))
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
         self._train = build_loader(train, config.batch_size, training=True, **options)
-        eval_batch = config.batch_size
-        if val.canvas is not None:
-            eval_batch = max(eval_batch, _EVAL_PIXELS // (val.canvas[0] * val.canvas[1]))
-        self._val = build_loader(val, eval_batch, training=False, **options)
+        self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options)
         self.images = {"train": len(train), "val": len(val)}
-        self.class_counts = {"val": _counts(self.ground_truth, self.classes)}
-        if config.data != "shapes":
-            self.class_counts = {"train": _counts(train.coco_dict(), self.classes)} | self.class_counts
+        if config.data == "shapes":
+            self.class_counts = {"val": _counts(self.ground_truth, self.classes)}
+        else:
+            self.class_counts = {"train": train.class_counts, "val": val.class_counts}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,6 +63,60 @@ class TrainingData:
     def validation(self) -> Iterator[Batch]:
         """All validation images, in the same order every time."""
         return self._val.epoch()
+
+
+def evaluation_batch(config: Config, canvas: tuple[int, int] | None) -> int:
+    """Images at once in evaluation; canvas (height, width) where all images have one size."""
+    if canvas is None:
+        return config.batch_size
+    return max(config.batch_size, _EVAL_PIXELS // (canvas[0] * canvas[1]))
+
+
+def evaluation_transform(config: Config) -> Transform:
+    """How a run's evaluation prepares images."""
+    if config.data == "shapes":
+        return FixedEvaluation((MIN_SIZE, MIN_SIZE))
+    return _transforms(config)[1]
+
+
+def _checked(dataset: CocoDataset, skip_unreadable: bool) -> list[str]:
+    """Looks at the files of a split, and leaves out the unreadable ones if told to -> what is to be said about it."""
+    split, pixels = dataset.split, sum(height * width for height, width in dataset.sizes)
+    problems = file_problems(split, dataset.images, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
+    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
+    if not skip_unreadable:
+        if unreadable == problems:
+            problems = [p._replace(message=f"{p.message} or use --images.skip-unreadable") for p in problems]
+        unreadable = []
+    raise_problems([problem for problem in problems if problem not in unreadable], split)
+    said = [f"{split.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
+    if unreadable:
+        if len(unreadable) == len(dataset):
+            raise DataError(f"{split.json}: none of its images can be read; the first: {unreadable[0].message}")
+        others = f" (all: python -m dndetr.check_data {split.root})" if len(unreadable) > 1 else ""
+        said.append(
+            f"{split.name}: {len(unreadable):,} of {len(dataset):,} images cannot be read and are skipped; "
+            f"the first is {unreadable[0].message}{others}"
+        )
+        dataset.leave_out(problem.index for problem in unreadable)
+    return said
+
+
+def _from_scratch(config: Config, images: int) -> list[str]:
+    """A warning where a detector is to start from random weights and is unlikely to get anywhere."""
+    if config.init is not None or config.resume is not None:
+        return []
+    reasons = []
+    if config.model.backbone.norm == "frozen":
+        reasons.append("a frozen norm does not normalise random weights")
+    if config.data != "shapes" and images < _FEW_IMAGES:
+        reasons.append(f"{images:,} images are few to learn from")
+    if not reasons:
+        return []
+    advice = "give pretrained weights, --init FILE (a torchvision ResNet or a DN-DETR checkpoint)"
+    if config.model.backbone.norm == "frozen":
+        advice += ", or else --model.backbone.norm batch --model.backbone.frozen 0"
+    return [f"training from scratch: {' and '.join(reasons)}; {advice}"]
 
 
 def _transforms(config: Config):

@@ -1,4 +1,4 @@
-"""Reads state dictionaries of the official DN-DETR code: the same tensors under our names."""
+"""Reads state dictionaries of the official DN-DETR and DAB-DETR code: the same tensors under our names."""
 
 import re
 
@@ -49,5 +49,32 @@ def official_names(names) -> dict[str, str]:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dictionary under our names."""
-    return {ours: state[theirs] for theirs, ours in official_names(state).items()}
+    """An official state dictionary under our names.
+
+    DAB-DETR has no label table: its matching queries start from zero, which becomes the table's only row, "unknown".
+    DAB-Deformable-DETR's query contents are one wider, since no column is an indicator; the last is left out.
+    """
+    ours = {ours: state[theirs] for theirs, ours in official_names(state).items()}
+    anchor_head = ours.get("decoder.ref_point_head.layers.1.weight")
+    if anchor_head is not None and "queries.label_enc.weight" not in ours:
+        narrow = anchor_head.shape[0] - 1
+        ours["queries.label_enc.weight"] = anchor_head.new_zeros(1, narrow)
+        if "queries.tgt_embed.weight" in ours:
+            ours["queries.tgt_embed.weight"] = ours["queries.tgt_embed.weight"][:, :narrow]
+    return ours
+
+
+# The classes of official files: COCO's category ids, which have gaps, are the rows of their class heads.
+_COCO_NAMES = """
+1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,
+11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench, 16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow,
+22 elephant, 23 bear, 24 zebra, 25 giraffe, 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase, 34 frisbee,
+35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove, 41 skateboard, 42 surfboard,
+43 tennis racket, 44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl, 52 banana, 53 apple,
+54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza, 60 donut, 61 cake, 62 chair, 63 couch,
+64 potted plant, 65 bed, 67 dining table, 70 toilet, 72 tv, 73 laptop, 74 mouse, 75 remote, 76 keyboard,
+77 cell phone, 78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator, 84 book, 85 clock, 86 vase, 87 scissors,
+88 teddy bear, 89 hair drier, 90 toothbrush
+"""
+_ENTRIES = (entry.strip().partition(" ") for entry in _COCO_NAMES.split(","))
+COCO_CLASSES: tuple[tuple[int, str], ...] = tuple((int(number), name) for number, _, name in _ENTRIES)

@@ -1,0 +1,129 @@
+"""A trained detector to use: ``dndetr.load(RUN).predict(images)``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .checkpoint import load_checkpoint
+from .classes import Classes, listed
+from .config import Config, from_dict
+from .data.given import GivenImages, ImageLike
+from .data.loader import build_loader
+from .data.training import evaluation_batch, evaluation_transform
+from .evaluation import postprocess
+from .initialise import initialise
+from .models.build import build_model
+from .models.dn_detr import DNDETR
+from .models.official import COCO_CLASSES
+from .presets import PRESETS
+from .trainer import pick_device, pick_precision
+
+
+class Prediction(NamedTuple):
+    """What was found in one image, best first; on the CPU.
+
+    boxes_xyxy [k, 4] float32 in pixels of the original image; scores [k] in [0, 1]; labels [k] int64 in [0, K); names,
+    k class names.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+class Detector:
+    """A model with the settings and the classes of its run.
+
+    classes: (category id, name) in label order; config: the run's; device, precision: as in the train command.
+    """
+
+    def __init__(self, model: DNDETR, config: Config, classes: Classes, device: str = "auto", precision: str = "auto"):
+        self.config = config
+        self.classes = [(int(number), str(name)) for number, name in classes]
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+
+    @property
+    def names(self) -> list[str]:
+        """Class names in label order."""
+        return [name for _, name in self.classes]
+
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.5, batch_size: int | None = None
+    ) -> list[Prediction]:
+        """Detections with a score of at least ``threshold`` in one image or several -> one Prediction an image.
+
+        Images are prepared, batched (unless ``batch_size`` is given) and scored as in the run's own evaluation. Files
+        are turned upright as their EXIF data say, and read when their batch comes. DataError names a file that cannot
+        be read; ValueError for pixels that are none.
+        """
+        if isinstance(images, ImageLike):
+            images = [images]
+        if not images:
+            return []
+        data = GivenImages(images, evaluation_transform(self.config))
+        batch_size = batch_size or evaluation_batch(self.config, data.canvas)
+        loader = build_loader(data, batch_size, training=False, multiple=self.config.images.multiple)
+        found: dict[int, Prediction] = {}
+        for batch in loader.epoch():
+            logits, boxes = self.infer(batch)
+            if not (logits.isfinite().all() and boxes.isfinite().all()):
+                raise ValueError("the model predicts NaN or infinite scores or boxes; it has diverged")
+            detections = postprocess(logits, boxes, batch.original_sizes.to(boxes.device), self.config.detections)
+            rows = zip(*(field.cpu() for field in detections), strict=True)
+            for index, (scores, labels, boxes_xyxy) in zip(batch.ids.tolist(), rows, strict=True):
+                kept = scores >= threshold
+                names = [self.classes[label][1] for label in labels[kept].tolist()]
+                found[index] = Prediction(boxes_xyxy[kept], scores[kept], labels[kept], names)
+        return [found[index] for index in range(len(images))]
+
+    def infer(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The last decoder layer's logits [B, N, K] and boxes [B, N, 4] for a batch, float32, on the device."""
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits, boxes = self.model.predict(batch.images, batch.sizes)
+        return logits.float(), boxes.float()
+
+
+def load(
+    path: str | Path, device: str = "auto", *, preset: str | None = None, classes: Classes | None = None
+) -> Detector:
+    """The detector in a run folder (its latest checkpoint) or a checkpoint file; its moving average where it has one.
+
+    preset, classes: for weights that come without configuration and classes, such as official files, which have COCO's
+    classes unless others are given. ValueError where anything would have to be guessed.
+    """
+    if preset is None:
+        checkpoint = load_checkpoint(path, needs=())
+        if not {"model", "config", "classes"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "
+                f"the model: --preset with one of {', '.join(PRESETS)}"
+            )
+        config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
+        model = build_model(config.model, len(classes))
+        model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+        return Detector(model, config, classes, device, config.precision)
+    return _from_weights(path, device, preset, classes)
+
+
+def _from_weights(path: str | Path, device: str, preset: str, classes: Classes | None) -> Detector:
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    config, classes = PRESETS[preset](), COCO_CLASSES if classes is None else classes
+    model = build_model(config.model, len(classes))
+    report = initialise(model, path, classes)
+    if report.remade:
+        raise ValueError(
+            f"{path} is not a whole {preset}: {len(report.remade)} tensors are missing or of another shape, such as "
+            f"{listed(report.remade, 2)}; name another --preset"
+        )
+    if report.absent or not report.found:
+        raise ValueError(f"{path} has no classes {listed(report.absent) or 'that are known by id or name'}")
+    return Detector(model, config, classes, device, config.precision)
