@@ -170,6 +170,8 @@ class ImagesConfig:
     """fixed: also flip upside down."""
     cache_mib: int = 1024
     """Memory for decoded images, in MiB (0: decode every time)."""
+    skip_unreadable: bool = False
+    """Decode every image before training, and leave out and count those that cannot be, instead of stopping."""
 
 
 @dataclass(frozen=True)

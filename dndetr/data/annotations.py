@@ -1,12 +1,12 @@
 """COCO-format folders and their JSON: where the splits are, and everything that can be wrong with one.
 
-``find_problems`` lists what is wrong with a document; loading a split raises the first of them as a ``DataError``.
+``find_problems`` lists what is wrong with a document; ``raise_problems`` makes one ``DataError`` of that.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +20,24 @@ _NAMES = {
 }
 
 
+_LONGEST_SIDE = 100_000  # pixels
+_MOST_PIXELS = 178_956_970  # beyond it Pillow refuses to decode, since such a file may be a decompression bomb
+_FARTHEST = 1e9  # pixels
+
+Classes = list[tuple[int, str]]
+
+
 class Split(NamedTuple):
     """A part of a data set: its annotation file and the folder of its images."""
 
     name: str
     json: Path
     images: Path
+
+    @property
+    def root(self) -> Path:
+        """The folder of the data set."""
+        return self.json.parent.parent
 
 
 class Problem(NamedTuple):
@@ -95,12 +107,7 @@ def find_problems(document: dict) -> Iterator[Problem]:
         if not isinstance(category.get("name"), str):
             yield Problem("category name", f"category {category.get('id')} has no name; give it a text")
     for image in document["images"]:
-        if not isinstance(image.get("file_name"), str):
-            yield Problem("image file name", f"image {image.get('id')} has no file_name; give the file's name")
-        for side in ("width", "height"):
-            if not _is_id(image.get(side)) or image[side] <= 0:
-                what = f"image {image.get('id')} has {side} {image.get(side)!r}; give the file's {side} in pixels"
-                yield Problem("image size", what)
+        yield from _image_problems(image)
     images = {_key(image.get("id")) for image in document["images"]} - {None}
     categories = {_key(category.get("id")) for category in document["categories"]} - {None}
     for entry in document["annotations"]:
@@ -113,16 +120,59 @@ def find_problems(document: dict) -> Iterator[Problem]:
             yield Problem("unknown category", f"{where} {what}")
         if problem := _box_problem(entry.get("bbox")):
             yield Problem("box", f"{where} (image {entry.get('image_id')}) {problem}; correct or remove it")
+        area = entry.get("area")
+        if area is not None and not (_is_number(area) and 0 <= area < math.inf):
+            yield Problem("area", f"{where} has area {area!r}; give it in square pixels or leave it out")
 
 
-def missing_files(split: Split, names: list[str]) -> list[str]:
-    """Those file names that are not in the split's image folder."""
+def classes_of(document: dict) -> Classes:
+    """Its categories by id."""
+    return sorted((category["id"], category["name"]) for category in document["categories"])
+
+
+def class_problems(own: Classes, classes: Classes) -> Iterator[Problem]:
+    """What keeps a split with its own (id, name) pairs from being evaluated with the classes of training."""
+    names = dict(classes)
+    for number, name in own:
+        if number not in names:
+            what = f"category {number} ({name!r}) is not among the classes of training; add it there"
+            yield Problem("classes", what)
+        elif names[number] != name:
+            what = f"category {number} is {name!r} here and {names[number]!r} in training; "
+            yield Problem("classes", what + "give both files the same categories")
+
+
+def missing_files(split: Split, images: list[dict]) -> list[Problem]:
+    """Those images, entries of a document, whose file is not in the split's folder."""
     present = set(os.listdir(split.images))
-    return [name for name in names if name not in present and not (split.images / name).is_file()]
+    absent = [
+        image
+        for image in images
+        if image["file_name"] not in present and not (split.images / image["file_name"]).is_file()
+    ]
+    return [Problem("missing file", f"image {image['id']}: {missing_file(split, image)}") for image in absent]
+
+
+def missing_file(split: Split, image: dict) -> str:
+    """What to say of an image without a file."""
+    name = image["file_name"]
+    elsewhere = f" (it is relative to that folder, so not {name!r})" if (split.root / name).is_file() else ""
+    return f"{split.images / name} is missing{elsewhere}; put it there or remove the image from the annotations"
+
+
+def raise_problems(problems: Sequence[Problem], split: Split) -> None:
+    """A DataError with the first of the problems, if there are any, and the way to see the others."""
+    if problems:
+        others = f" (and {len(problems) - 1} more: python -m dndetr.check_data {split.root})"
+        raise DataError(f"{split.json}: {problems[0].message}" + (others if len(problems) > 1 else ""))
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _key(value: Any) -> int | None:
@@ -143,13 +193,31 @@ def _id_problems(kind: str, entries: list[dict]) -> Iterator[Problem]:
             seen.add(number)
 
 
+def _image_problems(image: dict) -> Iterator[Problem]:
+    where = f"image {image.get('id')}"
+    name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
+    if not isinstance(name, str) or not name or "\0" in name:
+        yield Problem("image file name", f"{where} has no file_name; give the file's name")
+    elif os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        what = f"has file_name {name!r}, which leads out of the image folder; name a file inside it"
+        yield Problem("image file name", f"{where} {what}")
+    for what, side in zip(("height", "width"), sides, strict=True):
+        if not _is_id(side) or not 0 < side <= _LONGEST_SIDE:
+            expected = f"give the file's {what} in whole pixels, at most {_LONGEST_SIDE:,}"
+            yield Problem("image size", f"{where} has {what} {side!r}; {expected}")
+            return
+    if sides[0] * sides[1] > _MOST_PIXELS:
+        what = f"is {sides[1]}x{sides[0]} pixels, more than the {_MOST_PIXELS:,} that are read; cut it into tiles"
+        yield Problem("image size", f"{where} {what}")
+
+
 def _box_problem(box: Any) -> str | None:
     if box is None:
         return "has no bbox"
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"has bbox {box!r}, not four numbers x, y, width, height"
-    if not all(math.isfinite(v) for v in box):
-        return f"has bbox {box}, which is not finite"
+    if not all(-_FARTHEST < v < _FARTHEST for v in box):
+        return f"has bbox {box}, which is not finite, or beyond any image"
     if box[2] < 0 or box[3] < 0:
         return f"has bbox {box} of negative size (COCO boxes are x, y, width, height)"
     return None

@@ -1,5 +1,6 @@
 """COCO-format data sets: annotation file and image folder in, samples out."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,20 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from dndetr.data.annotations import find_problems, find_split, missing_files, read_document
+from dndetr.data.annotations import (
+    Classes,
+    class_problems,
+    classes_of,
+    find_problems,
+    find_split,
+    missing_files,
+    raise_problems,
+    read_document,
+)
 from dndetr.data.errors import DataError
 from dndetr.data.image import read_image
 from dndetr.data.sample import Sample
 from dndetr.data.transforms import Transform
-
-Classes = list[tuple[int, str]]
 
 
 class CocoDataset:
@@ -21,7 +29,7 @@ class CocoDataset:
 
     classes: (category id, name) in label order; by default those of the split itself, sorted by id. Give the validation
     split the training split's: a category that training does not know is an error. Crowd regions are left out, boxes
-    are clipped to their image, and those without area are dropped.
+    are clipped to their image, and those without area are dropped; ``remarks`` counts these.
 
     Randomness of ``transform`` depends on (seed, epoch, index) alone. Decoded pictures are kept in memory where the
     whole split fits into ``cache_bytes``, once for each loader worker.
@@ -39,18 +47,14 @@ class CocoDataset:
         self.split = find_split(root, split)
         self.transform, self.seed, self.cache_bytes = transform, seed, cache_bytes
         document = read_document(self.split.json)
-        for problem in find_problems(document):
-            raise DataError(f"{self.split.json}: {problem.message}")
-        own = sorted((category["id"], category["name"]) for category in document["categories"])
-        self.classes = own if classes is None else _agreed(own, classes, self.split.json)
-        self.ids = [image["id"] for image in document["images"]]
-        self.sizes = [(image["height"], image["width"]) for image in document["images"]]
-        self._files = [image["file_name"] for image in document["images"]]
-        if missing := missing_files(self.split, self._files):
-            raise DataError(
-                f"{self.split.json}: {len(missing)} of {len(self)} image files are missing, the first is "
-                f"{self.split.images / missing[0]}; put them there or remove them from the annotations"
-            )
+        raise_problems([*find_problems(document)], self.split)
+        own = classes_of(document)
+        self.classes = own if classes is None else list(classes)
+        raise_problems([*class_problems(own, self.classes)], self.split)
+        self.images = document["images"]
+        raise_problems(missing_files(self.split, self.images), self.split)
+        self.ids = [image["id"] for image in self.images]
+        self.sizes = [(image["height"], image["width"]) for image in self.images]
         self._boxes, self._labels = self._objects(document["annotations"])
         self._decoded: dict[int, Image.Image] = {}
         # Pillow stores four bytes for a pixel of RGB.
@@ -60,6 +64,19 @@ class CocoDataset:
     def canvas(self) -> tuple[int, int] | None:
         """(height, width) of every sample, where the transform fixes one."""
         return self.transform.canvas
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Go on without some images, in the ground truth too; the others move up."""
+        gone = set(indices)
+        kept = [index for index in range(len(self)) if index not in gone]
+        for name in ("images", "ids", "sizes", "_boxes", "_labels"):
+            setattr(self, name, [getattr(self, name)[index] for index in kept])
+        self._decoded.clear()
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of objects of each class."""
+        return np.bincount(np.concatenate(self._labels), minlength=len(self.classes)).tolist()
 
     @property
     def counts(self) -> list[int]:
@@ -90,8 +107,11 @@ class CocoDataset:
             return self._decoded[index]
         worker = get_worker_info()
         cached = self._decoded_bytes * (worker.num_workers if worker else 1) <= self.cache_bytes
-        path = self.split.images / self._files[index]
-        image = read_image(path, self.sizes[index], 1.0 if cached else shrink)
+        path = self.split.images / self.images[index]["file_name"]
+        try:
+            image = read_image(path, self.sizes[index], 1.0 if cached else shrink)
+        except DataError as error:
+            raise type(error)(f"image {self.ids[index]}: {error}") from error
         if cached:
             self._decoded[index] = image
         return image
@@ -99,6 +119,10 @@ class CocoDataset:
     def coco_dict(self) -> dict:
         """Ground truth for evaluation: the split's JSON, with the area and iscrowd that an annotation may lack."""
         document = read_document(self.split.json)
+        if len(document["images"]) > len(self):
+            kept = set(self.ids)
+            document["images"] = self.images
+            document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in kept]
         for entry in document["annotations"]:
             entry.setdefault("iscrowd", 0)
             entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
@@ -108,32 +132,32 @@ class CocoDataset:
         """Boxes [n, 4] float64 xyxy pixels and labels [n] int64 of every image."""
         label_of = {number: label for label, (number, _) in enumerate(self.classes)}
         position = {number: index for index, number in enumerate(self.ids)}
-        boxes, labels = ([[] for _ in self.ids] for _ in range(2))
-        for entry in annotations:
-            if not entry.get("iscrowd"):
-                index = position[entry["image_id"]]
-                boxes[index].append(entry["bbox"])
-                labels[index].append(label_of[entry["category_id"]])
-        clipped = []
-        for index, (height, width) in enumerate(self.sizes):
-            xyxy = np.array(boxes[index], np.float64).reshape(-1, 4)
-            xyxy[:, 2:] += xyxy[:, :2]
-            xyxy = xyxy.clip(0, (width, height, width, height))
-            kept = (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
-            clipped.append(xyxy[kept])
-            labels[index] = np.array(labels[index], np.int64)[kept]
-        return clipped, labels
+        single = [entry for entry in annotations if not entry.get("iscrowd")]
+        image = np.array([position[entry["image_id"]] for entry in single], np.int64)
+        label = np.array([label_of[entry["category_id"]] for entry in single], np.int64)
+        given = np.array([entry["bbox"] for entry in single], np.float64).reshape(-1, 4)
+
+        sizes = np.array(self.sizes, np.float64)[image]
+        corners = np.concatenate((given[:, :2], given[:, :2] + given[:, 2:]), axis=1)
+        clipped = corners.clip(0, sizes[:, [1, 0, 1, 0]])
+        kept = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        flat = (given[:, 2:] == 0).any(axis=1)
+        # Annotation tools round to a pixel; less is not worth a word.
+        moved = (np.abs(clipped - corners) > 1).any(axis=1)
+        order = np.flatnonzero(kept)[np.argsort(image[kept], kind="stable")]
+        counts = np.bincount(image[kept], minlength=len(self))
+        ends = counts.cumsum()[:-1]
+        self.remarks = _remarks(
+            {
+                "crowd regions are left out of training": len(annotations) - len(single),
+                "boxes without area are left out": int(flat.sum()),
+                "boxes outside their image are left out": int((~kept & ~flat).sum()),
+                "boxes that reach out of their image are clipped": int((kept & moved).sum()),
+                "images are without objects": int((counts == 0).sum()),
+            }
+        )
+        return np.split(clipped[order], ends), np.split(label[order], ends)
 
 
-def _agreed(own: Classes, classes: Classes, path: Path) -> Classes:
-    """The given classes, if a split's own are among them."""
-    names = dict(classes)
-    for number, name in own:
-        if number not in names:
-            raise DataError(f"{path}: category {number} ({name!r}) is not among the classes of training; add it there")
-        if names[number] != name:
-            raise DataError(
-                f"{path}: category {number} is {name!r} here and {names[number]!r} in training; "
-                "give both files the same categories"
-            )
-    return list(classes)
+def _remarks(counts: dict[str, int]) -> list[str]:
+    return [f"{count:,} {what}" for what, count in counts.items() if count]

@@ -5,18 +5,14 @@ from collections.abc import Iterator
 
 from ..batch import Batch
 from ..config import Config
-from .annotations import raise_problems
-from .checks import UNREADABLE, file_problems
+from .checks import check_files
 from .coco import CocoDataset
-from .errors import DataError
 from .loader import build_loader
 from .shapes import MIN_SIZE, ShapesDataset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
 
 # What an image costs in evaluation is small beside training, so its batches may be larger on small canvases.
 _EVAL_PIXELS = 50 * 128 * 128
-# A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
-_DECODED_PIXELS = 200_000_000
 _FEW_IMAGES = 1000
 
 
@@ -38,7 +34,7 @@ class TrainingData:
             cache = images.cache_mib << 20
             train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
             val = CocoDataset(config.data, "val", eval_view, classes=train.classes, cache_bytes=cache)
-            self.warnings = [*_checked(train, images.skip_unreadable), *_checked(val, images.skip_unreadable)]
+            self.warnings = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
         self.warnings += _from_scratch(config, len(train))
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
@@ -77,29 +73,6 @@ def evaluation_transform(config: Config) -> Transform:
     if config.data == "shapes":
         return FixedEvaluation((MIN_SIZE, MIN_SIZE))
     return _transforms(config)[1]
-
-
-def _checked(dataset: CocoDataset, skip_unreadable: bool) -> list[str]:
-    """Looks at the files of a split, and leaves out the unreadable ones if told to -> what is to be said about it."""
-    split, pixels = dataset.split, sum(height * width for height, width in dataset.sizes)
-    problems = file_problems(split, dataset.images, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
-    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
-    if not skip_unreadable:
-        if unreadable == problems:
-            problems = [p._replace(message=f"{p.message} or use --images.skip-unreadable") for p in problems]
-        unreadable = []
-    raise_problems([problem for problem in problems if problem not in unreadable], split)
-    said = [f"{split.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
-    if unreadable:
-        if len(unreadable) == len(dataset):
-            raise DataError(f"{split.json}: none of its images can be read; the first: {unreadable[0].message}")
-        others = f" (all: python -m dndetr.check_data {split.root})" if len(unreadable) > 1 else ""
-        said.append(
-            f"{split.name}: {len(unreadable):,} of {len(dataset):,} images cannot be read and are skipped; "
-            f"the first is {unreadable[0].message}{others}"
-        )
-        dataset.leave_out(problem.index for problem in unreadable)
-    return said
 
 
 def _from_scratch(config: Config, images: int) -> list[str]:

@@ -1,0 +1,204 @@
+"""Image files against their annotations, before anything is trained: there, whole, readable, and of the stated size.
+
+Files are judged by their first and last bytes, which takes seconds for 100,000 of them, or decoded. Those found good
+are remembered by name, size and times in ``$XDG_CACHE_HOME/dndetr`` (default ``~/.cache``) and not opened again until
+they change; what was wrong is always looked at anew. Whatever can be said of the JSON alone is in ``annotations``.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from dndetr.checkpoint import write_atomic
+from dndetr.data.annotations import Split, missing_file, raise_problems
+from dndetr.data.coco import CocoDataset
+from dndetr.data.errors import DataError, UnreadableImage
+from dndetr.data.image import read_header, read_image
+
+MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
+
+_CHUNK = 256  # files that a thread takes at a time
+_HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its metadata
+# A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
+_DECODED_PIXELS = 200_000_000
+_PNG_END = b"IEND\xaeB`\x82"
+_MARK = 12  # bytes of a fingerprint
+
+
+class FileProblem(NamedTuple):
+    """What is wrong with the file of an image: its place in the list, MISSING, UNREADABLE or SIZE, and a sentence."""
+
+    index: int
+    kind: str
+    message: str
+
+
+def check_files(dataset: CocoDataset, skip_unreadable: bool = False) -> list[str]:
+    """Raises a DataError with the first thing wrong with the files of a split -> remarks on the split to show once.
+
+    skip_unreadable: leave out the images that cannot be decoded instead.
+    """
+    split, pixels = dataset.split, sum(height * width for height, width in dataset.sizes)
+    problems = file_problems(split, dataset.images, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
+    remarks = [f"{split.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
+    if not skip_unreadable:
+        raise_problems(problems, split)
+        return remarks
+    unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
+    raise_problems([problem for problem in problems if problem.kind != UNREADABLE], split)
+    if len(unreadable) == len(dataset):
+        raise DataError(f"{split.json}: not one image can be read; {unreadable[0].message}")
+    if unreadable:
+        others = f" (all: python -m dndetr.check_data {split.root})" if len(unreadable) > 1 else ""
+        remarks.append(
+            f"{split.name}: {len(unreadable):,} of {len(dataset):,} images cannot be read and are skipped; "
+            f"the first: {unreadable[0].message}{others}"
+        )
+        dataset.leave_out(problem.index for problem in unreadable)
+    return remarks
+
+
+def file_problems(
+    split: Split, images: list[dict], decode: bool = False, progress: Callable[[int], None] = lambda files: None
+) -> list[FileProblem]:
+    """What is wrong with the files of images (entries of a COCO document whose fields are sound), in their order.
+
+    decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
+    """
+    memory = _Memory(split, decode)
+    problems, waiting = [], []
+    for index, image in enumerate(images):
+        path = os.path.join(split.images, image["file_name"])
+        try:
+            mark = memory.mark(image, os.stat(path))
+        except OSError:
+            what = f"image {image['id']}: {missing_file(split, image)}"
+            problems.append(FileProblem(index, MISSING, what))
+            continue
+        if mark in memory.known:
+            memory.good.add(mark)
+        else:
+            waiting.append((index, path, mark))
+    progress(len(images) - len(waiting))
+
+    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | None]:
+        return [_verdict(path, (images[i]["height"], images[i]["width"]), decode) for i, path, _ in chunk]
+
+    chunks = [waiting[at : at + _CHUNK] for at in range(0, len(waiting), _CHUNK)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        for chunk, verdicts in zip(chunks, threads.map(judge, chunks), strict=True):
+            for (index, _, mark), error in zip(chunk, verdicts, strict=True):
+                if error is None:
+                    memory.good.add(mark)
+                else:
+                    kind = UNREADABLE if isinstance(error, UnreadableImage) else SIZE
+                    problems.append(FileProblem(index, kind, f"image {images[index]['id']}: {error}"))
+            progress(len(chunk))
+    memory.write()
+    return sorted(problems)
+
+
+def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | None:
+    """What is wrong with a file whose annotation states this (height, width)."""
+    try:
+        found = _examine(path)
+        if decode:
+            read_image(Path(path), size)
+        elif found != size:
+            # Another size, turned by its metadata, or a kind of file that is not known here.
+            read_header(Path(path), size)
+    except DataError as error:
+        return error
+    except OSError as error:
+        return UnreadableImage(f"{path}: cannot be read ({error.strerror or error}); replace it")
+    return None
+
+
+def _examine(path: str) -> tuple[int, int] | None:
+    """(height, width) as stored in a JPEG or PNG file, None for others; UnreadableImage where its end is missing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        head = os.pread(descriptor, _HEAD, 0)
+        length = os.fstat(descriptor).st_size
+        tail = os.pread(descriptor, _TAIL, max(0, length - _TAIL))
+        size, whole = None, True
+        if head.startswith(b"\xff\xd8"):
+            size, scan = _jpeg_frame(descriptor, head)
+            # Some programs write on behind the picture. An end marker before the scan is that of a thumbnail.
+            whole = tail.endswith(b"\xff\xd9") or b"\xff\xd9" in os.pread(descriptor, length, scan)
+        elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+            if head[12:16] == b"IHDR" and len(head) >= 24:
+                width, height = struct.unpack(">II", head[16:24])
+                size = height, width
+            whole = _PNG_END in tail or _PNG_END in os.pread(descriptor, length, 0)
+        elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+            whole = length >= 8 + int.from_bytes(head[4:8], "little")
+    finally:
+        os.close(descriptor)
+    if not whole:
+        raise UnreadableImage(f"{path}: the file is cut off, its end is missing; replace it")
+    return size
+
+
+def _jpeg_frame(descriptor: int, head: bytes) -> tuple[tuple[int, int] | None, int]:
+    """(height, width) of a JPEG file, None where it has no header, and where its segments have been followed to."""
+
+    def read(count: int, at: int) -> bytes:
+        return head[at : at + count] if at + count <= len(head) else os.pread(descriptor, count, at)
+
+    at = 2
+    while len(segment := read(9, at)) == 9 and segment[0] == 0xFF:
+        marker, length, height, width = struct.unpack(">xBHxHH", segment)
+        if marker == 0xFF:  # padding
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return (height, width), at + 2 + length
+        else:
+            at += 2 + length
+    return None, at
+
+
+class _Memory:
+    """Fingerprints of the files of a split that were found good, kept between runs where that is possible."""
+
+    def __init__(self, split: Split, decode: bool):
+        self._split = split
+        self.known = self._read(decode=True) | (set() if decode else self._read(decode=False))
+        self.good: set[bytes] = set()
+        self._decode = decode
+
+    def mark(self, image: dict, status: os.stat_result) -> bytes:
+        """Changes with the file, and with what the annotations say of it."""
+        # The time of the last change of any kind, which cannot be set back like that of the content.
+        times = status.st_mtime_ns, status.st_ctime_ns
+        about = (image["file_name"], image["height"], image["width"], status.st_size, *times)
+        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
+
+    def write(self) -> None:
+        """Keep what is known to be good; a cache folder that cannot be written only costs the time to look again."""
+        if self.good <= self.known:
+            return
+        try:
+            path = self._path(self._decode)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, b"".join(sorted(self.good)))
+        except (OSError, RuntimeError):
+            pass
+
+    def _read(self, decode: bool) -> set[bytes]:
+        try:
+            content = self._path(decode).read_bytes()
+        except (OSError, RuntimeError):  # the latter where there is no home
+            return set()
+        return {content[at : at + _MARK] for at in range(0, len(content) - _MARK + 1, _MARK)}
+
+    def _path(self, decode: bool) -> Path:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not cache.is_absolute():
+            cache = Path.home() / ".cache"
+        name = hashlib.blake2b(os.fsencode(self._split.json.resolve()), digest_size=8).hexdigest()
+        return cache / "dndetr" / "checked" / f"{name}.{'decoded' if decode else 'headers'}"
