@@ -1,0 +1,207 @@
+"""``python -m dndetr.evaluate RUN_OR_CHECKPOINT``: COCO's numbers of a trained detector, by class, with figures."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from . import _spinning  # noqa: F401
+from .classes import listed, match_classes
+
+_MEANINGS = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small objects (area below 32x32)",
+    "APm": "medium objects",
+    "APl": "large objects (area above 96x96)",
+    "AR1": "recall with 1 detection an image",
+    "AR10": "recall with 10",
+    "AR100": "recall with 100",
+    "ARs": "recall, small objects",
+    "ARm": "recall, medium objects",
+    "ARl": "recall, large objects",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One evaluation."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run folder (its latest checkpoint) or a checkpoint file."""
+    data: str | None = None
+    """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
+    split: str = "val"
+    """Which part of the data: val, train, test or any name it has."""
+    output: Path | None = None
+    """New folder for the results (default: a numbered one beside the run)."""
+    threshold: float = 0.5
+    """Score from which a detection counts in the confusion matrix."""
+    preset: str | None = None
+    """The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int | None = None
+    """Images at once (default: as in the run)."""
+    workers: int = 0
+    """Processes that prepare images (0: in this process)."""
+
+
+def run(arguments: Arguments) -> Path:
+    """Evaluate as the arguments say -> the folder with the results."""
+    # Imported here so that --help and mistakes in the flags answer at once.
+    from .checkpoint import write_json_atomic
+    from .confusion import confusion_matrix
+    from .data.loader import build_loader
+    from .data.training import evaluation_batch
+    from .detector import load
+    from .evaluation import coco_referee, detect, metrics_of, precision_by_class, write_results
+    from .pictures.scores import draw_confusion, draw_precision_recall
+
+    if arguments.preset is None:
+        detector = load(arguments.model, arguments.device)
+        data, source = open_split(arguments, detector.config)
+    else:
+        from .presets import PRESETS
+
+        if arguments.preset not in PRESETS:
+            raise ValueError(f"--preset {arguments.preset}: choose one of {', '.join(PRESETS)}")
+        data, source = open_split(arguments, PRESETS[arguments.preset]())
+        detector = load(arguments.model, arguments.device, preset=arguments.preset, classes=data.classes)
+    ground_truth = data.coco_dict()
+    classes, columns = known_classes(data.classes, detector.classes, ground_truth, source)
+    loader = build_loader(
+        data,
+        arguments.batch_size or evaluation_batch(detector.config, data.canvas),
+        training=False,
+        workers=arguments.workers,
+        multiple=detector.config.images.multiple,
+    )
+
+    def predict(batch):
+        logits, boxes = detector.infer(batch)
+        return logits[..., columns], boxes
+
+    with _output(arguments) as folder:
+        results, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
+        referee = coco_referee(ground_truth, results, image_ids)
+        metrics = metrics_of(referee)
+        title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
+        counts = confusion_matrix(ground_truth, results, [number for number, _ in classes], arguments.threshold)
+        write_results(folder / f"detections_{arguments.split}.json", results)
+        draw_precision_recall(folder / "precision_recall.png", precision_by_class(referee), title)
+        names = [name for _, name in classes]
+        draw_confusion(folder / "confusion.png", counts, names, f"{title}, scores from {arguments.threshold:g}")
+        write_json_atomic(folder / "metrics.json", metrics, indent=2)
+    print(report(metrics, ground_truth))
+    print(f"\nresults in {folder}")
+    return folder
+
+
+def open_split(arguments: Arguments, config):
+    """The data set to evaluate on, prepared as ``config`` says, and its name in messages."""
+    from .data.coco import CocoDataset
+    from .data.shapes import ShapesDataset
+    from .data.training import evaluation_transform
+
+    source = config.data if arguments.data is None else arguments.data
+    if source is None:
+        raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+    if source == "shapes":
+        if arguments.split == "train":
+            return ShapesDataset("train", config.train_images, seed=config.seed), source
+        return ShapesDataset(arguments.split, config.val_images), source
+    cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
+    return CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache), source
+
+
+def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:
+    """The data's classes that the detector knows, and their places among the detector's.
+
+    ValueError for a class with objects that it does not know; one without objects, as some tools write, is left out.
+    """
+    used = {entry["category_id"] for entry in ground_truth["annotations"]}
+    places = match_classes(own, trained)
+    missing = [f"{name!r} (id {number})" for (number, name), place in zip(own, places, strict=True)
+               if place is None and number in used]  # fmt: skip
+    known = [(entry, place) for entry, place in zip(own, places, strict=True) if place is not None]
+    if missing or not known:
+        missing = missing or [f"{name!r} (id {number})" for number, name in own]
+        raise ValueError(
+            f"{source}: the detector was not trained on {listed(missing)}; its classes are "
+            f"{listed([name for _, name in trained], 10)}; give the data's categories the names they had in training"
+        )
+    return [entry for entry, _ in known], [place for _, place in known]
+
+
+def report(metrics: dict, ground_truth: dict) -> str:
+    """The twelve numbers, then a table of the classes, as lines of text."""
+    lines = [f"{name:<6} {_number(metrics[name])}   {meaning}" for name, meaning in _MEANINGS.items()]
+    objects: dict[int, int] = {}
+    for entry in ground_truth["annotations"]:
+        if not entry.get("iscrowd"):
+            objects[entry["category_id"]] = objects.get(entry["category_id"], 0) + 1
+    width = max(5, *(len(name) for name in metrics["classes"]))
+    lines += ["", f"{'class':<{width}}  {'id':>6}  {'objects':>7}  AP"]
+    # Both are ordered by category id.
+    numbers = sorted(category["id"] for category in ground_truth["categories"])
+    for number, (name, value) in zip(numbers, metrics["classes"].items(), strict=True):
+        lines.append(f"{name:<{width}}  {number:>6}  {objects.get(number, 0):>7}  {_number(value)}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "    -" if value is None else f"{value:.3f}"
+
+
+@contextlib.contextmanager
+def _output(arguments: Arguments):
+    """The folder for the results, gone again where there are none."""
+    from .runlog import claim_output, new_run_folder
+
+    if arguments.output is None:
+        path = arguments.model.resolve()
+        run = path if path.is_dir() else path.parent
+        is_run = (run / "config.json").exists()
+        name = run.name if path.is_dir() else f"{run.name}-{path.stem}" if is_run else path.stem
+        folder = new_run_folder(f"{name}-{arguments.split}", run.parent if is_run or path.is_dir() else run)
+    else:
+        folder = claim_output(arguments.output)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def _shown(loader):
+    """The loader's batches, with a bar on a terminal."""
+    if not sys.stderr.isatty():
+        return loader.epoch()
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(loader.epoch(), "evaluating", total=len(loader), console=Console(stderr=True), transient=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
+    try:
+        run(tyro.cli(Arguments, prog="python -m dndetr.evaluate", description=__doc__, args=argv))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
