@@ -107,7 +107,7 @@ def small() -> Config:
     """Small data on a small machine: ResNet-18 up to stride 16, fixed canvas, strong augmentation."""
     return Config(
         preset="small",
-        epochs=56,
+        epochs=50,
         batch_size=4,
         lr=8e-4,
         evaluate_every=4,
