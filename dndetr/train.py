@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
-
-from . import _spinning  # noqa: F401
+from . import _spinning, commandline  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
 from .presets import PRESETS
@@ -21,11 +19,11 @@ def parse(arguments: Sequence[str]) -> Config:
     name = _flag(arguments, "--preset") or "tiny"
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-    return tyro.cli(
+    return commandline.parse(
         Config,
+        list(arguments),
+        "python -m dndetr.train",
         default=PRESETS[name](),
-        args=list(arguments),
-        prog="python -m dndetr.train",
         description=__doc__,
     )
 
@@ -72,7 +70,7 @@ def run(arguments: Sequence[str]) -> Path:
 
     data = TrainingData(config)
     trainer = Trainer(config, data, checkpoint)
-    notes = [trainer.summary()]
+    notes = [trainer.summary(), *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")

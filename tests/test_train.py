@@ -154,8 +154,12 @@ def test_resuming_a_finished_run_says_so(capsys):
         (["--init", "nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--device", "cuda"], "--device cuda: torch"),
         (["--batch-size", "100"], "too few for a batch of 100"),
+        (["--epochs", "0"], "error: --epochs 0: give 1 or more"),
+        (["--model.heads", "3"], "must be a multiple of 4 and of twice its heads, 3 ("),
+        (["--lr", "abc"], "--lr: could not convert string to float: 'abc' (python -m dndetr.train --help"),
+        (["--lrr", "1"], "Unrecognized options: --lrr"),
     ],
-    ids=["preset", "no-data", "resume", "data", "init", "device", "batch"],
+    ids=["preset", "no-data", "resume", "data", "init", "device", "batch", "epochs", "heads", "lr", "unknown"],
 )
 def test_mistakes_are_one_plain_line_and_leave_nothing(flags, message, tmp_path, capsys):
     if "cuda" in flags and torch.cuda.is_available():

@@ -1,0 +1,39 @@
+"""Flags from dataclasses by tyro, with mistakes told in one plain line instead of a box."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **options) -> Arguments:
+    """``tyro.cli`` for a dataclass; ValueError, in one line, for what does not parse.
+
+    arguments: None for those of the process; options are handed on. ``--help`` prints and exits as usual.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(kind, args=arguments, prog=prog, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(f"{_unboxed(told.getvalue())} ({prog} --help lists all flags)") from None
+
+
+def _unboxed(text: str) -> str:
+    """The message inside tyro's box (drawn in lines or in ASCII), without frame, title and line breaks."""
+    paragraphs = [""]
+    for line in text.splitlines():
+        line = line.strip("│╭╮╰╯|+ ")
+        if line.endswith(("──", "--")):
+            paragraphs.append("")
+        else:
+            paragraphs[-1] += f" {line}"
+    # Only the title has neither a colon nor a full stop.
+    message = next((part for part in paragraphs if ":" in part or "." in part), text)
+    return " ".join(message.split()).removeprefix("Error parsing Config: ")
