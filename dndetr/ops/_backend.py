@@ -139,8 +139,14 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     if problem is not None:
         return Finding(backend.name, problem)
     try:
-        # The first call may come from inside a fake or tracing mode; the self-test needs real tensors.
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+        # The first call may come from inside a fake or tracing mode, or autocast; the self-test needs real tensors in
+        # the precision it makes them.
+        with (
+            torch.utils._python_dispatch._disable_current_modes(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.no_grad(),
+        ):
             error = float(backend.self_test(device_type))
     except Exception as failure:
         error, problem = float("nan"), f"self-test failed: {type(failure).__name__}: {failure}"

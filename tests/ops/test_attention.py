@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dndetr.ops import GroupLayout, conditional_attention, group_attention
+from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention
 from dndetr.ops.conditional_attention import CASES as CONDITIONAL
 from dndetr.ops.conditional_attention import conditional_attention_reference
 from dndetr.ops.conditional_attention import make_case as conditional_case
@@ -97,6 +97,14 @@ def test_wrong_sizes_are_named():
     inputs[2] = inputs[2][:, :, 1:]
     with pytest.raises(ValueError, match="keys and values"):
         conditional_attention(*inputs, valid)
+
+
+def test_a_first_call_under_autocast_is_no_obstacle(fresh_backends):
+    with torch.autocast("cpu", torch.bfloat16):
+        group_attention(*group_case("tiny"))
+        conditional_attention(*conditional_case("tiny"))
+        for op in ("group_attention", "conditional_attention"):
+            assert _backend.choose(op)[0] == "torch"
 
 
 def test_the_reference_can_be_asked_for():
