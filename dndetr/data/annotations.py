@@ -79,7 +79,7 @@ def read_document(path: Path) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             document = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     if not isinstance(document, dict):
         raise DataError(f"{path}: the top level must be an object with images, annotations and categories")
@@ -123,11 +123,18 @@ def find_problems(document: dict) -> Iterator[Problem]:
         area = entry.get("area")
         if area is not None and not (_is_number(area) and 0 <= area < math.inf):
             yield Problem("area", f"{where} has area {area!r}; give it in square pixels or leave it out")
+        if entry.get("iscrowd") not in (None, 0, 1):
+            yield Problem("iscrowd", f"{where} has iscrowd {entry['iscrowd']!r}; give 0 or 1")
 
 
 def classes_of(document: dict) -> Classes:
     """Its categories by id."""
     return sorted((category["id"], category["name"]) for category in document["categories"])
+
+
+def sound_images(document: dict) -> list[dict]:
+    """Those of its images whose own fields can be used, whatever is wrong with the others."""
+    return [image for image in document["images"] if not any(_image_problems(image))]
 
 
 def class_problems(own: Classes, classes: Classes) -> Iterator[Problem]:
@@ -198,6 +205,8 @@ def _image_problems(image: dict) -> Iterator[Problem]:
     name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
     if not isinstance(name, str) or not name or "\0" in name:
         yield Problem("image file name", f"{where} has no file_name; give the file's name")
+    elif not name.isprintable():
+        yield Problem("image file name", f"{where} has file_name {name!r}; rename that file")
     elif os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         what = f"has file_name {name!r}, which leads out of the image folder; name a file inside it"
         yield Problem("image file name", f"{where} {what}")

@@ -76,7 +76,7 @@ def file_problems(
         try:
             mark = memory.mark(image, os.stat(path))
         except OSError:
-            what = f"image {image['id']}: {missing_file(split, image)}"
+            what = f"image {image.get('id')}: {missing_file(split, image)}"
             problems.append(FileProblem(index, MISSING, what))
             continue
         if mark in memory.known:
@@ -96,7 +96,7 @@ def file_problems(
                     memory.good.add(mark)
                 else:
                     kind = UNREADABLE if isinstance(error, UnreadableImage) else SIZE
-                    problems.append(FileProblem(index, kind, f"image {images[index]['id']}: {error}"))
+                    problems.append(FileProblem(index, kind, f"image {images[index].get('id')}: {error}"))
             progress(len(chunk))
     memory.write()
     return sorted(problems)

@@ -78,6 +78,10 @@ class CocoDataset:
         """Number of objects of each class."""
         return np.bincount(np.concatenate(self._labels), minlength=len(self.classes)).tolist()
 
+    def labels(self, index: int) -> list[int]:
+        """Labels of the objects of an image, before augmentation."""
+        return self._labels[index].tolist()
+
     @property
     def counts(self) -> list[int]:
         """Number of objects of each image, before augmentation."""
@@ -147,17 +151,15 @@ class CocoDataset:
         order = np.flatnonzero(kept)[np.argsort(image[kept], kind="stable")]
         counts = np.bincount(image[kept], minlength=len(self))
         ends = counts.cumsum()[:-1]
-        self.remarks = _remarks(
-            {
-                "crowd regions are left out of training": len(annotations) - len(single),
-                "boxes without area are left out": int(flat.sum()),
-                "boxes outside their image are left out": int((~kept & ~flat).sum()),
-                "boxes that reach out of their image are clipped": int((kept & moved).sum()),
-                "images are without objects": int((counts == 0).sum()),
-            }
-        )
+        self.remarks = [
+            f"{count:,} {noun if count == 1 else plural} {what}"
+            for count, noun, plural, what in (
+                (len(annotations) - len(single), "crowd region", "crowd regions", "left out of training"),
+                (flat.sum(), "box", "boxes", "without area left out"),
+                ((~kept & ~flat).sum(), "box", "boxes", "outside the image left out"),
+                ((kept & moved).sum(), "box", "boxes", "clipped to the image"),
+                ((counts == 0).sum(), "image", "images", "without objects"),
+            )
+            if count
+        ]
         return np.split(clipped[order], ends), np.split(label[order], ends)
-
-
-def _remarks(counts: dict[str, int]) -> list[str]:
-    return [f"{count:,} {what}" for what, count in counts.items() if count]

@@ -1,0 +1,185 @@
+"""``python -m dndetr.check_data DIR``: everything that is wrong with a COCO-format folder, and what is in it."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import rich.console
+import rich.progress
+import tyro
+
+from dndetr.console import Console
+from dndetr.data.annotations import (
+    Classes,
+    Problem,
+    Split,
+    class_problems,
+    classes_of,
+    find_problems,
+    find_split,
+    read_document,
+    sound_images,
+)
+from dndetr.data.checks import MISSING, file_problems
+from dndetr.data.coco import CocoDataset
+from dndetr.data.errors import DataError
+from dndetr.data.transforms import Unresized
+from dndetr.pictures.samples import draw_samples
+
+_SAMPLES = 12  # images on the contact sheet
+
+
+class Report(NamedTuple):
+    """One split: what is in it, what is wrong, and the data set as far as it can be used."""
+
+    split: Split
+    images: int
+    classes: Classes
+    counts: Counter[int]
+    problems: list[Problem]
+    dataset: CocoDataset | None
+
+
+def check_split(split: Split, training: Classes | None = None) -> Report:
+    """Everything wrong with a split, each image decoded; training: the classes of the training split.
+
+    Raises DataError where the JSON has no lists of entries to look at.
+    """
+    document = read_document(split.json)
+    problems = list(find_problems(document))
+    classes = [] if problems else classes_of(document)
+    if training is not None:
+        problems += class_problems(classes, training)
+    images = sound_images(document)
+    with _progress(f"decoding {split.images}", len(images)) as advance:
+        files = file_problems(split, images, decode=True, progress=advance)
+    dataset = None
+    if not problems and len(files) < len(images) and not any(problem.kind == MISSING for problem in files):
+        dataset = CocoDataset(split.root, split.name, Unresized(), training or classes, cache_bytes=0)
+        dataset.leave_out(problem.index for problem in files)
+    problems += [Problem(problem.kind, problem.message) for problem in files]
+    objects = [entry for entry in document["annotations"] if classes and not entry.get("iscrowd")]
+    counts = Counter(entry["category_id"] for entry in objects)
+    return Report(split, len(document["images"]), classes, counts, problems, dataset)
+
+
+def check_folder(root: Path, splits: Sequence[str] = ()) -> tuple[list[Report], list[str]]:
+    """Reports on the splits, by default train, val, and test where there is one; and what keeps one from being read."""
+    reports, obstacles = [], []
+    for name in splits or ("train", "val", "test"):
+        try:
+            split = find_split(root, name)
+        except DataError as error:
+            # What training does not need may be absent.
+            if (splits or name != "test") and str(error) not in obstacles:
+                obstacles.append(str(error))
+            continue
+        training = next((report.classes for report in reports if report.split.name == "train"), None)
+        try:
+            reports.append(check_split(split, training or None))
+        except DataError as error:
+            obstacles.append(str(error))
+    return reports, obstacles
+
+
+def draw_sheet(path: Path, reports: Sequence[Report], title: str) -> int:
+    """Images of every usable split with their boxes, all classes among them if possible -> how many were drawn."""
+    usable = [report for report in reports if report.dataset is not None]
+    samples, names = [], []
+    for report in usable:
+        dataset = report.dataset
+        names = names or [name for _, name in dataset.classes]
+        for index in _choose(dataset, _SAMPLES // len(usable)):
+            sample = dataset.sample(index)
+            caption = f"{report.split.name} image {sample.image_id}: {len(sample.labels)} objects"
+            boxes, labels = sample.boxes_xyxy.tolist(), sample.labels.tolist()
+            samples.append((dataset.picture(index), boxes, labels, caption))
+    if samples:
+        draw_samples(path, samples, names, title)
+    return len(samples)
+
+
+def _choose(dataset: CocoDataset, count: int) -> list[int]:
+    """Images from all over a split; each adds what was seen least among those before it."""
+    candidates = (
+        [round(at * (len(dataset) - 1) / 199) for at in range(200)] if len(dataset) > 200 else range(len(dataset))
+    )
+    candidates, seen, chosen = list(candidates), Counter(), []
+    while candidates and len(chosen) < count:
+        best = max(candidates, key=lambda index: sum(0.1 ** seen[label] for label in set(dataset.labels(index))))
+        candidates.remove(best)
+        chosen.append(best)
+        seen.update(set(dataset.labels(best)))
+    return sorted(chosen)
+
+
+@contextmanager
+def _progress(text: str, files: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal, if there is one."""
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=files)
+        yield lambda done: bar.advance(task, done)
+
+
+def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
+    """Sizes, the class table and remarks, then one line for each problem."""
+    for report in reports:
+        objects = f", {report.counts.total():,} objects of {len(report.classes)} classes" if report.classes else ""
+        print(f"{report.split.name}: {report.images:,} images{objects} ({report.split.json})")
+        for remark in [] if report.dataset is None else report.dataset.remarks:
+            print(f"  {remark}")
+    known = [report for report in reports if report.classes]
+    if known:
+        classes = known[0].classes
+        table = {report.split.name: [report.counts[number] for number, _ in classes] for report in known}
+        Console(epochs=1, steps_per_epoch=1).classes(classes, table)
+    for obstacle in obstacles:
+        print(f"problem: {obstacle}")
+    for report in reports:
+        for problem in report.problems:
+            print(f"problem: {report.split.json}: {problem.message}")
+
+
+def command(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
+    splits: tuple[str, ...] = (),
+    output: Path | None = None,
+) -> int:
+    """Decode every image of a COCO-format folder, list every problem, and count the objects of each class.
+
+    Args:
+        folder: COCO-format folder.
+        splits: Splits to check (default: train, val, and test where there is one).
+        output: PNG to write, with samples and their boxes drawn.
+    """
+    reports, obstacles = check_folder(folder, splits)
+    print_reports(reports, obstacles)
+    if output is not None:
+        drawn = draw_sheet(output, reports, str(folder))
+        print(f"{drawn} images drawn in {output}" if drawn else f"{output} not written: no split can be drawn")
+    kinds = Counter(problem.kind for report in reports for problem in report.problems)
+    kinds.update({"split": len(obstacles)})
+    if not kinds.total():
+        print("no problems")
+        return 0
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.items() if count)
+    problems = "1 problem" if kinds.total() == 1 else f"{kinds.total():,} problems"
+    print(f"error: {folder}: {problems} ({listed})", file=sys.stderr)
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 if anything is wrong with the folder."""
+    try:
+        return tyro.cli(command, prog="python -m dndetr.check_data", args=arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
