@@ -13,7 +13,10 @@ _ACROSS = 4
 
 
 def draw_samples(
-    path: str | Path, samples: Sequence[tuple[Image.Image, list, list[int], str]], class_names: Sequence[str], title: str
+    path: str | Path,
+    samples: Sequence[tuple[Image.Image, list, list[int], str]],
+    class_names: Sequence[str],
+    title: str,
 ) -> None:
     """Images with their boxes; samples: (picture, boxes_xyxy [n, 4] in its pixels, labels [n], caption)."""
     blocks = []
