@@ -12,9 +12,9 @@ def confusion_matrix(
     """Detections scored ``threshold`` or more, paired with objects whatever their classes.
 
     ground_truth: COCO dict; results: COCO results; category_ids: the K classes -> counts [K + 1, K + 1] int64, row the
-    true class, column the detected one; last row: detections of nothing, last column: objects missed. The pair with the
-    largest IoU, at least ``iou``, is made first, pairs of one class before others. What lies in a crowd region counts
-    for nothing.
+    true class, column the detected one; last row: detections of nothing, last column: objects missed. Pairs need an IoU
+    of ``iou``; those of one class are made first, and the largest IoU first among them and among the others. What lies
+    in a crowd region counts for nothing.
     """
     label = {category_id: place for place, category_id in enumerate(category_ids)}
     objects, crowds, found = defaultdict(list), defaultdict(list), defaultdict(list)

@@ -67,6 +67,8 @@ class Detector:
             images = [images]
         if not images:
             return []
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"a batch size of {batch_size}: give 1 or more")
         data = GivenImages(images, evaluation_transform(self.config))
         batch_size = batch_size or evaluation_batch(self.config, data.canvas)
         loader = build_loader(data, batch_size, training=False, multiple=self.config.images.multiple)

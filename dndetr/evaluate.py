@@ -63,6 +63,8 @@ def run(arguments: Arguments) -> Path:
     from .evaluation import coco_referee, detect, metrics_of, precision_by_class, write_results
     from .pictures.scores import draw_confusion, draw_precision_recall
 
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
     if arguments.preset is None:
         detector = load(arguments.model, arguments.device)
         data, source = open_split(arguments, detector.config)
@@ -121,7 +123,7 @@ def open_split(arguments: Arguments, config):
 
 
 def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:
-    """The data's classes that the detector knows, and their places among the detector's.
+    """The data's classes that the detector knows, in its order, and their places among the detector's.
 
     ValueError for a class with objects that it does not know; one without objects, as some tools write, is left out.
     """
@@ -129,14 +131,14 @@ def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[t
     places = match_classes(own, trained)
     missing = [f"{name!r} (id {number})" for (number, name), place in zip(own, places, strict=True)
                if place is None and number in used]  # fmt: skip
-    known = [(entry, place) for entry, place in zip(own, places, strict=True) if place is not None]
+    known = sorted((place, entry) for entry, place in zip(own, places, strict=True) if place is not None)
     if missing or not known:
         missing = missing or [f"{name!r} (id {number})" for number, name in own]
         raise ValueError(
             f"{source}: the detector was not trained on {listed(missing)}; its classes are "
             f"{listed([name for _, name in trained], 10)}; give the data's categories the names they had in training"
         )
-    return [entry for entry, _ in known], [place for _, place in known]
+    return [entry for _, entry in known], [place for place, _ in known]
 
 
 def report(metrics: dict, ground_truth: dict) -> str:
@@ -146,12 +148,12 @@ def report(metrics: dict, ground_truth: dict) -> str:
     for entry in ground_truth["annotations"]:
         if not entry.get("iscrowd"):
             objects[entry["category_id"]] = objects.get(entry["category_id"], 0) + 1
-    width = max(5, *(len(name) for name in metrics["classes"]))
-    lines += ["", f"{'class':<{width}}  {'id':>6}  {'objects':>7}  AP"]
     # Both are ordered by category id.
     numbers = sorted(category["id"] for category in ground_truth["categories"])
+    width, wide = max(5, *(len(name) for name in metrics["classes"])), max(6, len(str(numbers[-1])))
+    lines += ["", f"{'class':<{width}}  {'id':>{wide}}  {'objects':>7}  AP"]
     for number, (name, value) in zip(numbers, metrics["classes"].items(), strict=True):
-        lines.append(f"{name:<{width}}  {number:>6}  {objects.get(number, 0):>7}  {_number(value)}")
+        lines.append(f"{name:<{width}}  {number:>{wide}}  {objects.get(number, 0):>7}  {_number(value)}")
     return "\n".join(lines)
 
 

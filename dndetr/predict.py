@@ -58,7 +58,7 @@ def run(arguments: Arguments) -> Path:
         else:
             entries = {"video": arguments.source.name, "frames": list(predict_video(detector, folder, arguments))}
         classes = [{"id": number, "name": name} for number, name in detector.classes]
-        write_json_atomic(folder / "predictions.json", {"classes": classes, **entries}, indent=1)
+        write_json_atomic(folder / "predictions.json", {"classes": classes, **entries})
     except BaseException:
         shutil.rmtree(folder)  # it was new or empty, and half a result looks like a whole one
         raise
@@ -123,7 +123,7 @@ def predict_video(detector: "Detector", folder: Path, arguments: Arguments) -> I
                 pictures = [frame.to_image() for frame in frames]
                 found = detector.predict(pictures, arguments.threshold, arguments.batch_size)
                 for frame, picture, prediction in zip(frames, pictures, found, strict=True):
-                    boxes, labels, scores, _ = prediction
+                    boxes, scores, labels, _ = prediction
                     drawn = draw_boxes(picture, boxes, labels, scores, detector.names, scale=1.0)
                     drawn = drawn.crop((0, 0, out.width, out.height))
                     for packet in out.encode(av.VideoFrame.from_image(drawn)):
@@ -150,7 +150,7 @@ def import_av():
 
 def entry(detector: "Detector", prediction: "Prediction") -> dict:
     """The detections of one image in JSON's types; boxes are x0, y0, x1, y1 in pixels of the original."""
-    boxes, labels, scores, names = prediction
+    boxes, scores, labels, names = prediction
     rows = zip(boxes.tolist(), labels.tolist(), scores.tolist(), names, strict=True)
     return {
         "detections": [

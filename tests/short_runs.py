@@ -1,0 +1,47 @@
+"""Runs of a few steps, and a small COCO-format folder, for tests that need a trained model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dndetr import train
+
+_SIZES = ((90, 140), (140, 90), (100, 100), (64, 180), (120, 90), (33, 61))
+
+
+def short_run(folder: Path, *flags: str) -> Path:
+    """A run of two steps; its weights predict nonsense, but a nonsense of their own for every image."""
+    few = ["--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--quiet"]
+    return train.run([*few, "--output", str(folder), *flags])
+
+
+def write_pictures(folder: Path, classes=((3, "cell"), (7, "dust"), (12, "hair"))) -> Path:
+    """A COCO-format folder: 8 training and 6 validation images of different sizes, one grey, one turned by its EXIF."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", 8), ("val", 6)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for number in range(count):
+            height, width = _SIZES[number % len(_SIZES)]
+            small = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+            exif = Image.Exif()
+            if number == 1:
+                picture = picture.convert("L")
+            if number == 4:
+                picture, exif[0x0112] = picture.transpose(Image.Transpose.ROTATE_90), 6
+            picture.save(folder / split / f"{number}.jpg", quality=95, exif=exif)
+            images.append({"id": 10 + number, "file_name": f"{number}.jpg", "width": width, "height": height})
+            for _ in range(3):
+                x, y = rng.random(2) * (width / 2, height / 2)
+                w, h = rng.uniform(0.2, 0.45, 2) * (width, height)
+                place = len(annotations)
+                about = {"id": place + 1, "image_id": 10 + number, "category_id": classes[place % len(classes)][0]}
+                annotations.append(about | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+        categories = [{"id": number, "name": name} for number, name in classes]
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+    return folder
