@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Initialised(NamedTuple):
             text += f"; classes made anew: {listed(self.absent)}"
         for what, names in (("re-made", self.remade), ("ignored", self.ignored)):
             if names:
-                text += f"; {what} {len(names)}: {listed(names, 3)}"
+                text += f"; {what} {len(names)}: {_grouped(names)}"
         return text
 
 
@@ -139,6 +140,15 @@ def _check_backbone(path: str | Path, own: dict[str, Tensor], weights: dict[str,
 def _is_counter(name: str) -> bool:
     """Batch norm's step counter, which no layer here reads."""
     return name.endswith("num_batches_tracked")
+
+
+def _grouped(names: list[str]) -> str:
+    """A few names as they are, many by the part of the model that they belong to."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    depths = [2 if name.startswith("backbone.") else 1 for name in names]
+    parts = Counter(".".join(name.split(".")[:depth]) for name, depth in zip(names, depths, strict=True))
+    return ", ".join(f"{part} ({count})" for part, count in parts.items())
 
 
 def _shape(value: Tensor) -> str:

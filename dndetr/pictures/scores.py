@@ -26,9 +26,8 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
         if name in measured:
             colour = tuple(channel / 255 for channel in class_colour(label))
             single.plot(recall, values[0], color=colour, linewidth=1.6, label=f"{name}  {values[0].mean():.3f}")
-    _axes(single, "Each class at IoU 0.5 (AP50 in the legend)", legend=0 < len(measured) <= _NAMED)
-    if len(measured) > _NAMED:
-        single.set_title("Each class at IoU 0.5", loc="left", fontsize=11.5, fontweight="bold", color=_INK)
+    named = 0 < len(measured) <= _NAMED
+    _axes(single, "Each class at IoU 0.5" + " (AP50 in the legend)" * named, legend=named)
     if measured:
         average = np.mean(list(measured.values()), axis=0)
         for row, colour in ((0, "#1fa774"), (5, "#e69f00"), (8, "#f0544f")):
@@ -46,7 +45,7 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     counts [K + 1, K + 1] as from ``confusion.confusion_matrix``: the last row holds detections of nothing, the last
     column objects that were missed.
     """
-    side = min(4.2 + 0.28 * len(counts), 22)
+    side = min(4.2 + 0.28 * len(counts), 16)
     figure, axes = _figure((side + 0.6, side), title, 1)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -55,7 +54,7 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     axes.set_xticks(places, [*names, "(missed)"], rotation=90 if len(counts) > 6 else 30, fontsize=size)
     axes.set_yticks(places, [*names, "(nothing)"], fontsize=size)
     axes.set_xlabel("detected as", color=_INK, fontsize=9.5)
-    axes.set_ylabel("is", color=_INK, fontsize=9.5)
+    axes.set_ylabel("true class", color=_INK, fontsize=9.5)
     for edge in axes.spines.values():
         edge.set_color(_FAINT)
     axes.tick_params(colors=_INK, length=0)
