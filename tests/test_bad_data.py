@@ -51,17 +51,25 @@ def good_set(tmp_path_factory):
 # Importing torch takes longer than refusing a data set: each line of input is run as the command line would run it, in
 # a fork of a process that has done the slow imports.
 FORKS = """
-import json, os, runpy, sys
-import dndetr.trainer, dndetr.data.training
+import json, os, runpy, sys, traceback
+import dndetr.trainer, dndetr.data.training, dndetr.pictures.samples
 for line in sys.stdin:
     sys.argv, folder, cache = json.loads(line)
     if os.fork() == 0:
         os.chdir(folder)
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.environ["XDG_CACHE_HOME"] = cache
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        os._exit(99)
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # taking the interpreter down takes longer than all the rest
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 

@@ -1,0 +1,197 @@
+"""What the check of image files sees, what it remembers, and what it may cost."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dndetr.data import checks
+from dndetr.data.annotations import find_split
+from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems
+from dndetr.data.coco import CocoDataset
+from dndetr.data.errors import DataError
+from dndetr.data.transforms import Unresized
+
+SIZES = {"height": 40, "width": 60}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dndetr" / "checked"
+
+
+@pytest.fixture
+def split(make_document, make_folder):
+    """A split with the images 0.png and 1.png of 60x40 pixels, ids 11 and 12."""
+    return find_split(make_folder(make_document(images=((40, 60),) * 2)), "train")
+
+
+def problems(split, names, decode=False, **sizes):
+    images = [{"id": 11 + i, "file_name": name} | SIZES | sizes for i, name in enumerate(names)]
+    return [(problem.index, problem.kind) for problem in file_problems(split, images, decode)]
+
+
+def opened(monkeypatch):
+    """Names of the files that are looked into from now on."""
+    names, examine = [], checks._examine
+
+    def examining(path):
+        names.append(os.path.basename(path))
+        return examine(path)
+
+    monkeypatch.setattr(checks, "_examine", examining)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.jpg", {}),
+        ("a.jpg", {"progressive": True}),
+        ("a.jpg", {"comment": b"\xff\xd9" * 4000}),
+        ("a.jpg", {"exif": b"Exif\0\0" + b"\xff\xd9" * 30000}),
+        ("a.png", {}),
+        ("a.webp", {}),
+        ("a.bmp", {}),
+        ("a.gif", {}),
+        ("a.tif", {}),
+    ],
+    ids=["jpeg", "progressive", "long-comment", "long-metadata", "png", "webp", "bmp", "gif", "tiff"],
+)
+def test_sizes_and_ends_of_every_kind_of_file(split, name, options):
+    path = split.images / name
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path, **options)
+    assert problems(split, [name]) == problems(split, [name], decode=True) == []
+    assert problems(split, [name], width=61) == problems(split, [name], decode=True, width=61) == [(0, SIZE)]
+    assert problems(split, [name], width=40, height=60) == [(0, SIZE)]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert problems(split, [name], decode=True) == [(0, UNREADABLE)]
+    if name not in ("a.bmp", "a.gif", "a.tif"):  # these are only known to be cut off when they are decoded
+        assert problems(split, [name]) == [(0, UNREADABLE)]
+        path.write_bytes(whole + b"written on by a camera" * 10)
+        assert problems(split, [name]) == []
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "LA", "P", "I;16", "1"])
+def test_every_mode_passes(split, mode):
+    picture = Image.new(mode, (60, 40))
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    picture.save(split.images / name)
+    assert problems(split, [name]) == problems(split, [name], decode=True) == []
+
+
+def test_turned_images_may_state_either_size(split):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(split.images / "turned.jpg", exif=exif)
+    assert problems(split, ["turned.jpg"]) == problems(split, ["turned.jpg"], width=40, height=60) == []
+    assert problems(split, ["turned.jpg"], width=40, height=61) == [(0, SIZE)]
+
+
+def test_problems_come_in_order_and_name_image_and_file(split):
+    (split.images / "text.png").write_text("hello")
+    images = [{"id": i, "file_name": name} | SIZES for i, name in enumerate(("none.png", "0.png", "text.png"))]
+    found = file_problems(split, images)
+    assert [(problem.index, problem.kind) for problem in found] == [(0, MISSING), (2, UNREADABLE)]
+    assert found[0].message.startswith(f"image 0: {split.images}/none.png is missing;")
+    assert found[1].message.startswith(f"image 2: {split.images}/text.png: not an image")
+
+
+def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, cache):
+    names = opened(monkeypatch)
+    for expected in (["0.png", "1.png"], []):
+        assert problems(split, ["0.png", "1.png"]) == []
+        assert names == expected
+        names.clear()
+    path = split.images / "1.png"
+    before = path.stat()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    for _ in range(2):  # what is wrong is not remembered
+        assert problems(split, ["0.png", "1.png"]) == [(1, UNREADABLE)]
+        assert names == ["1.png"]
+        names.clear()
+    assert problems(split, ["0.png"], width=61) == [(0, SIZE)]
+    assert all(cache in path.parents for path in cache.rglob("*"))
+    assert sorted(path.name for path in split.images.iterdir()) == ["0.png", "1.png"]
+
+
+def test_decoding_counts_for_less_but_not_the_other_way(split, monkeypatch):
+    problems(split, ["0.png"])
+    names = opened(monkeypatch)
+    problems(split, ["0.png", "1.png"], decode=True)
+    assert names == ["0.png", "1.png"]
+    problems(split, ["0.png", "1.png"])
+    assert names == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("spoil", ["file-in-the-way", "garbage", "no-home"])
+def test_a_cache_that_cannot_be_used_only_costs_time(split, monkeypatch, cache, spoil):
+    if spoil == "file-in-the-way":
+        cache.parent.parent.write_text("in the way")
+    elif spoil == "no-home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setattr(checks.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        problems(split, ["0.png"])
+        for path in cache.iterdir():
+            path.write_bytes(b"garbage" * 5)
+    names = opened(monkeypatch)
+    assert problems(split, ["0.png", "none.png"]) == [(1, MISSING)]
+    assert names == ["0.png"]
+
+
+def test_unreadable_images_leave_data_and_ground_truth(split, make_folder, make_document):
+    (split.images / "0.png").write_text("hello")
+    dataset = CocoDataset(split.root, "train", Unresized())
+    with pytest.raises(DataError, match=r"instances_train.json: image 11: .*0.png: not an image"):
+        check_files(dataset)
+    (said,) = check_files(dataset, skip_unreadable=True)
+    assert said.startswith("train: 1 of 2 images cannot be read and are skipped; the first: image 11: ")
+    assert (len(dataset), dataset.ids, dataset.counts, dataset.class_counts) == (1, [12], [1], [0, 1])
+    truth = dataset.coco_dict()
+    assert [image["id"] for image in truth["images"]] == [entry["image_id"] for entry in truth["annotations"]] == [12]
+    assert dataset[0].image_id == 12
+    (split.images / "1.png").write_text("hello")
+    with pytest.raises(DataError, match="not one image can be read"):
+        check_files(CocoDataset(split.root, "train", Unresized()), skip_unreadable=True)
+
+
+def test_skipping_excuses_no_other_mistake(split, make_folder, make_document):
+    content = make_document(images=((40, 60),) * 2)
+    content["images"][0]["width"] = 61
+    (split.images / "1.png").write_text("hello")
+    shutil.copy(split.images / "0.png", split.images / "keep")
+    make_folder(content)
+    shutil.move(split.images / "keep", split.images / "0.png")
+    with pytest.raises(DataError, match=r"image 11: .*the file is 60x40 pixels"):
+        check_files(CocoDataset(split.root, "train", Unresized()), skip_unreadable=True)
+
+
+def test_an_image_that_breaks_later_is_named_with_its_id(split):
+    dataset = CocoDataset(split.root, "train", Unresized())
+    check_files(dataset)
+    (split.images / "1.png").write_text("hello")
+    with pytest.raises(DataError, match=r"^image 12: .*train/1.png: not an image"):
+        dataset.sample(1)
+
+
+def test_remarks_count_what_is_not_used(make_document, make_folder):
+    boxes = ((-5, -5, 20, 20), (5, 5, 0, 0), (70, 5, 5, 5), (1, 1, 59.5, 2), (1, 1, 2, 2))
+    content = make_document(images=((40, 60),), boxes=boxes)
+    content["annotations"][-1]["iscrowd"] = 1
+    content["images"].append({"id": 99, "file_name": "empty.png", "height": 8, "width": 8})
+    assert CocoDataset(make_folder(content), "train", Unresized()).remarks == [
+        "1 crowd region left out of training",
+        "1 box without area left out",
+        "1 box outside the image left out",
+        "1 box clipped to the image",
+        "1 image without objects",
+    ]
