@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from dndetr.data.annotations import find_split
 from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems
 from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
+from dndetr.presets import small
 
 SIZES = {"height": 40, "width": 60}
 
@@ -195,3 +198,23 @@ def test_remarks_count_what_is_not_used(make_document, make_folder):
         "1 box clipped to the image",
         "1 image without objects",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reasons"),
+    [
+        ({}, ["frozen norm", "2 images are few"]),
+        ({"norm": "batch"}, ["2 images are few"]),
+        ({"init": "weights.pt"}, []),
+        ({"resume": "run"}, []),
+    ],
+    ids=["frozen", "batch-norm", "init", "resume"],
+)
+def test_training_from_scratch_on_little_data_is_warned_of(split, make_folder, make_document, flags, reasons):
+    make_folder(make_document(images=((40, 60),)), "val")
+    config = small()
+    backbone = replace(config.model.backbone, norm=flags.pop("norm", "frozen"))
+    model = replace(config.model, backbone=backbone)
+    data = TrainingData(replace(config, data=str(split.root), batch_size=1, model=model, **flags))
+    assert len(data.warnings) == bool(reasons)
+    assert all(reason in data.warnings[0] and "--init FILE" in data.warnings[0] for reason in reasons)
