@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .checkpoint import load_checkpoint
 from .classes import Classes, listed
 from .config import Config, from_dict
 from .data.given import GivenImages, ImageLike
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
 from .evaluation import postprocess
-from .initialise import initialise
+from .initialise import initialise, read_file
 from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES
@@ -102,7 +101,7 @@ def load(
     classes unless others are given. ValueError where anything would have to be guessed.
     """
     if preset is None:
-        checkpoint = load_checkpoint(path, needs=())
+        checkpoint = read_file(path)
         if not {"model", "config", "classes"} <= checkpoint.keys():
             raise ValueError(
                 f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "

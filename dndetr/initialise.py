@@ -54,11 +54,16 @@ class Initialised(NamedTuple):
         return text
 
 
-def read_weights(path: str | Path) -> Source:
-    """The weights in a file; the moving average where a checkpoint has one. Runs no code that the file may hold."""
+def read_file(path: str | Path) -> dict:
+    """``load_checkpoint`` for files of others too, whatever is in them; runs no code that they may hold."""
     # Official files keep their command line in one; as a plain bag of values it is harmless.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        content = load_checkpoint(path, needs=())
+        return load_checkpoint(path, needs=())
+
+
+def read_weights(path: str | Path) -> Source:
+    """The weights in a file; the moving average where a checkpoint has one."""
+    content = read_file(path)
     state = content.get("ema") or content.get("model") or content
     if not isinstance(state, dict):
         raise ValueError(f"{path} has a {type(state).__name__} where its weights should be, not a dict of tensors")

@@ -1,18 +1,24 @@
 """The evaluate command: the run's own numbers again, classes by name, a new folder each time."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 
+import detectors
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from short_runs import short_run, write_pictures
+from test_initialise import official, randomised
 
 from dndetr import evaluate
 from dndetr.classes import match_classes
+from dndetr.config import Config, ImagesConfig
 from dndetr.confusion import confusion_matrix
+from dndetr.detector import Detector
+from dndetr.presets import PRESETS
 from dndetr.runlog import read_rows
 
 FILES = {"metrics.json", "detections_val.json", "precision_recall.png", "confusion.png"}
@@ -155,6 +161,27 @@ def test_weights_alone_with_a_preset(tmp_path, capsys):
     assert evaluate.main([str(tmp_path / "weights.pt"), "--preset", "tiny", "--output", str(tmp_path / "out")]) == 0
     results = read(tmp_path / "out" / "detections_val.json")
     assert results[:600] == read(run / "detections_val.json")
+
+
+def test_an_official_file_with_a_preset(tmp_path, monkeypatch, capsys):
+    images = ImagesConfig(recipe="fixed", canvas=(96, 128))
+    preset = Config(preset="official", model=detectors.CONFIGS["dn-detr"], images=images, precision="float32")
+    monkeypatch.setitem(PRESETS, "official", lambda: preset)
+    theirs = randomised("dn-detr", 91)
+    file = tmp_path / "official.pth"
+    torch.save({"model": official(theirs, "dn-detr"), "args": argparse.Namespace(lr=1e-4)}, file)
+    data = write_pictures(tmp_path / "data", ((18, "dog"), (90, "toothbrush")))
+    flags = ["--data", str(data), "--output", str(tmp_path / "out")]
+    assert evaluate.main([str(file), *flags]) == 1
+    assert "official.pth holds no configuration and classes" in capsys.readouterr().err
+    assert evaluate.main([str(file), *flags, "--preset", "official"]) == 0
+    whole = Detector(theirs, preset, [(number, str(number)) for number in range(91)], precision="float32")
+    whole.model.decoder.class_embed.bias.data[[n for n in range(91) if n not in (18, 90)]] = -1e4
+    results = read(tmp_path / "out" / "detections_val.json")
+    (found,) = whole.predict(data / "val" / "0.jpg", threshold=1e-6)
+    expected = [result for result in results if result["image_id"] == 10]
+    assert [str(result["category_id"]) for result in expected] == found.names and len(expected) == 24
+    assert [result["score"] for result in expected] == pytest.approx(found.scores.tolist(), abs=1e-5)
 
 
 def test_classes_are_matched_by_name_and_by_id_where_names_repeat():
