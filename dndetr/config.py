@@ -1,8 +1,21 @@
 """Every setting of a run, as frozen dataclasses from which the command line is made; presets are in ``presets``."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
+
+
+def _demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
+    """ValueError that names the flag, what it was given, and what it takes; NaN meets no condition."""
+    if not condition:
+        raise ValueError(f"--{flag} {value}: give {wanted}")
+
+
+def _demand_counts(config: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        _demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
+
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
 
@@ -29,6 +42,17 @@ class BackboneConfig:
     """Parts without gradient: 1 the stem, 2 also layer1, and so on."""
     outputs: tuple[int, ...] = (4,)
     """Stages (1 to 4, strides 4 to 32) whose maps are used."""
+
+    def __post_init__(self):
+        stages = min(len(self.planes), len(self.blocks) or 4)
+        wanted = f"ascending numbers of stages from 1 to {stages}"
+        in_range = bool(self.outputs) and set(self.outputs) <= set(range(1, stages + 1))
+        _demand(
+            in_range and list(self.outputs) == sorted(set(self.outputs)), "model.backbone.outputs", self.outputs, wanted
+        )
+        _demand(all(n >= 1 for n in self.planes), "model.backbone.planes", self.planes, "widths of 1 or more")
+        _demand(all(n >= 1 for n in self.blocks), "model.backbone.blocks", self.blocks, "counts of 1 or more")
+        _demand(self.frozen >= 0, "model.backbone.frozen", self.frozen, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -75,10 +99,20 @@ class ModelConfig:
         return "dense" if self.variant == "dn-detr" else "deformable"
 
     def __post_init__(self):
+        _demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
+        _demand_counts(self, "model.", "encoder_points", "decoder_points")
+        _demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
+        _demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
+        _demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")
         if self.variant == "dn-detr" and (self.levels != 1 or len(self.backbone.outputs) != 1):
             raise ValueError("dn-detr works on one level: use --model.levels 1 and one of --model.backbone.outputs")
+        if self.levels < len(self.backbone.outputs):
+            raise ValueError(
+                f"--model.levels {self.levels}: the backbone gives {len(self.backbone.outputs)} maps; "
+                "give as many levels or more, or fewer --model.backbone.outputs"
+            )
         if self.patterns and self.variant == "dn-deformable-detr":
             raise ValueError("dn-deformable-detr has no patterns: use --model.patterns 0")
 
@@ -97,11 +131,10 @@ class DenoisingConfig:
     """Slots without an object: hidden from attention, or seen up to the batch's largest count (official code)."""
 
     def __post_init__(self):
-        if self.groups < 0:
-            raise ValueError(f"--denoising.groups {self.groups}: give 0 (off) or more")
+        _demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
         for name in ("label_noise", "box_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--denoising.{name.replace('_', '-')} {getattr(self, name)}: give 0 to 1")
+            value = getattr(self, name)
+            _demand(0 <= value <= 1, f"denoising.{name.replace('_', '-')}", value, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -122,6 +155,12 @@ class LossConfig:
     """Generalised IoU in the matching cost."""
     alpha: float = 0.25
     """Weight of the positive class in the focal loss and cost."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _demand(0 <= value < float("inf"), f"loss.{f.name.replace('_', '-')}", value, "0 or more")
+        _demand(self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -146,6 +185,18 @@ class OptimizerConfig:
     """Where cosine ends, as a share of --lr."""
     ema: float = 0.0
     """Decay of the moving average of the weights, which is then what is evaluated (0: off)."""
+
+    def __post_init__(self):
+        _demand(self.backbone_scale >= 0, "optimizer.backbone-scale", self.backbone_scale, "0 or more")
+        _demand(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "0 or more")
+        _demand(self.clip_norm > 0, "optimizer.clip-norm", self.clip_norm, "a positive number")
+        _demand(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of the run from 0 to below 1")
+        _demand(0 <= self.floor <= 1, "optimizer.floor", self.floor, "0 to 1")
+        _demand(0 <= self.ema < 1, "optimizer.ema", self.ema, "0 (off) to below 1")
+        _demand(self.gamma > 0, "optimizer.gamma", self.gamma, "a positive number")
+        ascending = list(self.drops) == sorted(self.drops) and all(0 < share <= 1 for share in self.drops)
+        needed = self.schedule not in ("step", "multistep") or bool(self.drops)
+        _demand(ascending and needed, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
 
 
 @dataclass(frozen=True)
@@ -172,6 +223,12 @@ class ImagesConfig:
     """Memory for decoded images, in MiB (0: decode every time)."""
     skip_unreadable: bool = False
     """Decode every image before training, and leave out and count those that cannot be, instead of stopping."""
+
+    def __post_init__(self):
+        _demand_counts(self, "images.", "eval_size", "max_size", "multiple")
+        _demand(bool(self.sizes) and all(n >= 1 for n in self.sizes), "images.sizes", self.sizes, "sizes of 1 or more")
+        _demand(all(n >= 1 for n in self.canvas), "images.canvas", self.canvas, "height and width of 1 or more")
+        _demand(self.cache_mib >= 0, "images.cache-mib", self.cache_mib, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -225,15 +282,14 @@ class Config:
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "evaluate_every", "log_every", "train_images", "val_images", "detections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
-        if self.max_steps_per_epoch is not None and self.max_steps_per_epoch < 1:
-            raise ValueError(f"--max-steps-per-epoch {self.max_steps_per_epoch}: give 1 or more")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"--checkpoint-every {self.checkpoint_every}: give 1 or more")
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: give a positive number")
+        counts = ["epochs", "batch_size", "evaluate_every", "log_every", "train_images", "val_images", "detections"]
+        counts += [name for name in ("max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None]
+        _demand_counts(self, "", *counts)
+        _demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        _demand(self.seed >= 0, "seed", self.seed, "0 or more")
+        _demand(self.workers >= 0, "workers", self.workers, "0 or more")
+        known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
+        _demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tyro
 
 from . import _spinning  # noqa: F401
 from .classes import listed, match_classes
+from .commandline import parse
 
 _MEANINGS = {
     "AP": "IoU 0.50:0.95",
@@ -195,7 +196,7 @@ def _shown(loader):
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
     try:
-        run(tyro.cli(Arguments, prog="python -m dndetr.evaluate", description=__doc__, args=argv))
+        run(parse(Arguments, argv, "python -m dndetr.evaluate", description=__doc__))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import tyro
 from PIL import Image
 
 from . import _spinning  # noqa: F401
+from .commandline import parse
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction
@@ -174,7 +175,7 @@ def _portions(items: Iterable) -> Iterator[list]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
     try:
-        run(tyro.cli(Arguments, prog="python -m dndetr.predict", description=__doc__, args=argv))
+        run(parse(Arguments, argv, "python -m dndetr.predict", description=__doc__))
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -40,14 +40,14 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
 
 def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Config:
     """The saved run's configuration, on this invocation's device; ValueError for flags that would change the run."""
-    given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
-    allowed = {"--resume"} | {f"--{name}" for name in _WITH_RESUME}
+    given = {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
+    allowed = {"--resume", "--no-quiet"} | {f"--{name}" for name in _WITH_RESUME}
     if given - allowed:
         raise ValueError(
             f"--resume continues a run as it was configured; leave out {', '.join(sorted(given - allowed))} "
             "(to start from its weights with other settings use --init)"
         )
-    changed = {name: getattr(config, name) for name in _WITH_RESUME if f"--{name}" in given}
+    changed = {name: getattr(config, name) for name in _WITH_RESUME if {f"--{name}", f"--no-{name}"} & given}
     return replace(from_dict(saved), resume=config.resume, **changed)
 
 

@@ -23,12 +23,23 @@ VARIANTS = {
 }
 
 
+def _absent(name: str) -> str:
+    return f"no golden data at {GOLDEN / name} (set DNDETR_GOLDEN or DNDETR_SHARED)"
+
+
 def unit(name: str) -> dict:
-    """A unit file's content; skips the module where there is no golden directory."""
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"no golden data at {path} (set DNDETR_GOLDEN or DNDETR_SHARED)", allow_module_level=True)
-    return torch.load(path, weights_only=True)
+    """A unit file's content; skips the test, or the module, where it is not there."""
+    if not (GOLDEN / name).is_file():
+        pytest.skip(_absent(name), allow_module_level=True)
+    return torch.load(GOLDEN / name, weights_only=True)
+
+
+def unit_cases(name: str, identify, keep=lambda case: True) -> list:
+    """A unit file's cases as pytest parameters, or one that is skipped where the file is not there."""
+    if not (GOLDEN / name).is_file():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=_absent(name)), id="absent")]
+    cases = filter(keep, torch.load(GOLDEN / name, weights_only=True)["cases"])
+    return [pytest.param(case, id=identify(case)) for case in cases]
 
 
 def model_files() -> dict[str, dict]:

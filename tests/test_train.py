@@ -157,9 +157,24 @@ def test_resuming_a_finished_run_says_so(capsys):
         (["--epochs", "0"], "error: --epochs 0: give 1 or more"),
         (["--model.heads", "3"], "must be a multiple of 4 and of twice its heads, 3 ("),
         (["--lr", "abc"], "--lr: could not convert string to float: 'abc' (python -m dndetr.train --help"),
+        (["--lr", "nan"], "--lr nan: give a positive number"),
+        (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--device", "foo"], "--device foo: give auto, cpu, cuda or cuda:N"),
+        (["--images.multiple", "0"], "--images.multiple 0: give 1 or more"),
+        (["--images.canvas", "0", "0"], "--images.canvas (0, 0): give"),
+        (["--optimizer.clip-norm", "-1"], "--optimizer.clip-norm -1.0: give a positive number"),
+        (["--optimizer.ema", "2"], "--optimizer.ema 2.0: give 0 (off) to below 1"),
+        (["--optimizer.drops", "0.8", "0.4"], "--optimizer.drops (0.8, 0.4): give ascending"),
+        (["--model.decoder-layers", "0"], "--model.decoder-layers 0: give 1 or more"),
+        (["--model.queries", "0"], "--model.queries 0: give 1 or more"),
+        (["--model.levels", "1"], "--model.levels 1: the backbone gives 2 maps"),
+        (
+            ["--model.backbone.outputs", "5"],
+            "--model.backbone.outputs (5,): give ascending numbers of stages from 1 to 3",
+        ),
         (["--lrr", "1"], "Unrecognized options: --lrr"),
     ],
-    ids=["preset", "no-data", "resume", "data", "init", "device", "batch", "epochs", "heads", "lr", "unknown"],
+    ids=lambda value: "_".join(value).strip("-") if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_plain_line_and_leave_nothing(flags, message, tmp_path, capsys):
     if "cuda" in flags and torch.cuda.is_available():

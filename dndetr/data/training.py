@@ -7,6 +7,7 @@ from ..batch import Batch
 from ..config import Config
 from .checks import check_files
 from .coco import CocoDataset
+from .errors import DataError
 from .loader import build_loader
 from .shapes import MIN_SIZE, ShapesDataset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
@@ -36,6 +37,10 @@ class TrainingData:
             val = CocoDataset(config.data, "val", eval_view, classes=train.classes, cache_bytes=cache)
             self.warnings = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
         self.warnings += _from_scratch(config, len(train))
+        if not any(train.counts):
+            raise DataError(f"{config.data}: the train split has no objects; there is nothing to learn from")
+        if not any(val.counts):
+            self.warnings.append(f"{config.data}: the val split has no objects, so there will be no AP and no best.pt")
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}

@@ -34,13 +34,18 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def group_count(channels: int) -> int:
+    """The largest usual number of groups that divides the channels: 32 where it does."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0)
+
+
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "frozen":
         return FrozenBatchNorm2d(channels)
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "group":
-        return nn.GroupNorm(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0), channels)
+        return nn.GroupNorm(group_count(channels), channels)
     raise ValueError(f"unknown norm {kind!r}: choose frozen, batch or group")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.ms_deform_attn import valid_pixels
+from .backbone import group_count
 from .position import pixel_encoding
 
 
@@ -72,7 +73,7 @@ class InputProjection(nn.Module):
         for level in range(levels):
             extra = level >= len(widths)
             conv = nn.Conv2d(sources[level], width, *((3, 2, 1) if extra else (1,)))
-            self.projections.append(nn.Sequential(conv, nn.GroupNorm(min(32, width), width)) if norm else conv)
+            self.projections.append(nn.Sequential(conv, nn.GroupNorm(group_count(width), width)) if norm else conv)
             if norm:
                 nn.init.xavier_uniform_(conv.weight)
                 nn.init.zeros_(conv.bias)

@@ -1,24 +1,15 @@
 """Post-processing against the official implementation's recorded results."""
 
-import os
-from pathlib import Path
-
+import goldens
 import pytest
 import torch
 
 from dndetr.evaluation import postprocess
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("DNDETR_SHARED", ROOT / ".." / "shared"))
-GOLDEN = Path(os.environ.get("DNDETR_GOLDEN", SHARED / "golden"))
-
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
-    path = GOLDEN / "primitives.pt"
-    if not path.exists():
-        pytest.skip(f"no golden data at {path} (set DNDETR_GOLDEN)")
-    return torch.load(path, weights_only=True)["postprocess"]
+    return goldens.unit("primitives.pt")["postprocess"]
 
 
 def test_postprocess_is_the_official_one(golden: dict):

@@ -13,19 +13,29 @@ from dndetr.models.queries import Queries
 from dndetr.ops import GroupLayout, ms_deform_attn
 from dndetr.ops.set_loss import focal_loss
 
-PRIMITIVES = goldens.unit("primitives.pt")
-MSDA_CASES = goldens.unit("msda_core.pt")["cases"]
-MODULE = goldens.unit("msda_module.pt")
-NOISE_CASES = goldens.unit("dn_noise.pt")["cases"]
-MASK_CASES = goldens.unit("dn_attn_masks.pt")["cases"]
+MSDA_CASES = goldens.unit_cases(
+    "msda_core.pt", lambda c: f"{c['mode']}-{c['M']}x{c['D']}-q{c['Lq']}-l{c['L']}p{c['P']}"
+)
+MODULE_CASES = goldens.unit_cases("msda_module.pt", lambda c: f"ref{c['reference_points'].shape[-1]}")
+NOISE_CASES = goldens.unit_cases(
+    "dn_noise.pt", lambda c: f"{c['kind']}-{'_'.join(map(str, c['counts']))}", keep=lambda c: c["kind"] != "dino"
+)
+MASK_CASES = goldens.unit_cases(
+    "dn_attn_masks.pt", lambda c: f"q{c['num_queries']}p{c['num_patterns']}g{c['scalar']}s{c['single_pad']}"
+)
+
+
+@pytest.fixture(scope="module")
+def primitives():
+    return goldens.unit("primitives.pt")
 
 
 def exact(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_boxes():
-    golden = PRIMITIVES["boxes"]
+def test_boxes(primitives):
+    golden = primitives["boxes"]
     a, b = cxcywh_to_xyxy(golden["a_cxcywh"]), cxcywh_to_xyxy(golden["b_cxcywh"])
     exact(a, golden["a_xyxy"])
     iou, union = iou_and_union(a[:, None], b)
@@ -34,8 +44,8 @@ def test_boxes():
     exact(generalized_iou(a[:, None], b), golden["giou"])
 
 
-def test_giou_loss_and_gradient():
-    golden = PRIMITIVES["giou_loss"]
+def test_giou_loss_and_gradient(primitives):
+    golden = primitives["giou_loss"]
     boxes = golden["pred"].clone().requires_grad_()
     loss = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(golden["target"]))
     exact(loss.detach(), golden["loss"])
@@ -43,8 +53,8 @@ def test_giou_loss_and_gradient():
     exact(boxes.grad, golden["grad_pred"])
 
 
-def test_focal_loss_and_gradient():
-    golden = PRIMITIVES["focal"]
+def test_focal_loss_and_gradient(primitives):
+    golden = primitives["focal"]
     assert golden["gamma"] == 2.0
     queries = golden["logits"].shape[1]
     logits = golden["logits"].clone().requires_grad_()
@@ -56,8 +66,8 @@ def test_focal_loss_and_gradient():
     exact(logits.grad, golden["grad_of_loss_before_times_Q"])
 
 
-def test_inverse_sigmoid():
-    golden = PRIMITIVES["inverse_sigmoid"]
+def test_inverse_sigmoid(primitives):
+    golden = primitives["inverse_sigmoid"]
     exact(inverse_sigmoid(golden["x"], golden["eps"]), golden["y"])
 
 
@@ -69,8 +79,8 @@ def test_inverse_sigmoid():
         ("deformable_sine_T10000", (10000.0, 10000.0), 0.5),
     ],
 )
-def test_pixel_encoding(name, temperature, shift):
-    golden = PRIMITIVES["posenc"]
+def test_pixel_encoding(primitives, name, temperature, shift):
+    golden = primitives["posenc"]
     padded = golden["mask"]
     sizes = torch.stack(((~padded)[:, :, 0].sum(1), (~padded)[:, 0].sum(1)), dim=-1)
     shape = tuple(padded.shape[1:])
@@ -82,14 +92,14 @@ def test_pixel_encoding(name, temperature, shift):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
-def test_anchor_encoding():
-    golden = PRIMITIVES["posenc"]
+def test_anchor_encoding(primitives):
+    golden = primitives["posenc"]
     channels = golden["hidden_dim"] // 2
     exact(anchor_encoding(golden["anchors"], channels), golden["anchor_sine_embed"])
     exact(anchor_encoding(golden["anchors"][..., :2], channels), golden["anchor_sine_embed_xy_only"])
 
 
-@pytest.mark.parametrize("case", MSDA_CASES, ids=[f"{i}-{c['mode']}" for i, c in enumerate(MSDA_CASES)])
+@pytest.mark.parametrize("case", MSDA_CASES)
 def test_deformable_attention(case):
     value, locations, weights = (
         case[name].clone().requires_grad_() for name in ("value", "sampling_locations", "attention_weights")
@@ -104,7 +114,7 @@ def test_deformable_attention(case):
         exact(locations.grad, case["grad_sampling_locations"])
 
 
-@pytest.mark.parametrize("case", MODULE["cases"], ids=lambda c: f"ref{c['reference_points'].shape[-1]}")
+@pytest.mark.parametrize("case", MODULE_CASES)
 def test_deformable_attention_module(case):
     module = MSDeformAttn(case["d_model"], case["n_heads"], case["n_levels"], case["n_points"]).double()
     module.load_state_dict(case["state_dict"])
@@ -127,15 +137,12 @@ def test_deformable_attention_module(case):
 
 
 def test_initial_sampling_directions():
+    module = goldens.unit("msda_module.pt")
     bias = MSDeformAttn(256, 8, 4, 4).sampling_offsets.bias.detach()
-    torch.testing.assert_close(bias, MODULE["default_init_sampling_offsets_bias"].float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bias, module["default_init_sampling_offsets_bias"].float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in NOISE_CASES if case["kind"] != "dino"],
-    ids=lambda c: f"{c['kind']}-{'_'.join(map(str, c['counts']))}",
-)
+@pytest.mark.parametrize("case", NOISE_CASES)
 def test_noise(case):
     groups, slots = case["scalar"], case["single_pad"]
     targets = goldens.pad_targets(case["labels"], case["boxes"], torch.float64)
@@ -164,9 +171,7 @@ def test_noise(case):
     exact(anchors[:, skipped:], case["input_query_bbox_logit"])
 
 
-@pytest.mark.parametrize(
-    "case", MASK_CASES, ids=lambda c: f"q{c['num_queries']}p{c['num_patterns']}g{c['scalar']}s{c['single_pad']}"
-)
+@pytest.mark.parametrize("case", MASK_CASES)
 def test_attention_mask(case):
     matching = case["num_queries"] * max(1, case["num_patterns"])
     layout = GroupLayout(case["scalar"], case["single_pad"], matching)
