@@ -11,7 +11,7 @@ from .config import Config, from_dict
 from .presets import PRESETS
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = ("device", "workers", "quiet")
+_WITH_RESUME = ("data", "device", "workers", "quiet")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -56,7 +56,12 @@ def run(arguments: Sequence[str]) -> Path:
     config = parse(arguments)
     checkpoint = None
     if config.resume is not None:
-        checkpoint = load_checkpoint(config.resume, needs=("model", "optimizer", "step", "config", "classes"))
+        checkpoint = load_checkpoint(config.resume, needs=("model", "step", "config", "classes"))
+        if "optimizer" not in checkpoint:
+            raise ValueError(
+                f"--resume {config.resume}: this file has weights but not the state of the training; give the run "
+                "folder, or start anew from these weights with --init"
+            )
         config = resumed_config(config, checkpoint["config"], arguments)
     if config.data is None:
         raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")

@@ -189,6 +189,8 @@ def test_resume_refuses_to_change_the_run(capsys):
     train.run([*FEW, "--output", "run"])
     assert train.main(["--resume", "run", "--lr", "1"]) == 1
     assert "leave out --lr" in capsys.readouterr().err
+    assert train.main(["--resume", "run/best.pt"]) == 1
+    assert "not the state of the training" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_never_overwritten(capsys):
