@@ -12,7 +12,7 @@ from .batch import Batch
 from .checkpoint import save_checkpoint, write_json_atomic
 from .config import Config, to_dict
 from .console import Console
-from .criterion import Criterion, Losses
+from .criterion import Criterion
 from .data.training import TrainingData
 from .evaluation import Evaluation, evaluate, postprocess, write_results
 from .models.build import build_model
@@ -22,12 +22,9 @@ from .pictures import batch_images, draw_curves, draw_first_batch, draw_predicti
 from .readback import Readback
 from .runlog import RunLog
 from .step import TrainStep
+from .window import LossWindow, demand_finite
 
 _PICTURED = 12  # validation images in predictions.png
-
-
-class Diverged(RuntimeError):
-    """The loss, or its gradient, is no longer a number."""
 
 
 class Stopped(Exception):
@@ -76,7 +73,7 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.done = 0
         self.best: float | None = None
-        self._window = _Window()
+        self._window = LossWindow()
         self._signal: int | None = None
         self._checkpoint = checkpoint
 
@@ -218,7 +215,7 @@ class Trainer:
         coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
         row = None
         for values, (ids, about) in self.readback.receive(wait):
-            _demand_finite(values, ids, about["step"])
+            demand_finite(values, ids, about["step"])
             mean = values.mean(0)
             total, norm, parts = mean[0].item(), mean[1].item(), mean[2:].view(-1, len(PARTS))
             terms = (parts * coefficients).sum(0)
@@ -275,7 +272,7 @@ class Trainer:
         self._write_rows(wait=True)
         window = self._window.state()
         if window["values"]:
-            _demand_finite(torch.stack(window["values"]), window["ids"], self.done)
+            demand_finite(torch.stack(window["values"]), window["ids"], self.done)
         rng = {"noise": self.step.noise_generator.get_state(), "torch": torch.get_rng_state()}
         state = {
             "optimizer": self.step.optimizer.state_dict(),
@@ -341,64 +338,6 @@ class Trainer:
             0.35,
             caption=caption,
         )
-
-
-class _Window:
-    """Losses of the steps since the last log row, kept on the device."""
-
-    def __init__(self):
-        self.values: list[Tensor] = []
-        self.ids: list[list[int]] = []
-        self.waited, self.started = 0.0, time.perf_counter()
-
-    def add(self, losses: Losses, norm: Tensor, ids: list[int], waited: float) -> None:
-        """One more step: total, gradient norm and parts, one vector on the device; ids of its images."""
-        self.values.append(torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten())))
-        self.ids.append(ids)
-        self.waited += waited
-
-    def close(self, step: int, epoch: int, rates: list[float]) -> tuple[Tensor, tuple[list[list[int]], dict]]:
-        """All steps' values on the device, their images, and what the host knows of them; starts a new window."""
-        seconds = time.perf_counter() - self.started
-        about = {
-            "step": step,
-            "epoch": epoch,
-            "lr": rates[0],
-            "images_per_second": round(sum(map(len, self.ids)) / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
-        }
-        if len(set(rates)) > 1:
-            about["lr_backbone"] = rates[1]
-        values, ids = torch.stack(self.values), self.ids
-        self.__init__()
-        return values, (ids, about)
-
-    def restart_clock(self) -> None:
-        """Evaluation and drawing are not training time."""
-        self.waited, self.started = 0.0, time.perf_counter()
-
-    def state(self) -> dict:
-        """What a run resumed from here needs to log the same numbers."""
-        return {"values": [value.cpu() for value in self.values], "ids": self.ids}
-
-    def restore(self, state: dict, device: torch.device) -> None:
-        """The inverse of ``state``."""
-        self.values, self.ids = [value.to(device) for value in state["values"]], list(state["ids"])
-
-
-def _demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> None:
-    """Diverged, with step, terms, layers and images, if a loss or gradient norm [steps, 2 + Y * 6] is not finite."""
-    bad = ~values[:, :2].isfinite().all(1)
-    if not bad.any():
-        return
-    row = int(bad.nonzero()[0])
-    parts = values[row, 2:].view(-1, len(PARTS))
-    terms = [f"{PARTS[term]} of layer {layer + 1}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
-    raise Diverged(
-        f"the loss is not finite at step {last_step - len(values) + 1 + row}: {', '.join(terms[:6]) or 'the gradient'} "
-        f"(image ids {', '.join(map(str, ids[row][:16]))}); the last checkpoint is intact; "
-        "try a lower --lr, a longer --optimizer.warmup or --precision float32"
-    )
 
 
 def _truths(batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from dndetr.config import Config, from_dict, to_dict
 from dndetr.console import Console
 from dndetr.presets import PRESETS
 from dndetr.step import TrainStep
-from dndetr.trainer import Diverged
+from dndetr.window import Diverged
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
 FILES = {
