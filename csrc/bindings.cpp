@@ -34,6 +34,13 @@ void assign(std::uintptr_t cost, bool is_double, std::array<int, 3> shape, std::
   dndetr::assign(problems, threads, chosen);
 }
 
+#ifdef WITH_CUDA
+// _backend.cuda_stream(tensor): device index, and handle of its current stream.
+using StreamHandle = std::pair<int, std::uintptr_t>;
+
+dndetr::Stream stream_at(StreamHandle s) { return {s.first, reinterpret_cast<void*>(s.second)}; }
+#endif
+
 // (tensor.data_ptr(), number of its dtype)
 using Pointer = std::pair<std::uintptr_t, int>;
 

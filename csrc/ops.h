@@ -10,6 +10,12 @@ enum class Simd { plain = 0, avx2 = 1, avx512 = 2 };
 // The widest instruction set of this machine that the build has code for.
 Simd best_simd();
 
+// Where a CUDA launcher puts its work: the tensors' device, and a cudaStream_t of it.
+struct Stream {
+  int device;
+  void* handle;
+};
+
 // cost[m * problem_stride + q * query_stride + t * target_stride], float or double; counts[problems];
 // query_of[problems * targets], contiguous.
 struct AssignProblems {

@@ -202,3 +202,9 @@ def triton_obstacle(device_type: str) -> str | None:
 def cuda_obstacle(*functions: str) -> str | None:
     """Why compiled CUDA code cannot serve these functions, or None."""
     return extension_obstacle(*functions) or (None if torch.cuda.is_available() else "torch sees no GPU")
+
+
+def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where compiled CUDA code is to run, as it takes it: device index and handle of that device's current stream."""
+    index = tensor.get_device()
+    return index, torch.cuda.current_stream(index).cuda_stream
