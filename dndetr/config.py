@@ -90,6 +90,8 @@ class ModelConfig:
     """Initial correction of the anchors' width and height in the first deformable decoder layer, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)
     """Temperature of the pixels' sine encoding, for y and x."""
+    checkpointing: bool = False
+    """Keep only the layers' inputs for backward and compute the rest again: a third slower, far less memory."""
     position_shift: float = 0.0
     """Shift of the pixels' positions in that encoding (Deformable-DETR: half a pixel)."""
 
@@ -127,11 +129,14 @@ class DenoisingConfig:
     """Probability of replacing a label by a random one."""
     box_noise: float = 0.4
     """Largest shift, in half box sizes, and largest change of size, in box sizes."""
+    max_queries: int = 1000
+    """Most denoising queries per image: crowded batches get fewer groups, or none, instead of running out of memory."""
     padding: Literal["hidden", "official"] = "hidden"
     """Slots without an object: hidden from attention, or seen up to the batch's largest count (official code)."""
 
     def __post_init__(self):
         _demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
+        _demand_counts(self, "denoising.", "max_queries")
         for name in ("label_noise", "box_noise"):
             value = getattr(self, name)
             _demand(0 <= value <= 1, f"denoising.{name.replace('_', '-')}", value, "0 to 1")
@@ -248,7 +253,9 @@ class Config:
     epochs: int = 50
     """Passes over the training data."""
     batch_size: int = 2
-    """Images per step."""
+    """Images at once, in each process."""
+    accumulate: int = 1
+    """Batches whose gradients make one step: the effect of a larger batch in the memory of this one."""
     lr: float = 1e-4
     """Learning rate."""
     seed: int = 42
@@ -282,7 +289,8 @@ class Config:
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
     def __post_init__(self):
-        counts = ["epochs", "batch_size", "evaluate_every", "log_every", "train_images", "val_images", "detections"]
+        counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]
+        counts += ["train_images", "val_images", "detections"]
         counts += [name for name in ("max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None]
         _demand_counts(self, "", *counts)
         _demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")

@@ -28,16 +28,16 @@ class Criterion(nn.Module):
     def forward(self, predictions: Predictions, targets: Targets, objects: Tensor | None = None) -> Losses:
         """Loss of one batch.
 
-        objects: scalar tensor, the normalising number of objects where it is not this batch's own (several processes,
-        accumulated gradients).
+        objects: positive scalar tensor that normalises the loss, where it is not this batch's own number of objects (or
+        1 without any): several processes, accumulated gradients.
         """
         logits, boxes, layout = predictions
         noised = layout.denoising
         with torch.no_grad():
             matches = match(logits[:, :, noised:], boxes[:, :, noised:], targets, self.cost)
             if objects is None:
-                objects = targets.counts.sum()
+                objects = targets.counts.sum().clamp(min=1)
             per_group = objects.to(torch.promote_types(boxes.dtype, torch.float32))
-            normalizers = torch.stack((per_group, per_group * max(layout.groups, 1))).clamp(min=1)
+            normalizers = torch.stack((per_group, per_group * max(layout.groups, 1)))
         total, parts = set_loss(logits, boxes, matches, layout, targets, normalizers, self.weights)
         return Losses(total, parts, matches)

@@ -13,13 +13,13 @@ from .config import Config, from_dict
 from .data.given import GivenImages, ImageLike
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
+from .device import pick_device, pick_precision
 from .evaluation import postprocess
 from .initialise import initialise, read_file
 from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES
 from .presets import PRESETS
-from .trainer import pick_device, pick_precision
 
 
 class Prediction(NamedTuple):

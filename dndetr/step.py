@@ -1,19 +1,24 @@
-"""One optimisation step, from a batch on the device to updated weights, without asking the device for a number."""
+"""One optimisation step, from batches on the device to updated weights, without asking the device for a number."""
+
+import contextlib
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .batch import Batch
 from .criterion import Criterion, Losses
 from .denoising import NoisedQueries, draw_noise, noised_queries
 from .optim import WeightAverage
+from .processes import Processes
 
 
 class TrainStep:
     """noise -> forward -> matching and losses -> backward -> clip -> AdamW -> schedule -> moving average.
 
-    groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; precision: dtype of autocast
-    (float32: none); noise_generator: a generator on the batches' device.
+    groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; max_queries: no more denoising
+    queries than this per image, by leaving out groups; precision: dtype of autocast (float32: none); noise_generator: a
+    generator on the batches' device; processes: those that share the step, each with batches of its own.
     """
 
     def __init__(
@@ -28,37 +33,70 @@ class TrainStep:
         label_noise: float,
         box_noise: float,
         batch_active: bool,
+        max_queries: int,
         clip_norm: float,
         precision: torch.dtype,
         noise_generator: torch.Generator,
+        processes: Processes,
     ):
         self.model, self.criterion = model, criterion
         self.optimizer, self.scheduler, self.average = optimizer, scheduler, average
-        self.classes, self.groups = classes, groups
+        self.classes, self.groups, self.max_queries = classes, groups, max_queries
         self.label_noise, self.box_noise, self.batch_active = label_noise, box_noise, batch_active
         self.clip_norm, self.precision = clip_norm, precision
         self.noise_generator = noise_generator
+        self.processes = processes
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Gradients of several processes are averaged while backward is still running.
+        self._shared = DistributedDataParallel(model) if processes.world > 1 else None
+
+    def groups_for(self, slots: int) -> int:
+        """How many denoising groups of ``slots`` queries fit under ``max_queries``."""
+        return min(self.groups, self.max_queries // slots)
 
     def noised(self, batch: Batch) -> NoisedQueries | None:
         """Fresh denoising queries for a batch; None where denoising is off."""
-        if self.groups == 0:
+        groups = self.groups_for(batch.targets.labels.shape[1])
+        if groups == 0:
             return None
-        noise = draw_noise(batch.targets, self.groups, self.classes, self.noise_generator)
+        noise = draw_noise(batch.targets, groups, self.classes, self.noise_generator)
         return noised_queries(batch.targets, noise, self.label_noise, self.box_noise, self.batch_active)
 
-    def __call__(self, batch: Batch) -> tuple[Losses, Tensor]:
-        """Train on one batch -> its losses (detached) and the gradient's norm before clipping, all on the device."""
-        noised = self.noised(batch)
-        device = batch.images.device.type
-        with torch.autocast(device, self.precision, enabled=self.precision != torch.float32):
-            predictions = self.model(batch.images, batch.sizes, noised)
-        losses = self.criterion(predictions, batch.targets)
-        losses.total.backward()
+    def __call__(self, *batches: Batch) -> tuple[Losses, Tensor]:
+        """Train on the batches together, as if they were one -> detached losses, norm of the gradient before clipping.
+
+        The loss is divided by the number of objects of all batches of all processes, so how images are divided into
+        batches changes neither loss nor gradient. The losses are the sum over the batches (which, averaged over the
+        processes, is the loss of them all); all results stay on the device.
+        """
+        objects = self._objects(batches)
+        totals, parts = [], []
+        for number, batch in enumerate(batches, start=1):
+            with self._unshared() if number < len(batches) else contextlib.nullcontext():
+                losses = self._backward(batch, objects)
+            totals.append(losses.total.detach())
+            parts.append(losses.parts.detach())
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         if self.average is not None:
             self.average.update(self.model)
-        return Losses(losses.total.detach(), losses.parts.detach(), losses.matches), norm
+        return Losses(sum(totals), sum(parts), losses.matches), norm
+
+    def _objects(self, batches: tuple[Batch, ...]) -> Tensor:
+        """What normalises the losses: objects in all batches of all processes, per process (DDP takes the mean)."""
+        counts = sum(batch.targets.counts.sum() for batch in batches)
+        return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
+
+    def _backward(self, batch: Batch, objects: Tensor) -> Losses:
+        noised = self.noised(batch)
+        with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
+            predictions = (self._shared or self.model)(batch.images, batch.sizes, noised)
+        losses = self.criterion(predictions, batch.targets, objects)
+        losses.total.backward()
+        return losses
+
+    def _unshared(self) -> contextlib.AbstractContextManager:
+        """Gradients only add up within: they travel with the last batch's."""
+        return contextlib.nullcontext() if self._shared is None else self._shared.no_sync()

@@ -4,11 +4,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import _spinning, commandline  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
 from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .processes import Processes
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
 _WITH_RESUME = ("data", "device", "workers", "quiet")
@@ -52,7 +56,7 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
 
 
 def run(arguments: Sequence[str]) -> Path:
-    """Train as the arguments say -> the run's folder."""
+    """Train as the arguments say, in this process or in those that torchrun started -> the run's folder."""
     config = parse(arguments)
     checkpoint = None
     if config.resume is not None:
@@ -67,27 +71,38 @@ def run(arguments: Sequence[str]) -> Path:
         raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
 
     # Imported here so that --help and mistakes in the flags answer at once.
+    from .processes import Processes
+
+    with Processes() as processes:
+        return _train(config, checkpoint, processes)
+
+
+def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> Path:
     from .console import Console
     from .data.training import TrainingData
     from .initialise import initialise
     from .runlog import claim_output, new_run_folder
     from .trainer import Stopped, Trainer
 
-    data = TrainingData(config)
-    trainer = Trainer(config, data, checkpoint)
+    data = TrainingData(config, processes.rank, processes.world)
+    trainer = Trainer(config, data, processes, checkpoint)
     notes = [trainer.summary(), *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
         folder = Path(config.resume) if Path(config.resume).is_dir() else Path(config.resume).parent
         if checkpoint["step"] >= trainer.total_steps:
-            print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
+            if processes.first:
+                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
             return folder
     else:
         if config.init is not None:
             notes.append(f"--init {config.init}: {initialise(trainer.model, config.init, data.classes)}")
-        folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
-    with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet) as console:
+        folder = None
+        if processes.first:
+            folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
+        folder = processes.from_first(folder)
+    with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet or not processes.first) as console:
         console.message(f"run folder: {folder}")
         for note in notes:
             console.message(note)
@@ -96,7 +111,8 @@ def run(arguments: Sequence[str]) -> Path:
     try:
         trainer.fit(folder)
     except Stopped as stopped:
-        print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
+        if processes.first:
+            print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
     return folder
 

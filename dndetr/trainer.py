@@ -1,7 +1,9 @@
 """The training run: data, model and step put together, evaluated, logged, drawn and saved."""
 
+import itertools
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +16,18 @@ from .config import Config, to_dict
 from .console import Console
 from .criterion import Criterion
 from .data.training import TrainingData
-from .evaluation import Evaluation, evaluate, postprocess, write_results
+from .device import pick_device, pick_precision
+from .drawing import draw_training, draw_validation
+from .evaluation import Evaluation, coco_evaluate, detect, write_results
 from .models.build import build_model
 from .ops import PARTS, CostWeights, LossWeights
 from .optim import WeightAverage, build_optimizer, schedule_factor
-from .pictures import batch_images, draw_curves, draw_first_batch, draw_predictions
+from .pictures import draw_curves
+from .processes import Processes
 from .readback import Readback
 from .runlog import RunLog
 from .step import TrainStep
 from .window import LossWindow, demand_finite
-
-_PICTURED = 12  # validation images in predictions.png
 
 
 class Stopped(Exception):
@@ -35,39 +38,24 @@ class Stopped(Exception):
         self.number = number
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 class Trainer:
-    """One run from its configuration, or continued from a checkpoint's content.
+    """One run from its configuration, or continued from a checkpoint's content, as one of ``processes``.
 
     Everything that can be wrong with the configuration or the data is found here, before the run's folder is touched.
     """
 
-    def __init__(self, config: Config, data: TrainingData, checkpoint: dict | None = None):
-        self.config, self.data = config, data
-        self.device = pick_device(config.device)
+    def __init__(self, config: Config, data: TrainingData, processes: Processes, checkpoint: dict | None = None):
+        self.config, self.data, self.processes = config, data, processes
+        self.device = pick_device(config.device, processes.local_rank)
         self.precision = pick_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, len(data.classes))
-        self.steps_per_epoch = data.steps_per_epoch
+        self.steps_per_epoch = data.steps_per_epoch // config.accumulate
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"--accumulate {config.accumulate}: an epoch has {data.steps_per_epoch} batches of "
+                f"{config.batch_size}; accumulate fewer, or lower --batch-size"
+            )
         if config.max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, config.max_steps_per_epoch)
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -75,17 +63,26 @@ class Trainer:
         self.best: float | None = None
         self._window = LossWindow()
         self._signal: int | None = None
+        self._capped = False
         self._checkpoint = checkpoint
+        if checkpoint is not None and len(checkpoint["rng"]["noise"]) != processes.world:
+            raise ValueError(
+                f"the run was made by {len(checkpoint['rng']['noise'])} processes and can only be continued by as many "
+                f"(now {processes.world}): start it the same way, with torchrun --nproc-per-node"
+            )
 
     def summary(self) -> str:
         """One line: model, size, data, arithmetic."""
         model, images = self.config.model, self.data.images
         parameters = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         groups = self.config.denoising.groups
+        images_a_step = self.config.batch_size * self.config.accumulate * self.processes.world
+        shared = f", {self.processes.world} processes" if self.processes.world > 1 else ""
         return (
             f"{model.variant}, {parameters:.1f} M parameters, {len(self.data.classes)} classes, "
             f"{images['train']:,} training and {images['val']:,} validation images, "
-            f"{groups} denoising groups, {self.device.type} {str(self.precision).removeprefix('torch.')}"
+            f"{images_a_step} a step, {groups} denoising groups, {self.device.type} "
+            f"{str(self.precision).removeprefix('torch.')}{shared}"
         )
 
     def prepare(self) -> None:
@@ -110,9 +107,12 @@ class Trainer:
             label_noise=config.denoising.label_noise,
             box_noise=config.denoising.box_noise,
             batch_active=config.denoising.padding == "official",
+            max_queries=config.denoising.max_queries,
             clip_norm=config.optimizer.clip_norm,
             precision=self.precision,
-            noise_generator=torch.Generator(self.device).manual_seed(config.seed),
+            # A distance that users' own series of seeds do not have.
+            noise_generator=torch.Generator(self.device).manual_seed(config.seed + 1_000_003 * self.processes.rank),
+            processes=self.processes,
         )
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
@@ -149,65 +149,96 @@ class Trainer:
         self._signal = number
 
     def _fit(self, folder: Path) -> dict:
-        config = self.config
+        config, first = self.config, self.processes.first
         self.folder, self.log, self.readback = folder, RunLog(folder), Readback()
         if self._checkpoint is None:
-            write_json_atomic(folder / "config.json", to_dict(config), indent=2)
+            if first:
+                write_json_atomic(folder / "config.json", to_dict(config), indent=2)
             self._save(0)  # from here on the run can be resumed whatever happens
-        else:
+        elif first:
             for left_by_a_kill in folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
             self.log.truncate_to(self.done)
         started = time.perf_counter()
         metrics: dict = {}
-        with Console(config.epochs, self.steps_per_epoch, self.done, config.quiet) as self.console:
+        with Console(config.epochs, self.steps_per_epoch, self.done, config.quiet or not first) as self.console:
             for epoch in range(self.done // self.steps_per_epoch, config.epochs):
-                loss = self._train_epoch(epoch)
+                stop = self._train_epoch(epoch)
                 last = epoch + 1 == config.epochs
                 if last or (epoch + 1) % config.evaluate_every == 0:
-                    metrics = self._evaluate(epoch + 1, loss)
+                    metrics = self._evaluate(epoch + 1)
                 self._save(epoch + 1)
-                if self._signal is not None and not last:
-                    raise Stopped(self._signal, self.done)
-            seconds = time.perf_counter() - started
-            self.log.write("end", self.done, epoch=config.epochs, seconds=round(seconds, 1), AP=metrics.get("AP"))
-            self._draw_predictions(metrics)
-            draw_curves(self.log.path, folder / "curves.png", title=f"{config.preset} on {config.data}")
+                if stop is not None and not last:
+                    raise Stopped(stop, self.done)
+            if first:
+                seconds = round(time.perf_counter() - started, 1)
+                self.log.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
+                picture, batches = folder / "predictions.png", self.data.validation()
+                draw_validation(picture, self._predict, batches, self._names, metrics)
+                draw_curves(self.log.path, folder / "curves.png", title=f"{config.preset} on {config.data}")
         return metrics
 
-    def _train_epoch(self, epoch: int) -> float | None:
-        """One epoch, or what is left of it -> the last logged loss."""
+    def _train_epoch(self, epoch: int) -> int | None:
+        """One epoch, or what is left of it -> the signal that asks the run to end after it, if any."""
         self.model.train()
-        window = self._window
+        window, config = self._window, self.config
         window.restart_clock()
         first = self.done - epoch * self.steps_per_epoch
-        batches = iter(self.data.training(epoch, first))
+        batches = iter(self.data.training(epoch, first * config.accumulate))
         for _ in range(first, self.steps_per_epoch):
             waiting = time.perf_counter()
-            batch = next(batches)
-            ids = batch.ids.tolist()
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device)
-            batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+            step_batches, ids = self._next(batches)
             waited = time.perf_counter() - waiting
-            if self.done == 0:
-                self._draw_first_batch(batch)
-            losses, norm = self.step(batch)
+            losses, norm = self.step(*step_batches)
             self.done += 1
             window.add(losses, norm, ids, waited)
             ended = self.done % self.steps_per_epoch == 0
-            if ended or self.done % self.config.log_every == 0:
-                self.readback.send(*window.close(self.done, epoch + 1, self.scheduler.get_last_lr()))
+            stop = None
+            if ended or self.done % config.log_every == 0:
+                stop = self._close_window(epoch + 1)
             shown = self._write_rows()
-            self.console.advance(len(ids), waited, shown)
+            self.console.advance(len(ids) * self.processes.world, waited, shown)
+            if self.processes.world == 1:  # several processes must stop at the same step: one where they talk anyway
+                stop = self._signal
             if not ended:  # after the last step comes the evaluation, and then the checkpoint
-                every = self.config.checkpoint_every
-                if self._signal is not None or (every is not None and self.done % every == 0):
+                every = config.checkpoint_every
+                if stop is not None or (every is not None and self.done % every == 0):
                     self._save(epoch)
-                if self._signal is not None:
-                    raise Stopped(self._signal, self.done)
+                if stop is not None:
+                    raise Stopped(stop, self.done)
         self._write_rows(wait=True)
-        return self._loss
+        return stop
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], list[int]]:
+        """The next step's batches on the device, and the ids of their images."""
+        found, ids = [], []
+        for batch in itertools.islice(batches, self.config.accumulate):
+            ids += batch.ids.tolist()
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device)
+            found.append(replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last)))
+        slots = max(batch.targets.labels.shape[1] for batch in found)
+        if not self._capped and self.step.groups_for(slots) < self.config.denoising.groups:
+            self._capped = True
+            self.console.message(
+                f"a batch with room for {slots} objects per image gets {self.step.groups_for(slots)} denoising groups "
+                f"instead of {self.config.denoising.groups} (--denoising.max-queries {self.step.max_queries})"
+            )
+        if self.done == 0 and self.processes.first:
+            # The very noise that the first step is about to draw.
+            state = self.step.noise_generator.get_state()
+            noised = self.step.noised(found[0])
+            self.step.noise_generator.set_state(state)
+            draw_training(self.folder / "first_batch.png", found[0], noised, self._names)
+        return found, ids
+
+    def _close_window(self, epoch: int) -> int | None:
+        """Send the steps since the last log row on their way to the host -> the signal that any process got."""
+        values, (ids, about) = self._window.close(self.done, epoch, self.scheduler.get_last_lr())
+        about["images_per_second"] = round(about["images_per_second"] * self.processes.world, 2)
+        signals, all_ids = zip(*self.processes.gather((self._signal, ids)), strict=True)
+        self.readback.send(self.processes.stack(values), (all_ids, about))
+        return next((number for number in signals if number is not None), None)
 
     def _write_rows(self, wait: bool = False) -> dict | None:
         """Log what has arrived from the device -> the newest row's numbers for the console."""
@@ -215,8 +246,9 @@ class Trainer:
         coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
         row = None
         for values, (ids, about) in self.readback.receive(wait):
-            demand_finite(values, ids, about["step"])
-            mean = values.mean(0)
+            for process_values, process_ids in zip(values, ids, strict=True):
+                demand_finite(process_values, process_ids, about["step"])
+            mean = values.mean((0, 1))
             total, norm, parts = mean[0].item(), mean[1].item(), mean[2:].view(-1, len(PARTS))
             terms = (parts * coefficients).sum(0)
             row = {
@@ -228,27 +260,37 @@ class Trainer:
             }
             row = {name: round(value, 6) for name, value in row.items()} | about
             self._loss = row["loss"]
-            self.log.write("train", **row)
+            if self.processes.first:
+                self.log.write("train", **row)
         return row
 
-    def _evaluate(self, epoch: int, loss: float | None) -> dict:
+    def _evaluate(self, epoch: int) -> dict:
         started = time.perf_counter()
         evaluation = self.evaluate()
+        if evaluation is None:
+            return {}
         metrics = evaluation.metrics
         seconds = time.perf_counter() - started
         self.log.write("eval", self.done, epoch=epoch, seconds=round(seconds, 2), **metrics)
-        self.console.evaluated(epoch, loss, metrics, seconds)
+        self.console.evaluated(epoch, self._loss, metrics, seconds)
         write_results(self.folder / "detections_val.json", evaluation.results)
         if metrics["AP"] is not None and (self.best is None or metrics["AP"] > self.best):
             self.best = metrics["AP"]
             save_checkpoint(self.folder / "best.pt", self._weights(epoch) | {"metrics": {"AP": self.best}})
         return metrics
 
-    def evaluate(self) -> Evaluation:
-        """Score the averaged weights where there are any, else the model, on the validation images."""
-        return evaluate(
-            self._predict, self.data.validation(), self.data.ground_truth, self.data.classes, self.config.detections
-        )
+    def evaluate(self) -> Evaluation | None:
+        """Score the averaged weights where there are any, else the model, on the validation images.
+
+        Processes share the images; the first has the result, the others None.
+        """
+        found = detect(self._predict, self.data.validation(), self.data.classes, self.config.detections)
+        everyones = self.processes.gather(found)
+        if not self.processes.first:
+            return None
+        results = [result for part, _ in everyones for result in part]
+        image_ids = sorted(image_id for _, part in everyones for image_id in part)
+        return Evaluation(coco_evaluate(self.data.ground_truth, results, image_ids), results, image_ids)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         model = self.model if self.average is None else self.average.model
@@ -257,6 +299,10 @@ class Trainer:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             logits, boxes = model.predict(batch.images, batch.sizes)
         return logits.float(), boxes.float()
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for _, name in self.data.classes]
 
     def _weights(self, epoch: int) -> dict:
         return {
@@ -273,12 +319,14 @@ class Trainer:
         window = self._window.state()
         if window["values"]:
             demand_finite(torch.stack(window["values"]), window["ids"], self.done)
-        rng = {"noise": self.step.noise_generator.get_state(), "torch": torch.get_rng_state()}
+        noise = self.processes.gather(self.step.noise_generator.get_state())
+        if not self.processes.first:
+            return
         state = {
             "optimizer": self.step.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "ema_updates": 0 if self.average is None else self.average.updates,
-            "rng": rng,
+            "rng": {"noise": noise, "torch": torch.get_rng_state()},
             "best": self.best,
             "window": window,
         }
@@ -291,60 +339,7 @@ class Trainer:
             self.average.updates = checkpoint["ema_updates"]
         self.step.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.last_epoch = checkpoint["scheduler"]["last_epoch"]
-        self.step.noise_generator.set_state(checkpoint["rng"]["noise"])
+        self.step.noise_generator.set_state(checkpoint["rng"]["noise"][self.processes.rank])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
         self._window.restore(checkpoint["window"], self.device)
-
-    def _draw_first_batch(self, batch: Batch) -> None:
-        """Ground truth and the very noise that the first step is about to draw."""
-        state = self.step.noise_generator.get_state()
-        noised = self.step.noised(batch)
-        self.step.noise_generator.set_state(state)
-        batch = batch.to("cpu")
-        targets = batch.targets
-        draw_first_batch(
-            self.folder / "first_batch.png",
-            batch.images,
-            batch.sizes,
-            targets.boxes,
-            targets.labels,
-            targets.counts,
-            None if noised is None else noised.boxes.cpu(),
-            None if noised is None else noised.labels.cpu(),
-            [name for _, name in self.data.classes],
-        )
-
-    def _draw_predictions(self, metrics: dict) -> None:
-        pictures, detections, truths = [], [], []
-        for batch in self.data.validation():
-            logits, boxes = self._predict(batch)
-            pictures += batch_images(batch.images, batch.sizes)
-            # In the canvas's own pixels, since that is what is drawn.
-            found = postprocess(logits, boxes, batch.sizes.to(boxes.device), keep=50)
-            detections += [tuple(field.cpu() for field in one) for one in zip(*found, strict=True)]
-            truths += _truths(batch)
-            if len(pictures) >= _PICTURED:
-                break
-        caption = "" if metrics.get("AP") is None else f"AP {metrics['AP']:.3f}   AP50 {metrics['AP50']:.3f}"
-        names = [name for _, name in self.data.classes]
-        shown = slice(_PICTURED)
-        draw_predictions(
-            self.folder / "predictions.png",
-            pictures[shown],
-            detections[shown],
-            truths[shown],
-            names,
-            0.35,
-            caption=caption,
-        )
-
-
-def _truths(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Labels and boxes in canvas pixels of each image."""
-    height, width = batch.sizes.unbind(-1)
-    scale = torch.stack((width, height, width, height), dim=-1)
-    centre, half = batch.targets.boxes[..., :2], batch.targets.boxes[..., 2:] / 2
-    corners = torch.cat((centre - half, centre + half), dim=-1) * scale[:, None]
-    counts = batch.targets.counts.tolist()
-    return [(labels[:n], boxes[:n]) for labels, boxes, n in zip(batch.targets.labels, corners, counts, strict=True)]

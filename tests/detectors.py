@@ -9,6 +9,7 @@ from dndetr.config import BackboneConfig, ModelConfig
 from dndetr.criterion import Criterion
 from dndetr.models.build import build_model
 from dndetr.optim import WeightAverage, build_optimizer, schedule_factor
+from dndetr.processes import Processes
 from dndetr.step import TrainStep
 
 CLASSES = 5
@@ -102,7 +103,9 @@ def make_batch(counts: list[int], slots: int, dtype=torch.float32, canvas=(96, 1
     return Batch(images, sizes, make_targets(counts, slots, dtype), sizes, torch.arange(len(counts)))
 
 
-def make_step(model, groups: int = 5, precision=torch.float32, lr: float = 1e-3, average=None) -> TrainStep:
+def make_step(
+    model, groups: int = 5, precision=torch.float32, lr: float = 1e-3, average=None, processes=None
+) -> TrainStep:
     """A whole training step around a model, with moving average (a new one by default) and schedule."""
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
@@ -117,7 +120,9 @@ def make_step(model, groups: int = 5, precision=torch.float32, lr: float = 1e-3,
         label_noise=0.2,
         box_noise=0.4,
         batch_active=False,
+        max_queries=1000,
         clip_norm=0.1,
         precision=precision,
         noise_generator=torch.Generator().manual_seed(0),
+        processes=processes or Processes({}),
     )

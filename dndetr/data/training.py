@@ -20,11 +20,11 @@ _FEW_IMAGES = 1000
 class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
-    ``warnings`` are sentences to show once. Raises DataError for whatever is wrong with the folder, before anything is
-    written.
+    Of ``world`` processes, the one of this ``rank`` reads its share of both. ``warnings`` are sentences to show once.
+    Raises DataError for whatever is wrong with the folder, before anything is written.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rank: int = 0, world: int = 1):
         images = config.images
         if config.data == "shapes":
             train = ShapesDataset("train", config.train_images, seed=config.seed)
@@ -44,8 +44,9 @@ class TrainingData:
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
-        self._train = build_loader(train, config.batch_size, training=True, **options)
-        self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options)
+        share = {"rank": rank, "world": world}
+        self._train = build_loader(train, config.batch_size, training=True, **options, **share)
+        self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
         self.images = {"train": len(train), "val": len(val)}
         if config.data == "shapes":
             self.class_counts = {"val": _counts(self.ground_truth, self.classes)}
@@ -62,7 +63,7 @@ class TrainingData:
         return self._train.epoch(epoch, first)
 
     def validation(self) -> Iterator[Batch]:
-        """All validation images, in the same order every time."""
+        """This process's validation images, in the same order every time."""
         return self._val.epoch()
 
 

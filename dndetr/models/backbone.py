@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Recomputable
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -63,7 +65,7 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int =
     return nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
 
 
-class _Block(nn.Module):
+class _Block(Recomputable):
     """A residual block; ``expansion`` 1 is the basic block (two 3x3), 4 the bottleneck (1x1, 3x3, 1x1)."""
 
     def __init__(self, inputs: int, planes: int, stride: int, dilation: int, expansion: int, norm: str):

@@ -1,5 +1,7 @@
 """Builds a detector from its configuration."""
 
+from torch import nn
+
 from ..config import BackboneConfig, ModelConfig
 from .backbone import BLOCKS, ResNet
 from .dab_decoder import DABDecoder
@@ -7,6 +9,7 @@ from .deformable_decoder import DeformableDecoder
 from .dn_detr import DNDETR
 from .encoder import DeformableEncoder, DenseEncoder
 from .features import InputProjection
+from .layers import Recomputable
 from .queries import Queries
 
 
@@ -59,4 +62,9 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
         decoder = DeformableDecoder(**shape, points=config.decoder_points, size_bias=config.size_bias)
     else:
         decoder = DABDecoder(**shape)
-    return DNDETR(backbone, projection, encoder, queries, decoder)
+    model = DNDETR(backbone, projection, encoder, queries, decoder)
+    for block in model.modules():
+        # Batch norm's running statistics would advance twice.
+        if isinstance(block, Recomputable) and not any(isinstance(m, nn.BatchNorm2d) for m in block.modules()):
+            block.recomputed = config.checkpointing
+    return model

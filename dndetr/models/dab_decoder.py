@@ -9,11 +9,11 @@ from ..ops.group_attention import GroupLayout, group_attention
 from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, merge_heads, split_heads
+from .layers import MLP, FeedForward, Recomputable, merge_heads, split_heads
 from .position import anchor_encoding
 
 
-class DABDecoderLayer(nn.Module):
+class DABDecoderLayer(Recomputable):
     """Self-attention over the query groups, conditional cross-attention, feed-forward; each post-norm.
 
     ``first``: this layer's cross-attention also adds the learned query position. ``levels`` > 1: one attention per

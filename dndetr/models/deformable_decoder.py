@@ -8,11 +8,11 @@ from ..ops.group_attention import GroupLayout, group_attention
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, PackedProjections, merge_heads
+from .layers import MLP, FeedForward, PackedProjections, Recomputable, merge_heads
 from .position import anchor_encoding
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(Recomputable):
     """Self-attention over the query groups, deformable cross-attention, feed-forward; each post-norm."""
 
     def __init__(self, width: int, heads: int, hidden: int, levels: int, points: int, activation: str):

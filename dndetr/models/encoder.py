@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ..ops.ms_deform_attn import ms_deform_attn_fused
 from .features import Features
-from .layers import MLP, FeedForward, PackedProjections, dense_attention, merge_heads
+from .layers import MLP, FeedForward, PackedProjections, Recomputable, dense_attention, merge_heads
 
 
-class DenseEncoderLayer(nn.Module):
+class DenseEncoderLayer(Recomputable):
     """Post-norm self-attention and feed-forward block."""
 
     def __init__(self, width: int, heads: int, hidden: int, activation: str):
@@ -78,7 +78,7 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(out)
 
 
-class DeformableEncoderLayer(nn.Module):
+class DeformableEncoderLayer(Recomputable):
     """Post-norm deformable self-attention and feed-forward block."""
 
     def __init__(self, width: int, heads: int, hidden: int, levels: int, points: int, activation: str):

@@ -6,8 +6,23 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.conditional_attention import hidden_softmax
+
+
+class Recomputable(nn.Module):
+    """A block that, once ``recomputed`` is set, keeps only its inputs for backward and computes the rest again there.
+
+    For blocks without random numbers and running statistics, which would advance twice.
+    """
+
+    recomputed = False
+
+    def __call__(self, *inputs):
+        if self.recomputed and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return super().__call__(*inputs)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,39 @@
+"""Where and in which arithmetic a model runs."""
+
+import torch
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one.
+
+    local_rank: number of this process among those that share the machine's GPUs, one each (None: alone). ValueError
+    where the device does not exist.
+    """
+    found = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not found):
+        return torch.device("cpu")
+    if not found:
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
+    device = torch.device("cuda" if name == "auto" else name)
+    if local_rank is None:
+        if (device.index or 0) >= found:
+            raise ValueError(f"--device {name}: there are {found} GPUs here, counted from cuda:0")
+        return device
+    if device.index is not None:
+        raise ValueError(f"--device {name}: each of several processes takes its own GPU; use --device cuda")
+    if local_rank >= found:
+        raise ValueError(
+            f"process {local_rank} has no GPU: there are {found} here; use --nproc-per-node {found} or less"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,65 @@
+"""The pictures of a run that show images: the first batch with its noise, and predictions beside the truth."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .denoising import NoisedQueries
+from .evaluation import postprocess
+from .pictures import batch_images, draw_first_batch, draw_predictions
+
+_PICTURED = 12  # validation images in predictions.png
+_THRESHOLD = 0.35  # score from which a prediction is drawn
+
+
+def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:
+    """Ground truth of a training batch, and the noised boxes and labels that the decoder is fed."""
+    batch = batch.to("cpu", non_blocking=False)
+    targets = batch.targets
+    draw_first_batch(
+        path,
+        batch.images,
+        batch.sizes,
+        targets.boxes,
+        targets.labels,
+        targets.counts,
+        None if noised is None else noised.boxes.cpu(),
+        None if noised is None else noised.labels.cpu(),
+        names,
+    )
+
+
+def draw_validation(
+    path: Path,
+    predict: Callable[[Batch], tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    metrics: Mapping,
+) -> None:
+    """Predictions on the first validation images beside their ground truth; arguments as for ``evaluate``."""
+    pictures, detections, truths = [], [], []
+    for batch in batches:
+        logits, boxes = predict(batch)
+        pictures += batch_images(batch.images, batch.sizes)
+        # In the canvas's own pixels, since that is what is drawn.
+        found = postprocess(logits, boxes, batch.sizes.to(boxes.device), keep=50)
+        detections += [tuple(field.cpu() for field in one) for one in zip(*found, strict=True)]
+        truths += _truths(batch)
+        if len(pictures) >= _PICTURED:
+            break
+    caption = "" if metrics.get("AP") is None else f"AP {metrics['AP']:.3f}   AP50 {metrics['AP50']:.3f}"
+    shown = slice(_PICTURED)
+    draw_predictions(path, pictures[shown], detections[shown], truths[shown], names, _THRESHOLD, caption=caption)
+
+
+def _truths(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Labels and boxes in canvas pixels of each image."""
+    height, width = batch.sizes.unbind(-1)
+    scale = torch.stack((width, height, width, height), dim=-1)
+    centre, half = batch.targets.boxes[..., :2], batch.targets.boxes[..., 2:] / 2
+    corners = torch.cat((centre - half, centre + half), dim=-1) * scale[:, None]
+    counts = batch.targets.counts.tolist()
+    return [(labels[:n], boxes[:n]) for labels, boxes, n in zip(batch.targets.labels, corners, counts, strict=True)]
