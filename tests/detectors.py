@@ -103,6 +103,18 @@ def make_batch(counts: list[int], slots: int, dtype=torch.float32, canvas=(96, 1
     return Batch(images, sizes, make_targets(counts, slots, dtype), sizes, torch.arange(len(counts)))
 
 
+def part(batch: Batch, images: slice) -> Batch:
+    """Some of a batch's images."""
+    targets = batch.targets
+    return Batch(
+        batch.images[images],
+        batch.sizes[images],
+        Targets(targets.labels[images], targets.boxes[images], targets.counts[images]),
+        batch.original_sizes[images],
+        batch.ids[images],
+    )
+
+
 def make_step(
     model, groups: int = 5, precision=torch.float32, lr: float = 1e-3, average=None, processes=None
 ) -> TrainStep:

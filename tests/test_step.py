@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import detectors
 import pytest
 import torch
+
+from dndetr.models.build import build_model
+from dndetr.models.layers import Recomputable
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
 
@@ -94,3 +98,48 @@ def test_the_average_lags_behind_and_counts():
     torch.testing.assert_close(average, torch.lerp(start, weight.detach(), share))
     steps = model.backbone.bn1.num_batches_tracked
     assert step.average.model.backbone.bn1.num_batches_tracked == steps == 1
+
+
+@every_model
+def test_recomputing_changes_memory_and_nothing_else(name):
+    kept, recomputed = [
+        build_model(replace(detectors.CONFIGS[name], checkpointing=checkpointing), detectors.CLASSES).double()
+        for checkpointing in (False, True)
+    ]
+    recomputed.load_state_dict(kept.state_dict())
+    blocks = [block for block in recomputed.modules() if isinstance(block, Recomputable)]
+    count = sum(block.recomputed for block in blocks)
+    assert count == (5 if name == "batch-norm-from-scratch" else 9)  # all but the blocks with running statistics
+    ends = []
+    for model in (kept, recomputed):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            losses, norm = detectors.make_step(model)(detectors.make_batch([3, 5], 8, torch.float64))
+        ends.append((sum(saved), losses.total, norm))
+    assert ends[1][0] < 0.7 * ends[0][0]
+    assert torch.equal(ends[0][1], ends[1][1])
+    torch.testing.assert_close(ends[0][2], ends[1][2], rtol=1e-12, atol=0)
+
+
+def test_accumulated_batches_give_the_loss_and_gradient_of_one():
+    whole = detectors.make_batch([3, 0, 5, 1], 8, torch.float64)
+    ends = []
+    for batches in ([whole], [detectors.part(whole, slice(0, 1)), detectors.part(whole, slice(1, 4))]):
+        step = detectors.make_step(detectors.build("dn-deformable-detr", torch.float64), groups=0)
+        losses, norm = step(*batches)
+        ends.append((losses.total, losses.parts, norm))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "groups"), [(1000, 5), (40, 5), (39, 4), (8, 1), (7, 0)])
+def test_crowded_batches_get_fewer_groups(most, groups):
+    step = detectors.make_step(detectors.build("dn-detr"))
+    step.max_queries = most
+    batch = detectors.make_batch([3, 5], 8)
+    assert step.groups_for(8) == groups
+    noised = step.noised(batch)
+    assert (0 if noised is None else noised.labels.shape[1]) == groups
+    losses, norm = step(batch)
+    assert losses.total.isfinite() and norm.isfinite()
+    assert (losses.parts[:, 3:] == 0).all() == (groups == 0)

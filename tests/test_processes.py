@@ -1,0 +1,121 @@
+"""Several processes under torchrun (gloo, on the CPU): the same training as in one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import goldens
+import pytest
+import torch
+
+from dndetr import train
+from dndetr.device import pick_device
+from dndetr.processes import Processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+FEW = ["--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
+# Statistics of a batch are those of a process: with them, two processes are not one with twice the images.
+NO_BATCH_STATISTICS = ["--model.backbone.norm", "group"]
+
+
+def environment() -> dict:
+    tests = str(goldens.ROOT / "tests")
+    return {**os.environ, "PYTHONPATH": f"{goldens.ROOT}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*TORCHRUN, *command], env=environment(), cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("dn-detr", 1), ("dn-deformable-detr", 2)])
+def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, accumulate):
+    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
+    done = torchrun(script, name, str(accumulate), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["equal"]
+
+
+def rows(folder, event):
+    with open(folder / "metrics.jsonl") as file:
+        return [row for row in map(json.loads, file) if row["event"] == event]
+
+
+def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
+    command = ["-m", "dndetr.train", *FEW, *NO_BATCH_STATISTICS]
+    done = torchrun(*command, "--output", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("run folder: whole") == 1
+    whole = tmp_path / "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert [row["step"] for row in rows(whole, "train")] == [2, 3, 4, 6]  # 12 images, 4 a step
+    assert [row["epoch"] for row in rows(whole, "eval")] == [1, 2]
+    images = {result["image_id"] for result in json.loads((whole / "detections_val.json").read_text())}
+    assert len(images) == 6
+
+    process = subprocess.Popen(
+        [*TORCHRUN, *command, "--output", "stopped"],
+        env=environment(),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    saved = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["step"] < 6 and len(saved["rng"]["noise"]) == 2, errors[-3000:]
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "dndetr.train", "--resume", "stopped"],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert alone.returncode == 1 and "made by 2 processes" in alone.stderr
+    done = torchrun("-m", "dndetr.train", "--resume", "stopped", "--quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["ema"] for name in ("whole", "stopped")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
+    started = time.perf_counter()
+    done = torchrun(script, "lose-one", *FEW, "--checkpoint-every", "1", "--output", "run", cwd=tmp_path)
+    assert done.returncode != 0 and time.perf_counter() - started < 120
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_accumulated_batches_are_one_batch(tmp_path, monkeypatch):
+    """The step of two batches of two is counted, logged and resumed as one."""
+    monkeypatch.chdir(tmp_path)
+    folder = train.run([*FEW, "--accumulate", "2", "--quiet", "--output", "run"])
+    assert [row["step"] for row in rows(folder, "train")] == [2, 3, 4, 6]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 6
+    with pytest.raises(ValueError, match="--accumulate 7: an epoch has 6 batches of 2"):
+        train.run([*FEW, "--accumulate", "7", "--quiet", "--output", "none"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", 1) == torch.device("cuda:1")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="takes its own GPU"):
+        pick_device("cuda:0", 1)
+    with pytest.raises(ValueError, match="--nproc-per-node 2 or less"):
+        pick_device("cuda", 2)
+    with pytest.raises(ValueError, match="there are 2 GPUs here"):
+        pick_device("cuda:2")
+    assert Processes({}).local_rank is None and Processes({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}).local_rank is None

@@ -1,0 +1,86 @@
+"""Started by torchrun: a training step shared by two processes, against the same in one; or a run that loses one."""
+
+import os
+import sys
+
+import detectors
+import torch
+
+from dndetr.batch import Batch, Targets
+from dndetr.denoising import draw_noise, noised_queries
+from dndetr.processes import Processes
+
+GROUPS = 3
+
+
+def gradients(name: str, batches: list[Batch], processes: Processes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of one step on the batches, with noise that depends on the image alone."""
+    step = detectors.make_step(detectors.build(name, torch.float64), GROUPS, processes=processes)
+    step.clip_norm = 1e9
+
+    def noised(batch: Batch):
+        draws = []
+        for image, targets in zip(batch.ids.tolist(), images_of(batch.targets), strict=True):
+            draws.append(draw_noise(targets, GROUPS, detectors.CLASSES, torch.Generator().manual_seed(image)))
+        noise = type(draws[0])(*(torch.cat(field) for field in zip(*draws, strict=True)))
+        return noised_queries(batch.targets, noise)
+
+    found = []
+    step.noised = noised
+    step.optimizer.step = lambda: found.extend(
+        value.grad.flatten() for value in step.model.parameters() if value.grad is not None
+    )
+    losses, _ = step(*batches)
+    return processes.stack(losses.total).mean(), torch.cat(found)
+
+
+def images_of(targets: Targets) -> list[Targets]:
+    """Each image's targets as a batch of one."""
+    return [
+        Targets(targets.labels[i : i + 1], targets.boxes[i : i + 1], targets.counts[i : i + 1])
+        for i in range(len(targets.counts))
+    ]
+
+
+def compare(name: str, accumulate: int) -> None:
+    """Two processes with two images each, and one with four, for objects here and there, and in no image of one."""
+    with Processes() as processes:
+        for counts in ([3, 1, 2, 5], [4, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]):
+            whole = detectors.make_batch(counts, 8, torch.float64)
+            images = range(2 * processes.rank, 2 * processes.rank + 2)
+            if accumulate == 1:
+                mine = [detectors.part(whole, slice(images[0], images[0] + 2))]
+            else:
+                mine = [detectors.part(whole, slice(image, image + 1)) for image in images]
+            loss, gradient = gradients(name, mine, processes)
+            expected_loss, expected = gradients(name, [whole], Processes({}))
+            torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+            assert expected.norm() > 0
+        if processes.first:
+            print("equal")
+
+
+def lose_one(*flags: str) -> None:
+    """A run whose second process dies in its third step."""
+    from dndetr import train
+    from dndetr.step import TrainStep
+
+    call, steps = TrainStep.__call__, []
+
+    def dying(self, *batches):
+        steps.append(None)
+        if self.processes.rank == 1 and len(steps) == 3:
+            os._exit(9)
+        return call(self, *batches)
+
+    TrainStep.__call__ = dying
+    sys.exit(train.main(flags))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "lose-one":
+        lose_one(*sys.argv[2:])
+    else:
+        compare(sys.argv[1], int(sys.argv[2]))
