@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -11,6 +12,7 @@ import rich.console
 import rich.progress
 import tyro
 
+from dndetr.commandline import exit_status, parse
 from dndetr.console import Console
 from dndetr.data.annotations import (
     Classes,
@@ -30,6 +32,18 @@ from dndetr.data.transforms import Unresized
 from dndetr.pictures.samples import draw_samples
 
 _SAMPLES = 12  # images on the contact sheet
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One check: every image is decoded, every problem listed, the objects of each class counted."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """COCO-format folder."""
+    splits: tuple[str, ...] = ()
+    """Splits to check (default: train, val, and test where there is one)."""
+    output: Path | None = None
+    """PNG to write, with samples and their boxes drawn."""
 
 
 class Report(NamedTuple):
@@ -144,41 +158,26 @@ def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
             print(f"problem: {report.split.json}: {problem.message}")
 
 
-def command(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
-    splits: tuple[str, ...] = (),
-    output: Path | None = None,
-) -> int:
-    """Decode every image of a COCO-format folder, list every problem, and count the objects of each class.
-
-    Args:
-        folder: COCO-format folder.
-        splits: Splits to check (default: train, val, and test where there is one).
-        output: PNG to write, with samples and their boxes drawn.
-    """
-    reports, obstacles = check_folder(folder, splits)
+def run(arguments: Arguments) -> None:
+    """Check the folder and print what was found; DataError, with the number of problems, if anything is wrong."""
+    folder, output = arguments.folder, arguments.output
+    reports, obstacles = check_folder(folder, arguments.splits)
     print_reports(reports, obstacles)
     if output is not None:
         drawn = draw_sheet(output, reports, str(folder))
         print(f"{drawn} images drawn in {output}" if drawn else f"{output} not written: no split can be drawn")
     kinds = Counter(problem.kind for report in reports for problem in report.problems)
     kinds.update({"split": len(obstacles)})
-    if not kinds.total():
-        print("no problems")
-        return 0
-    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.items() if count)
-    problems = "1 problem" if kinds.total() == 1 else f"{kinds.total():,} problems"
-    print(f"error: {folder}: {problems} ({listed})", file=sys.stderr)
-    return 1
+    if kinds.total():
+        listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.items() if count)
+        problems = "1 problem" if kinds.total() == 1 else f"{kinds.total():,} problems"
+        raise DataError(f"{folder}: {problems} ({listed})")
+    print("no problems")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 if anything is wrong with the folder."""
-    try:
-        return tyro.cli(command, prog="python -m dndetr.check_data", args=arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.check_data", description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Flags from dataclasses by tyro, with mistakes told in one plain line instead of a box."""
+"""What all commands share: flags from dataclasses by tyro, and mistakes told in one plain line with an exit status."""
 
 import contextlib
 import io
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
@@ -25,6 +27,19 @@ def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **o
         raise ValueError(f"{_unboxed(told.getvalue())} ({prog} --help lists all flags)") from None
 
 
+def exit_status(command: Callable[[], object]) -> int:
+    """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C."""
+    try:
+        command()
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _unboxed(text: str) -> str:
     """The message inside tyro's box (drawn in lines or in ASCII), without frame, title and line breaks."""
     paragraphs = [""]
@@ -36,4 +51,4 @@ def _unboxed(text: str) -> str:
             paragraphs[-1] += f" {line}"
     # Only the title has neither a colon nor a full stop.
     message = next((part for part in paragraphs if ":" in part or "." in part), text)
-    return " ".join(message.split()).removeprefix("Error parsing Config: ")
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(message.split()))

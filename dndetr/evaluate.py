@@ -11,7 +11,7 @@ import tyro
 
 from . import _spinning  # noqa: F401
 from .classes import listed, match_classes
-from .commandline import parse
+from .commandline import exit_status, parse
 
 _MEANINGS = {
     "AP": "IoU 0.50:0.95",
@@ -195,15 +195,7 @@ def _shown(loader):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    try:
-        run(parse(Arguments, argv, "python -m dndetr.evaluate", description=__doc__))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.evaluate", description=__doc__)))
 
 
 if __name__ == "__main__":

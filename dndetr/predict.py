@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 
 from . import _spinning  # noqa: F401
-from .commandline import parse
+from .commandline import exit_status, parse
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction
@@ -174,15 +174,7 @@ def _portions(items: Iterable) -> Iterator[list]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    try:
-        run(parse(Arguments, argv, "python -m dndetr.predict", description=__doc__))
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.predict", description=__doc__)))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,32 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from PIL import Image
 
+from dndetr.commandline import exit_status, parse
 from dndetr.data.errors import DataError
 from dndetr.data.shapes import MIN_SIZE, ShapesDataset, render
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One folder of built-in data."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """New folder to write."""
+    train: int = 2000
+    """Number of training images."""
+    val: int = 200
+    """Number of validation images."""
+    size: int = MIN_SIZE
+    """Side of the images in pixels."""
+    seed: int = 0
+    """Another seed, other images."""
 
 
 def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MIN_SIZE, seed: int = 0) -> None:
@@ -45,34 +63,15 @@ def _write_split(dataset: ShapesDataset, folder: Path) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
-def command(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
-    train: int = 2000,
-    val: int = 200,
-    size: int = MIN_SIZE,
-    seed: int = 0,
-) -> None:
-    """Write the built-in shapes as a COCO-format folder.
-
-    Args:
-        folder: New folder to write.
-        train: Number of training images.
-        val: Number of validation images.
-        size: Side of the images in pixels.
-        seed: Another seed, other images.
-    """
-    write_shapes(folder, train, val, size, seed)
-    print(f"{train} training and {val} validation images in {folder}")
+def run(arguments: Arguments) -> None:
+    """Write the folder that the arguments describe."""
+    write_shapes(arguments.folder, arguments.train, arguments.val, arguments.size, arguments.seed)
+    print(f"{arguments.train} training and {arguments.val} validation images in {arguments.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 1, with one line on stderr, where the folder cannot be written."""
-    try:
-        tyro.cli(command, prog="python -m dndetr.shapes", args=argv)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Command-line entry; exit status 1 and one line on stderr where the folder cannot be written."""
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.shapes", description=__doc__)))
 
 
 if __name__ == "__main__":

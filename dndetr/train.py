@@ -119,12 +119,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    try:
-        run(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    return commandline.exit_status(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

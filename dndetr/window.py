@@ -17,9 +17,12 @@ class LossWindow:
     """Losses of the steps since the last log row, kept on the device."""
 
     def __init__(self):
+        self._begin()
+
+    def _begin(self) -> None:
         self.values: list[Tensor] = []
         self.ids: list[list[int]] = []
-        self.waited, self.started = 0.0, time.perf_counter()
+        self.restart_clock()
 
     def add(self, losses: Losses, norm: Tensor, ids: list[int], waited: float) -> None:
         """One more step: total, gradient norm and parts, one vector on the device; ids of its images."""
@@ -40,7 +43,7 @@ class LossWindow:
         if len(set(rates)) > 1:
             about["lr_backbone"] = rates[1]
         values, ids = torch.stack(self.values), self.ids
-        self.__init__()
+        self._begin()
         return values, (ids, about)
 
     def restart_clock(self) -> None:
