@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a detector; without arguments on built-in synthetic shapes",
     "evaluate": "score a trained detector on a data set: COCO's numbers, classes, figures",
     "predict": "draw what a trained detector finds in images, folders and videos",
+    "export": "write a trained detector as an ONNX or torch.export file",
     "check_data": "look for everything that is wrong with a COCO-format folder",
     "shapes": "write the built-in data as a COCO-format folder",
     "doctor": "say what is installed and built, and which implementation every op takes",

@@ -38,7 +38,7 @@ class DNDETR(nn.Module):
         """
         maps = self.backbone(images)
         features = self.encoder(self.projection(maps, sizes, tuple(images.shape[-2:])))
-        content, anchors = self.queries(len(images), noised)
+        content, anchors = self.queries(images.shape[0], noised)
         matching = self.queries.matching
         layout = GroupLayout(0, 0, matching) if noised is None else noised.layout(matching)
         active = None if noised is None else noised.active

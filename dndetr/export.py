@@ -1,0 +1,269 @@
+"""``python -m dndetr.export RUN_OR_CHECKPOINT --output FILE``: a detector as one ONNX or torch.export file."""
+
+import importlib
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from . import __version__, _spinning  # noqa: F401
+from .commandline import exit_status, parse
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .detector import Detector
+
+INPUTS, OUTPUTS = ("images", "sizes"), ("scores", "labels", "boxes_xyxy")
+_TOLERANCE = 1e-3  # of scores and of boxes in shares of the image; float32 programs were seen to differ by 1e-6
+_SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One export."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run folder (its latest checkpoint) or a checkpoint file."""
+    output: Path
+    """New file to write, such as model.onnx or model.pt2."""
+    format: Literal["onnx", "torch"] | None = None
+    """ONNX or torch.export (default: as the file's name ends)."""
+    image: Path | None = None
+    """Image on which the file is compared with the model (default: the first validation image of the run's data)."""
+    canvas: tuple[int, int] | None = None
+    """Height and width of the input (default: the run's canvas, or what the image needs)."""
+    preset: str | None = None
+    """The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."""
+
+
+def run(arguments: Arguments) -> None:
+    """Export as the arguments say; the file is there, whole and compared with the model, or not at all."""
+    output = arguments.output
+    kind = arguments.format or _SUFFIXES.get(output.suffix)
+    if kind is None:
+        raise ValueError(f"--output {output}: end the name in .onnx or .pt2, or add --format onnx or --format torch")
+    if output.exists():
+        raise FileExistsError(f"--output {output} is already there: give a new file")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+    if kind == "onnx":
+        _demand_onnx()
+    # Imported here so that --help and mistakes in the flags answer at once.
+    from .checkpoint import write_atomic
+    from .detector import load
+
+    detector = load(arguments.model, "cpu", preset=arguments.preset)
+    batch = prepare(detector, arguments.image, arguments.canvas)
+    about = describe(detector, tuple(batch.images.shape[-2:]))
+    program = exported_program(detector, batch)
+    content, call = (to_onnx if kind == "onnx" else to_torch)(program, about)
+    print(f"the same as the model: {verify(detector, call, batch)}")
+    write_atomic(output, content)
+    height, width = about["canvas"]
+    print(f"{output}: {len(content) / 1e6:.1f} MB, images [batch, 3, {height}, {width}], any batch")
+
+
+def _demand_onnx() -> None:
+    missing = []
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    if missing:
+        raise ModuleNotFoundError(f'ONNX needs {", ".join(missing)}: pip install -e ".[onnx]"')
+
+
+def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | None) -> "Batch":
+    """The image, by default the first validation image of the run's data, and its mirror image, on one canvas."""
+    from .data.collate import collate
+    from .data.given import GivenImages
+    from .data.training import evaluation_transform
+
+    config = detector.config
+    data = GivenImages([_validation_image(config) if image is None else image], evaluation_transform(config))
+    sample = data.sample(0)
+    size = tuple(sample.image.shape[1:])
+    if canvas is not None:
+        if data.canvas not in (None, canvas):
+            raise ValueError(f"--canvas {canvas}: the run resizes every image to {data.canvas}; leave out --canvas")
+        if any(side > most for side, most in zip(size, canvas, strict=True)):
+            raise ValueError(f"--canvas {canvas}: the image becomes {size}; give that much or another --image")
+    mirrored = replace(sample, image=sample.image.flip(2))
+    return collate([sample, mirrored], config.images.multiple, canvas or data.canvas)
+
+
+def _validation_image(config):
+    """The first validation image of the run's data: its file, or its pixels if it is built in."""
+    from .data.annotations import find_split, read_document
+    from .data.shapes import MIN_SIZE, render
+
+    if config.data == "shapes":
+        return render("val", 0, MIN_SIZE)[0].transpose(1, 2, 0)
+    if config.data is None:
+        raise ValueError("--preset needs an image to compare on: --image FILE")
+    try:
+        split = find_split(config.data, "val")
+        return split.images / read_document(split.json)["images"][0]["file_name"]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; give another image to compare on: --image FILE") from error
+
+
+def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
+    """What whoever runs the file has to know, in JSON's types; it travels in the file."""
+    from .data.sample import MEAN, STD
+
+    images = detector.config.images
+    if detector.config.data == "shapes" or images.recipe == "fixed":
+        resize = "stretch to the canvas"
+    elif images.recipe == "official":
+        resize = f"short side to {images.eval_size}, long side at most {images.max_size}; top left on the canvas, then 0"
+    else:
+        resize = "none; top left on the canvas, then 0"
+    return {
+        "dndetr": __version__,
+        "variant": detector.config.model.variant,
+        "classes": [{"id": number, "name": name} for number, name in detector.classes],
+        "canvas": list(canvas),
+        "resize": f"{resize} (bilinear, antialiased)",
+        "colours": "RGB in [0, 1], minus mean, over std",
+        "mean": list(MEAN),
+        "std": list(STD),
+        "inputs": {
+            "images": "float32 [batch, 3, height, width]",
+            "sizes": "int64 [batch, 2] height and width of each image on the canvas",
+        },
+        "outputs": {
+            "scores": "float32 [batch, k] in [0, 1], descending",
+            "labels": "int64 [batch, k] places in classes",
+            "boxes_xyxy": "float32 [batch, k, 4] in shares of the image's width and height",
+        },
+    }
+
+
+def exported_program(detector: "Detector", batch: "Batch"):
+    """The detector with its post-processing as a ``torch.export.ExportedProgram``, ops in plain torch, any batch size.
+
+    (images [B, 3, H, W] float32, sizes [B, 2] int64) -> scores [B, k], labels [B, k], boxes_xyxy [B, k, 4] in [0, 1].
+    """
+    import torch
+
+    from .evaluation import postprocess
+
+    class Deployed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = detector.model
+
+        def forward(self, images, sizes):
+            logits, boxes, _ = self.model(images, sizes)
+            return tuple(postprocess(logits[-1], boxes[-1], torch.ones_like(sizes), detector.config.detections))
+
+    any_batch = {0: torch.export.Dim("batch", min=1)}
+    with torch.no_grad():
+        inputs = (batch.images, batch.sizes)
+        return torch.export.export(Deployed().eval(), inputs, dynamic_shapes=(any_batch, any_batch))
+
+
+def to_torch(program, about: dict) -> tuple[bytes, Callable]:
+    """A .pt2 file's content, with ``about`` as its extra file dndetr.json, and a function that runs it."""
+    import torch
+
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that share memory, none of which are on a GPU
+        torch.export.save(program, file, extra_files={"dndetr.json": json.dumps(about)})
+    file.seek(0)
+    return file.getvalue(), torch.export.load(file).module()
+
+
+def to_onnx(program, about: dict) -> tuple[bytes, Callable]:
+    """An ONNX file's content, with ``about`` as its metadata "dndetr", and a function that runs it by onnxruntime."""
+    import onnxruntime
+    import torch
+
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    try:
+        registration.setLevel(logging.ERROR)  # it would warn of operators of packages that are not used
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Not optimised: the rewriter names two constants alike where clamps follow each other (onnxscript 0.7),
+            # and runtimes optimise for themselves.
+            exported = torch.onnx.export(
+                program, input_names=INPUTS, output_names=OUTPUTS, dynamo=True, optimize=False, verbose=False
+            )
+    finally:
+        registration.setLevel(level)
+    model = exported.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "dndetr", json.dumps(about)
+    content = model.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: it warns of casts that it could fold on other devices
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def call(*inputs):
+        given = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(list(OUTPUTS), given)]
+
+    return content, call
+
+
+def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
+    """Compare an exported program with the model on the batch and on its first image alone -> what was found, in words.
+
+    RuntimeError where they differ.
+    """
+    import torch
+
+    from .evaluation import Detections, postprocess
+
+    errors, compared = torch.zeros(2), 0
+    for count in (1, 2):
+        images, sizes = batch.images[:count], batch.sizes[:count]
+        logits, boxes = detector.model.predict(images, sizes)
+        expected = postprocess(logits, boxes, torch.ones_like(sizes), detector.config.detections)
+        found = Detections(*call(images, sizes))
+        for one, other in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True):
+            differences, pairs = difference(Detections(*one), Detections(*other))
+            errors, compared = torch.maximum(errors, differences), compared + pairs
+    text = f"{compared} detections on 3 images, scores within {errors[0]:.1e}, boxes within {errors[1]:.1e}"
+    if not (errors <= _TOLERANCE).all() or compared == 0:
+        raise RuntimeError(f"the exported file does not do what the model does ({text}); nothing was written")
+    return text
+
+
+def difference(expected, found) -> tuple:
+    """Largest differences of scores and of boxes between two results for one image [2], and the detections compared.
+
+    Each detection is looked for among those of its class. Equal scores may come in any order, and which of them the
+    limit of k detections cuts off is chance: those near the lowest score are left out.
+    """
+    import torch
+
+    score_error = (expected.scores - found.scores).abs().max()
+    margin = 2 * score_error + 1e-6
+    scores, labels, boxes = (field[expected.scores > expected.scores.min() + margin] for field in expected)
+    near = (scores[:, None] - found.scores).abs() <= margin
+    candidates = near & (labels[:, None] == found.labels)
+    distance = (boxes[:, None] - found.boxes_xyxy).abs().amax(-1)
+    distance = distance.masked_fill(~candidates, float("inf")).amin(1)
+    box_error = distance.max() if len(distance) else score_error
+    return torch.stack((score_error, box_error)), len(distance)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.export", description=__doc__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
