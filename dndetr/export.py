@@ -124,7 +124,8 @@ def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
     if detector.config.data == "shapes" or images.recipe == "fixed":
         resize = "stretch to the canvas"
     elif images.recipe == "official":
-        resize = f"short side to {images.eval_size}, long side at most {images.max_size}; top left on the canvas, then 0"
+        sides = f"short side to {images.eval_size}, long side at most {images.max_size}"
+        resize = f"{sides}; top left on the canvas, then 0"
     else:
         resize = "none; top left on the canvas, then 0"
     return {

@@ -89,7 +89,8 @@ def test_differences_of_every_kind_are_seen_and_ties_are_not():
     assert errors() == [0, 0]
     swapped = [0, 2, 1, 3, 4]
     assert errors(labels=labels[swapped], boxes_xyxy=boxes[swapped]) == [0, 0]
-    assert errors(labels=torch.tensor([0, 1, 2, 4, 4]), boxes_xyxy=boxes * torch.tensor([1, 1, 1, 9, 9])[:, None])[1] == 0
+    lowest_moved = boxes * torch.tensor([1, 1, 1, 9, 9])[:, None]
+    assert errors(labels=torch.tensor([0, 1, 2, 4, 4]), boxes_xyxy=lowest_moved)[1] == 0
     assert errors(labels=torch.tensor([1, 1, 2, 0, 1]))[1] == float("inf")
     assert errors(boxes_xyxy=boxes + 0.01)[1] == pytest.approx(0.01, rel=1e-4)
     assert errors(scores=scores + torch.tensor([0.01, 0, 0, 0, 0]))[0] == pytest.approx(0.01, rel=1e-4)
