@@ -1,18 +1,13 @@
 // Exact rectangular assignment by shortest augmenting paths (Jonker and Volgenant 1987, Crouse 2016), for any machine.
 //
-// Rows are the smaller side and are all matched. The control flow is here; what is done to all columns at once is left to
-// `Columns`, so that a CPU spreads it over vector lanes and a GPU over threads. The start is each row's minimum, kept where
-// its column is still free; in DETR few rows are left after it. Among equally short paths the search ends at a free column
-// if there is one, the lowest first.
-#pragma once
-
-#if defined(__CUDACC__)
-#define DNDETR_INLINE __device__ __forceinline__
-#else
-#define DNDETR_INLINE inline __attribute__((always_inline))
-#endif
-
-namespace dndetr {
+// Rows are the smaller side and are all matched. The start gives every row its cheapest column if no lower row has the same
+// one; in DETR few rows are left after it. Each of those searches for the shortest path to a column without a row. What is
+// done to all columns at once is left to `Columns`, so that a CPU spreads it over vector lanes and a GPU over threads;
+// both take the same decisions, since each one is the minimum of numbers that are computed alike:
+//
+//   ties: among equally short paths one that ends at a column without a row goes first, then the lowest column.
+//
+// Included once per instruction set, after DNDETR_INLINE was defined: what is inlined must be for the same one.
 
 template <class Real>
 struct Shortest {
@@ -20,77 +15,31 @@ struct Shortest {
   int column;
 };
 
-// What one problem needs besides its columns. The caller provides the memory: `row_price` and `column_of` hold `rows`
-// entries, `row_of` one per column (all -1 at the start), `closed`, `length` and `contested` hold `rows`.
-template <class Real>
-struct Search {
-  Real* row_price;
-  int* column_of;
-  int* row_of;
-  int* closed;
-  Real* length;
-  int* contested;
-};
-
-// Columns offers, over all columns j of cost row i:
-//   smallest(i)          the smallest cost[i][j], lowest j first
-//   restart()            forget all path lengths
-//   relax(i, base)       length[j] = min(length[j], base + cost[i][j] - price[j]) where j is open, remembering i as the
-//                        row before j; returns the shortest, lowest j first
-//   take(j)              notes that j has a row from now on
-//   find_free(length)    the lowest column without a row at exactly this length, or -1
-//   before(j)            the row before j
+// Columns offers, for prices that start as the row minima and zero per column:
+//   start(rows)          each row's cheapest column, the lowest first; kept where no lower row has it
+//   next_unmatched(i)    the next row after i without a column, or at least `rows`
+//   restart()            forgets all path lengths
+//   relax(i, length)     length[j] = min(length[j], (length - row price i) + cost[i][j] - price[j]) where j is open,
+//                        remembering i as the row before j; the shortest of all open columns
+//   row_of(j)            the row that has column j, or -1
 //   close(j)             takes j out of the search
-//   reopen(j, amount)    puts j back and lowers its price by amount
-template <class Real, class Columns>
-DNDETR_INLINE void solve(Columns& columns, int rows, const Search<Real>& s) {
-  int contests = 0;
-  for (int i = 0; i < rows; ++i) {
-    const Shortest<Real> best = columns.smallest(i);
-    s.row_price[i] = best.length;
-    if (s.row_of[best.column] < 0) {
-      s.row_of[best.column] = i;
-      s.column_of[i] = best.column;
-      columns.take(best.column);
-    } else {
-      s.contested[contests++] = i;
-    }
-  }
-  for (int k = 0; k < contests; ++k) {
-    const int start = s.contested[k];
-    int i = start, sink, visited = 0;
-    Real length = 0;
+//   reprice(i, length)   pays for a path from row i of this length
+//   augment(i, j)        gives every row on the path from row i to column j the column after it
+template <class Columns>
+DNDETR_INLINE void solve(Columns& columns, int rows) {
+  columns.start(rows);
+  for (int first = columns.next_unmatched(-1); first < rows; first = columns.next_unmatched(first)) {
+    int row = first;
+    Shortest<typename Columns::Real> best{0, 0};
     columns.restart();
-    for (;;) {
-      const Shortest<Real> best = columns.relax(i, length - s.row_price[i]);
-      length = best.length;
-      sink = best.column;
-      if (s.row_of[sink] < 0) break;
-      const int free = columns.find_free(length);
-      if (free >= 0) {
-        sink = free;
-        break;
-      }
-      columns.close(sink);
-      s.closed[visited] = sink;
-      s.length[visited++] = length;
-      i = s.row_of[sink];
+    // Every round but the last closes a column that has a row, so there are at most `rows` of them.
+    for (int round = 0; round < rows; ++round) {
+      best = columns.relax(row, best.length);
+      row = columns.row_of(best.column);
+      if (row < 0) break;
+      columns.close(best.column);
     }
-    s.row_price[start] += length;
-    for (int v = 0; v < visited; ++v) {
-      const Real amount = length - s.length[v];
-      s.row_price[s.row_of[s.closed[v]]] += amount;
-      columns.reopen(s.closed[v], amount);
-    }
-    for (int j = sink; j >= 0;) {
-      const int row = columns.before(j);
-      s.row_of[j] = row;
-      const int next = row == start ? -1 : s.column_of[row];
-      s.column_of[row] = j;
-      j = next;
-    }
-    columns.take(sink);
+    columns.reprice(first, best.length);
+    columns.augment(first, best.column);
   }
 }
-
-}  // namespace dndetr

@@ -23,6 +23,11 @@ dndetr::Simd simd_named(const std::string& name) {
   throw py::value_error("unknown instruction set '" + name + "', choose one of plain, avx2, avx512");
 }
 
+// (tensor.data_ptr(), number of its dtype)
+using Pointer = std::pair<std::uintptr_t, int>;
+
+dndetr::Array array_at(Pointer p) { return {reinterpret_cast<void*>(p.first), static_cast<dndetr::Dtype>(p.second)}; }
+
 void assign(std::uintptr_t cost, bool is_double, std::array<int, 3> shape, std::array<std::int64_t, 3> strides,
             std::uintptr_t counts, std::uintptr_t query_of, int threads, const std::string& simd) {
   const dndetr::AssignProblems problems{
@@ -41,10 +46,43 @@ using StreamHandle = std::pair<int, std::uintptr_t>;
 dndetr::Stream stream_at(StreamHandle s) { return {s.first, reinterpret_cast<void*>(s.second)}; }
 #endif
 
-// (tensor.data_ptr(), number of its dtype)
-using Pointer = std::pair<std::uintptr_t, int>;
+// `shape`: layers, batch, queries, classes, target slots; `weights`: label, l1, giou, alpha.
+dndetr::MatchInputs match_inputs(std::array<int, 5> shape, Pointer logits, std::array<std::int64_t, 3> logits_strides,
+                                 Pointer boxes, std::array<std::int64_t, 3> boxes_strides, std::uintptr_t labels,
+                                 Pointer target_boxes, std::uintptr_t counts, std::array<double, 4> weights) {
+  return {shape[0],
+          shape[1],
+          shape[2],
+          shape[3],
+          shape[4],
+          array_at(logits),
+          array_at(boxes),
+          logits_strides,
+          boxes_strides,
+          reinterpret_cast<const std::int64_t*>(labels),
+          array_at(target_boxes),
+          reinterpret_cast<const std::int32_t*>(counts),
+          {weights[0], weights[1], weights[2], weights[3]}};
+}
 
-dndetr::Array array_at(Pointer p) { return {reinterpret_cast<void*>(p.first), static_cast<dndetr::Dtype>(p.second)}; }
+// `sets` and the addresses of query, target and finite.
+dndetr::MatchOutputs match_outputs(int sets, std::array<std::uintptr_t, 3> outputs) {
+  return {sets, reinterpret_cast<std::int32_t*>(outputs[0]), reinterpret_cast<std::int32_t*>(outputs[1]),
+          reinterpret_cast<bool*>(outputs[2])};
+}
+
+void match_cost(const dndetr::MatchInputs& inputs, std::uintptr_t cost, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::match_cost(inputs, reinterpret_cast<void*>(cost), threads, chosen);
+}
+
+void match(const dndetr::MatchInputs& inputs, int sets, std::array<std::uintptr_t, 3> outputs, int threads,
+           const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::match(inputs, match_outputs(sets, outputs), threads, chosen);
+}
 
 // What both directions of deformable attention are given. `sizes`: batch, queries, heads, width, points, reference width.
 struct DeformAttnArguments {
@@ -100,6 +138,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("assign", &assign, py::arg("cost"), py::arg("is_double"), py::arg("shape"), py::arg("strides"), py::arg("counts"),
         py::arg("query_of"), py::arg("threads") = 1, py::arg("simd") = "",
         "Exact assignment of every problem: cost [M, N, T] at any strides, counts [M] int32 -> query_of [M, T] int32.");
+  py::class_<dndetr::MatchInputs>(m, "MatchInputs", "Predictions and targets; whoever makes one keeps them alive.")
+      .def(py::init(&match_inputs), py::arg("shape"), py::arg("logits"), py::arg("logits_strides"), py::arg("boxes"),
+           py::arg("boxes_strides"), py::arg("labels"), py::arg("target_boxes"), py::arg("counts"), py::arg("weights"));
+  m.def("match_cost", &match_cost, py::arg("inputs"), py::arg("cost"), py::arg("threads") = 1, py::arg("simd") = "",
+        "Matching cost: -> cost [Y, B, T, N], infinite where padded.");
+  m.def("match", &match, py::arg("inputs"), py::arg("sets"), py::arg("outputs"), py::arg("threads") = 1,
+        py::arg("simd") = "",
+        "Cost and assignment: -> query [Y, B, sets, T] int32, target [Y, B, N] int32, finite [Y, B, sets] bool.");
   py::class_<DeformAttnArguments>(m, "DeformAttn", "Inputs of deformable attention; whoever makes one keeps them alive.")
       .def(py::init<std::array<int, 6>, std::vector<int>, Pointer, std::array<std::int64_t, 3>, Pointer, Pointer, Pointer,
                     std::uintptr_t>(),

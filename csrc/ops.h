@@ -1,6 +1,7 @@
 // What the bindings call: launchers that take raw pointers, sizes and strides (in elements), and never see torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace dndetr {
@@ -16,6 +17,13 @@ struct Stream {
   void* handle;
 };
 
+enum class Dtype { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Array {
+  void* data;
+  Dtype dtype;
+};
+
 // cost[m * problem_stride + q * query_stride + t * target_stride], float or double; counts[problems];
 // query_of[problems * targets], contiguous.
 struct AssignProblems {
@@ -29,12 +37,38 @@ struct AssignProblems {
 
 void assign(const AssignProblems& problems, int threads, Simd simd);
 
-enum class Dtype { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+template <class Real>
+struct CostWeights {
+  Real label, l1, giou, alpha;
 
-struct Array {
-  void* data;
-  Dtype dtype;
+  template <class To>
+  CostWeights<To> as() const {
+    return {static_cast<To>(label), static_cast<To>(l1), static_cast<To>(giou), static_cast<To>(alpha)};
+  }
 };
+
+// What a matching cost is made of. Costs are double for float64 logits, else float.
+struct MatchInputs {
+  int layers, batch, queries, classes, slots;
+  Array logits, boxes;                                   // [Y, B, N, K] and [Y, B, N, 4], the last dimension contiguous
+  std::array<std::int64_t, 3> logits_strides, boxes_strides;
+  const std::int64_t* labels;                            // [B, T]
+  Array target_boxes;                                    // [B, T, 4]
+  const std::int32_t* counts;                            // [B]
+  CostWeights<double> weights;
+
+  int targets_of(int image) const { return counts[image] < 0 ? 0 : counts[image] > slots ? slots : counts[image]; }
+};
+
+struct MatchOutputs {
+  int sets;
+  std::int32_t *query, *target;  // [Y, B, sets, T], [Y, B, N]
+  bool* finite;                  // [Y, B, sets]
+};
+
+// cost [Y, B, T, N], infinite where padded.
+void match_cost(const MatchInputs& inputs, void* cost, int threads, Simd simd);
+void match(const MatchInputs& inputs, const MatchOutputs& outputs, int threads, Simd simd);
 
 // Multi-scale deformable attention. Contiguous, except for value [B, S, H, D], whose width D alone must be.
 struct DeformAttn {

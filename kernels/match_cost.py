@@ -70,6 +70,7 @@ def match_cost_kernel(
     giou = intersection / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
     value = label_weight * (positive - negative) + l1_weight * l1 - giou_weight * giou
+    value = tl.where(tl.abs(logit) < float("inf"), value, float("nan"))
     value = tl.where(real[:, None], value, float("inf"))
     tl.store(cost + (problem * slots + t[:, None]) * queries + n[None, :], value, mask=inside)
 

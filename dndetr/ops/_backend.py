@@ -204,6 +204,14 @@ def cuda_obstacle(*functions: str) -> str | None:
     return extension_obstacle(*functions) or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def pointer(tensor: torch.Tensor) -> tuple[int, int]:
+    """A tensor's memory, as compiled code takes it: its address and the number of its dtype."""
+    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+
+
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
     """Where compiled CUDA code is to run, as it takes it: device index and handle of that device's current stream."""
     index = tensor.get_device()

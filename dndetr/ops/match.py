@@ -3,6 +3,9 @@
 ``match_cost`` then ``assign``, with the result in the two forms that losses need: the query of each target and the
 target of each query. Shapes depend on nothing but the shapes of the inputs, and nothing is asked of the device.
 With ``sets`` > 1 the queries are that many equal sets, each matched on its own (Group DETR, arXiv 2207.13085).
+
+The C++ and CUDA paths do both in one call and keep the costs of one problem at a time, in cache or in shared memory.
+The reference is the two ops one after the other, each on the backend it chooses.
 """
 
 from typing import NamedTuple
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..batch import Targets
+from . import _backend
 from .assign import assign
-from .match_cost import CostWeights, match_cost
+from .match_cost import CostWeights, compiled_inputs, make_case, match_cost, validate
 
 
 class Matches(NamedTuple):
@@ -28,28 +32,19 @@ class Matches(NamedTuple):
     finite: Tensor
 
 
-@torch.no_grad()
-def match(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Targets,
-    weights: CostWeights = CostWeights(),
-    sets: int = 1,
+def match_reference(
+    logits: Tensor, boxes: Tensor, targets: Targets, weights: CostWeights, sets: int, backend: str | None = None
 ) -> Matches:
-    """The cheapest matching of every (layer, image), by ``match_cost``.
-
-    logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, N a multiple of ``sets`` -> Matches.
-    """
+    """``match_cost``, ``assign`` and the inverse, each on ``backend``: the specification."""
     layers, batch, queries, _ = logits.shape
     slots = targets.labels.shape[1]
-    if queries % sets:
-        raise ValueError(f"match: {queries} queries do not divide into {sets} equal sets")
-    cost = match_cost(logits, boxes, targets, weights)
+    cost = match_cost(logits, boxes, targets, weights, backend)
     finite = (cost.isfinite() | ~targets.valid[:, None, :]).flatten(2).all(2)
     counts = targets.counts[None, :, None].expand(layers, batch, sets).reshape(-1)
-    query = assign(cost.reshape(-1, queries // sets, slots), counts).view(layers, batch, sets, slots)
-    first = torch.arange(0, queries, queries // sets, device=query.device, dtype=torch.int32) if queries else 0
-    query = torch.where(query < 0, -1, query + first[:, None]) if sets > 1 else query
+    cost = cost.unflatten(2, (sets, queries // sets)).flatten(0, 2)
+    query = assign(cost, counts, backend).view(layers, batch, sets, slots)
+    first = torch.arange(sets, device=query.device, dtype=torch.int32)[:, None] * (queries // sets)
+    query = torch.where(query < 0, -1, query + first)
     return Matches(query, invert(query, queries), finite)
 
 
@@ -61,3 +56,74 @@ def invert(query: Tensor, queries: int) -> Tensor:
     number = torch.arange(slots, device=query.device, dtype=torch.int32).repeat(sets)
     target = torch.full((layers, batch, queries + 1), -1, device=query.device, dtype=torch.int32)
     return target.scatter_(2, index, number.expand_as(index))[..., :queries]
+
+
+torch.library.define(
+    "dndetr::match",
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, int sets)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dndetr::match", "cpu")
+def _match_cpu(logits, boxes, labels, target_boxes, counts, weights, sets):
+    query, target, finite = _empty_matches(logits, labels, sets)
+    module = _backend.compiled()
+    with compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights) as inputs:
+        outputs = (query.data_ptr(), target.data_ptr(), finite.data_ptr())
+        module.match(inputs, sets, outputs, torch.get_num_threads())
+    return query, target, finite
+
+
+@torch.library.register_fake("dndetr::match")
+def _match_fake(logits, boxes, labels, target_boxes, counts, weights, sets):
+    return _empty_matches(logits, labels, sets)
+
+
+def _empty_matches(logits: Tensor, labels: Tensor, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+    layers, batch, queries, _ = logits.shape
+    return (
+        logits.new_empty((layers, batch, sets, labels.shape[1]), dtype=torch.int32),
+        logits.new_empty((layers, batch, queries), dtype=torch.int32),
+        logits.new_empty((layers, batch, sets), dtype=torch.bool),
+    )
+
+
+@torch.no_grad()
+def match(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    weights: CostWeights = CostWeights(),
+    sets: int = 1,
+    backend: str | None = None,
+) -> Matches:
+    """The cheapest matching of every (layer, image), by ``match_cost``.
+
+    logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, N a multiple of ``sets`` -> Matches.
+    """
+    validate("match", logits, boxes, targets)
+    if sets < 1 or logits.shape[2] % sets:
+        raise ValueError(f"match: {logits.shape[2]} queries do not divide into {sets} equal sets")
+    name, _ = _backend.choose("match", backend, logits.device.type)
+    if name == "reference":
+        return match_reference(logits, boxes, targets, weights, sets, backend)
+    query, target, finite = torch.ops.dndetr.match(
+        logits, boxes, targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights], sets
+    )
+    return Matches(query, target, finite.squeeze(2) if sets == 1 else finite.all(2))
+
+
+def _self_test(device_type: str) -> float:
+    logits, boxes, targets = make_case("tiny", device_type)
+    weights = CostWeights()
+    given = torch.ops.dndetr.match(logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights), 1)
+    expected = match_reference(logits, boxes, targets, weights, 1, "reference")
+    return float(sum((a.squeeze() != b.squeeze()).sum() for a, b in zip(given, expected, strict=True)))
+
+
+def _cpp_obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("match") if device_type == "cpu" else "it works on CPU tensors"
+
+
+_backend.register("match", _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=0.0))

@@ -5,11 +5,14 @@ With p = sigmoid(logit at the target's label) and boxes a (predicted), b (target
     cost = label * (alpha (1-p)^2 (-log(p + 1e-8)) - (1-alpha) p^2 (-log(1-p + 1e-8)))
          + l1 * |a - b|_1 (cxcywh) - giou * GIoU(a, b)
 
-No gradient flows through it. Math and result are float32 (float64 for float64 input). The memory of the result is
-target-major, [Y, B, T, N], which is how ``assign`` reads it fastest. The Triton kernel gathers the one logit it needs
-and writes each cost once; the reference materialises about twenty [Y, B, T, N] temporaries.
+No gradient flows through it. Math and result are float32 (float64 for float64 input). A logit or box that is not
+finite gives a cost that is not. The memory of the result is target-major, [Y, B, T, N], which is how ``assign`` reads
+it fastest. The C++ and Triton kernels gather the one logit they need and write each cost once; the reference
+materialises about twenty [Y, B, T, N] temporaries.
 """
 
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,33 +38,67 @@ def match_cost_reference(logits: Tensor, boxes: Tensor, targets: Targets, weight
     layers, batch, queries, _ = logits.shape
     slots = targets.labels.shape[1]
     index = targets.labels[None, :, :, None].expand(layers, batch, slots, queries)
-    p = logits.transpose(-1, -2).gather(2, index).to(precise).sigmoid()
+    logit = logits.transpose(-1, -2).gather(2, index).to(precise)
+    p = logit.sigmoid()
     positive = weights.alpha * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = (1 - weights.alpha) * p**2 * -(1 - p + 1e-8).log()
     a, b = boxes.to(precise)[..., None, :, :], targets.boxes.to(precise)[..., None, :]
     distance = sum((x - y).abs() for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True))
     overlap = generalized_iou(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b))
     cost = weights.label * (positive - negative) + weights.l1 * distance - weights.giou * overlap
+    cost = cost.masked_fill(~logit.isfinite(), float("nan"))  # p would be 0 or 1, and hide it
     return cost.masked_fill(~targets.valid[:, :, None], float("inf")).transpose(-1, -2)
 
 
+# The backend travels through the op: Triton's interpreter also runs on CPU tensors.
 torch.library.define(
     "dndetr::match_cost",
-    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights) -> Tensor",
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, str backend)"
+    " -> Tensor",
 )
 
 
 @torch.library.impl("dndetr::match_cost", ("cpu", "cuda"))
-def _match_cost_triton(logits, boxes, labels, target_boxes, counts, weights):
+def _match_cost(logits, boxes, labels, target_boxes, counts, weights, backend):
+    cost = _empty_cost(logits, labels)
+    if backend == "cpp":
+        module = _backend.compiled()
+        with compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights) as inputs:
+            module.match_cost(inputs, cost.data_ptr(), torch.get_num_threads())
+        return cost
     from ..kernels.match_cost import match_cost_forward
 
-    cost = _empty_cost(logits, labels)
     match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cost.transpose(-1, -2))
     return cost
 
 
+@contextmanager
+def compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights):
+    """Predictions and targets as compiled code takes them, alive within the block."""
+    alive = (
+        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        boxes if boxes.stride(-1) == 1 else boxes.contiguous(),
+        labels.contiguous(),
+        target_boxes.contiguous(),
+        counts.contiguous(),
+    )
+    logits, boxes, labels, target_boxes, counts = alive
+    yield module.MatchInputs(
+        (*logits.shape, labels.shape[1]),
+        _backend.pointer(logits),
+        logits.stride()[:3],
+        _backend.pointer(boxes),
+        boxes.stride()[:3],
+        labels.data_ptr(),
+        _backend.pointer(target_boxes),
+        counts.data_ptr(),
+        weights,
+    )
+    del alive
+
+
 @torch.library.register_fake("dndetr::match_cost")
-def _match_cost_fake(logits, boxes, labels, target_boxes, counts, weights):
+def _match_cost_fake(logits, boxes, labels, target_boxes, counts, weights, backend):
     return _empty_cost(logits, labels)
 
 
@@ -84,17 +121,26 @@ def match_cost(
     logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, targets padded to T
     -> [Y, B, N, T], +inf where padded; float32 (float64 for float64 logits), no gradient.
     """
-    if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4):
-        given = f"{list(logits.shape)} and {list(boxes.shape)}"
-        raise ValueError(f"match_cost: logits must be [Y, B, N, K] and boxes [Y, B, N, 4], got {given}")
-    if targets.labels.shape[0] != logits.shape[1]:
-        raise ValueError(f"match_cost: {logits.shape[1]} images in logits, {targets.labels.shape[0]} in targets")
+    validate("match_cost", logits, boxes, targets)
     name, _ = _backend.choose("match_cost", backend, logits.device.type)
     if name == "reference":
         return match_cost_reference(logits, boxes, targets, weights)
     return torch.ops.dndetr.match_cost(
-        logits, boxes, targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights]
+        logits, boxes, targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights], name
     )
+
+
+def validate(op: str, logits: Tensor, boxes: Tensor, targets: Targets) -> None:
+    """ValueError if shapes or dtypes are not those that ``op`` takes."""
+    if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4):
+        given = f"{list(logits.shape)} and {list(boxes.shape)}"
+        raise ValueError(f"{op}: logits must be [Y, B, N, K] and boxes [Y, B, N, 4], got {given}")
+    if targets.labels.shape[0] != logits.shape[1]:
+        raise ValueError(f"{op}: {logits.shape[1]} images in logits, {targets.labels.shape[0]} in targets")
+    if targets.labels.dtype != torch.int64 or targets.counts.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: labels must be int64 and counts int32, got {targets.labels.dtype} and {targets.counts.dtype}"
+        )
 
 
 # name: (Y, B, N, K, counts per image, T, dtype)
@@ -126,16 +172,24 @@ def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Te
     return logits.to(device, dtype), boxes.to(device), targets.to(device)
 
 
-def _self_test(device_type: str) -> float:
+def _self_test(backend: str, device_type: str) -> float:
     logits, boxes, targets = make_case("tiny", device_type)
     weights = CostWeights()
-    given = torch.ops.dndetr.match_cost(logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights))
+    given = torch.ops.dndetr.match_cost(
+        logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights), backend
+    )
     expected = match_cost_reference(logits, boxes, targets, weights)
     if not torch.equal(given.isinf(), expected.isinf()):
         return float("inf")
     return (given - expected).nan_to_num(0, posinf=float("inf")).abs().max().item()
 
 
+def _cpp_obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("match_cost") if device_type == "cpu" else "it works on CPU tensors"
+
+
 _backend.register(
-    "match_cost", _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, _self_test, tolerance=1e-4)
+    "match_cost",
+    _backend.Backend("cpp", ("cpu",), _cpp_obstacle, partial(_self_test, "cpp"), tolerance=1e-4),
+    _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, "triton"), tolerance=1e-4),
 )

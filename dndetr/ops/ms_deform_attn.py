@@ -88,12 +88,8 @@ torch.library.define(
     f"(Tensor grad_out, {_INPUTS}, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ABSENT = (0, 0)
-
-
-def _pointer(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+_pointer = _backend.pointer
 
 
 def _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes):

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from dndetr.batch import Targets
-from dndetr.ops import CostWeights, assign, match, match_cost
-from dndetr.ops.match_cost import CASES, make_case
+from dndetr.ops import CostWeights, match
+from dndetr.ops.match import match_reference
+from dndetr.ops.match_cost import CASES, compiled_inputs, make_case
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,8 +85,65 @@ def test_nothing_is_asked_of_the_device(fake_cuda, sets):
     assert all(x.device.type == "cuda" and x.fake_mode is fake_cuda for x in matches)
 
 
-def test_is_cost_then_assign():
+@pytest.mark.parametrize("simd", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("sets", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_is_cost_then_assign(extension, name, sets, simd):
+    logits, boxes, targets = make_case(name)
+    queries = logits.shape[2] // sets * sets
+    logits, boxes = logits[:, :, :queries], boxes[:, :, :queries]
+    expected = match_reference(logits, boxes, targets, CostWeights(), sets, "reference")
+    given = [torch.full_like(x, 77) for x in (expected.query, expected.target)]
+    finite = torch.zeros(*expected.finite.shape, sets, dtype=torch.bool)
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()))
+    with compiled_inputs(extension, *inputs) as compiled:
+        extension.match(compiled, sets, tuple(x.data_ptr() for x in (*given, finite)), 1, simd)
+    assert torch.equal(given[0], expected.query) and torch.equal(given[1], expected.target)
+    assert finite.all()
+
+
+def test_threads_do_not_change_the_answer(extension):
+    draw = torch.Generator().manual_seed(4)
+    logits, boxes = torch.randn(6, 4, 300, 20, generator=draw), torch.rand(6, 4, 300, 4, generator=draw)
+    labels = torch.randint(20, (4, 64), generator=draw)
+    targets = Targets(labels, torch.rand(4, 64, 4, generator=draw), torch.full((4,), 50, dtype=torch.int32))
+    alone = match(logits, boxes, targets)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert all(torch.equal(a, b) for a, b in zip(match(logits, boxes, targets), alone, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_other_images_do_not_change_the_answer():
     logits, boxes, targets = make_case("uneven")
-    cost = match_cost(logits, boxes, targets, CostWeights())
-    query = assign(cost.flatten(0, 1), targets.counts.repeat(3))
-    assert torch.equal(match(logits, boxes, targets, CostWeights()).query.flatten(0, 2), query)
+    logits = (logits * 2).round()
+    boxes, coarse = (boxes * 4).round() / 4, (targets.boxes * 4).round() / 4  # full of ties
+    together = match(logits, boxes, Targets(targets.labels, coarse, targets.counts))
+    for b in (2, 0, 1):
+        part = slice(b, b + 1)
+        alone = match(
+            logits[:, part], boxes[:, part], Targets(targets.labels[part], coarse[part], targets.counts[part])
+        )
+        assert torch.equal(together.target[:, part], alone.target)
+
+
+def test_equal_predictions_go_to_the_lowest_queries():
+    logits, boxes, targets = make_case("uneven")
+    logits, boxes = logits[:, :, :1].expand(-1, -1, 37, -1), boxes[:, :, :1].expand(-1, -1, 37, -1)
+    matches = match(logits, boxes, targets)
+    for b, count in enumerate(targets.counts.tolist()):
+        assert all(set(found[:count].tolist()) == set(range(count)) for found in matches.query[:, b, 0])
+
+
+def test_opcheck(extension):
+    logits, boxes, targets = make_case("uneven")
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()), 1)
+    torch.library.opcheck(torch.ops.dndetr.match.default, inputs)
+
+
+def test_backends_agree(extension):
+    logits, boxes, targets = make_case("coco")
+    for given, expected in zip(*(match(logits, boxes, targets, backend=b) for b in ("cpp", "reference")), strict=True):
+        assert torch.equal(given, expected)

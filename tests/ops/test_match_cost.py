@@ -7,7 +7,7 @@ import torch
 
 from dndetr.batch import Targets
 from dndetr.ops import CostWeights, match_cost
-from dndetr.ops.match_cost import CASES, make_case, match_cost_reference
+from dndetr.ops.match_cost import CASES, compiled_inputs, make_case, match_cost_reference
 
 
 def pair_cost(logit, a, b, w):
@@ -72,6 +72,88 @@ def test_wrong_input_is_an_error():
         match_cost(logits[0], boxes, targets)
     with pytest.raises(ValueError, match="images in logits"):
         match_cost(logits[:, :1], boxes[:, :1], targets)
+    with pytest.raises(ValueError, match="labels must be int64"):
+        match_cost(logits, boxes, Targets(targets.labels.int(), targets.boxes, targets.counts))
+
+
+def test_opcheck(extension):
+    logits, boxes, targets = make_case("uneven")
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()), "cpp")
+    torch.library.opcheck(torch.ops.dndetr.match_cost.default, inputs)
+
+
+def compiled_cost(extension, logits, boxes, targets, weights, simd):
+    """The C++ cost on one instruction set (narrower ones exist on every machine)."""
+    cost = torch.full((*logits.shape[:2], targets.labels.shape[1], logits.shape[2]), -7.0).to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights))
+    with compiled_inputs(extension, *inputs) as given:
+        extension.match_cost(given, cost.data_ptr(), 1, simd)
+    return cost.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("simd", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_equals_reference(extension, name, simd):
+    logits, boxes, targets = make_case(name)
+    logits, weights = logits * 4, CostWeights(1.5, 4.0, 3.0, 0.3)
+    cost = compiled_cost(extension, logits, boxes, targets, weights, simd)
+    tolerance = 1e-13 if cost.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(
+        cost, match_cost_reference(logits, boxes, targets, weights), rtol=tolerance, atol=tolerance
+    )
+    assert torch.equal(cost, compiled_cost(extension, logits, boxes, targets, weights, "plain"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_logit(extension, dtype):
+    """From saturated to saturated: exponential and logarithm over their whole range."""
+    logits = torch.linspace(-120, 120, 4096, dtype=dtype).view(1, 1, -1, 1)
+    boxes = torch.full((1, 1, 4096, 4), 0.25, dtype=dtype)
+    targets = Targets(torch.zeros(1, 1, dtype=torch.int64), boxes[0, :, :1], torch.ones(1, dtype=torch.int32))
+    tolerance = 1e-14 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(
+        match_cost(logits, boxes, targets, backend="cpp"),
+        match_cost(logits, boxes, targets, backend="reference"), rtol=tolerance, atol=tolerance
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_broken_prediction_has_no_finite_cost(extension, backend, bad):
+    logits, boxes, targets = make_case("uneven")
+    logits[0, 0, 3], boxes[1, 0, 4, 2], boxes[2, 2, 5, 0] = bad, bad, bad
+    finite = match_cost(logits, boxes, targets, backend=backend).isfinite()
+    expected = targets.valid[None, :, None].expand_as(finite).clone()
+    expected[0, 0, 3] = expected[1, 0, 4] = expected[2, 2, 5] = False
+    assert torch.equal(finite, expected)
+
+
+def test_layouts(extension):
+    logits, boxes, targets = make_case("uneven")
+    expected = match_cost(logits, boxes, targets, backend="cpp")
+    wide_logits, wide_boxes = torch.randn(3, 3, 50, 11), torch.randn(3, 3, 50, 4)
+    wide_logits[:, :, 13:], wide_boxes[:, :, 13:] = logits, boxes
+    assert torch.equal(match_cost(wide_logits[:, :, 13:], wide_boxes[:, :, 13:], targets, backend="cpp"), expected)
+    turned = logits.transpose(-1, -2).contiguous().transpose(-1, -2), boxes.transpose(-1, -2).contiguous().mT
+    assert torch.equal(match_cost(*turned, targets, backend="cpp"), expected)
+
+
+def test_boxes_of_another_precision(extension):
+    logits, boxes, targets = make_case("bf16")
+    for dtype in (torch.bfloat16, torch.float64):
+        given = match_cost(logits, boxes.to(dtype), targets, backend="cpp")
+        expected = match_cost(logits, boxes.to(dtype), targets, backend="reference")
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, 11, 2**40])
+def test_a_label_that_does_not_exist_reads_nothing(extension, label):
+    logits, boxes, targets = make_case("uneven")
+    targets.labels[0, 1] = label
+    cost = match_cost(logits, boxes, targets, backend="cpp")
+    assert cost[:, 0, :, 1].isnan().all() and cost[:, 0, :, 0].isfinite().all()
 
 
 def test_compiles_without_a_graph_break():
@@ -93,7 +175,7 @@ def test_fake_tensors(fake_cuda):
 INTERPRETED = """
 import torch
 from dndetr.ops import CostWeights, match_cost
-from dndetr.ops.match_cost import CASES, make_case, match_cost_reference
+from dndetr.ops.match_cost import CASES, compiled_inputs, make_case, match_cost_reference
 
 weights = CostWeights(1.5, 4.0, 3.0, 0.3)
 for name, case in CASES.items():
@@ -112,7 +194,11 @@ torch.testing.assert_close(
     match_cost(logits, boxes, targets, backend="reference"), rtol=1e-5, atol=1e-5)
 
 labels, target_boxes, counts = targets.labels, targets.boxes, targets.counts
-torch.library.opcheck(torch.ops.dndetr.match_cost.default, (logits, boxes, labels, target_boxes, counts, list(weights)))
+inputs = (logits, boxes, labels, target_boxes, counts, list(weights))
+torch.library.opcheck(torch.ops.dndetr.match_cost.default, (*inputs, "triton"))
+
+logits[0, 0, 3] = float("inf")
+assert match_cost(logits, boxes, targets, backend="triton")[0, 0, 3, :8].isnan().all()
 """
 
 
