@@ -204,12 +204,12 @@ def cuda_obstacle(*functions: str) -> str | None:
     return extension_obstacle(*functions) or (None if torch.cuda.is_available() else "torch sees no GPU")
 
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def pointer(tensor: torch.Tensor) -> tuple[int, int]:
     """A tensor's memory, as compiled code takes it: its address and the number of its dtype."""
-    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+    return tensor.data_ptr(), DTYPES[tensor.dtype]
 
 
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:

@@ -190,7 +190,7 @@ def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple
         if not fits:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
-        expected = [torch.int64] if name == "valid_sizes" else list(_DTYPES)
+        expected = [torch.int64] if name == "valid_sizes" else list(_backend.DTYPES)
         if tensor.dtype not in expected or tensor.device != value.device:
             names = " or ".join(str(dtype) for dtype in expected)
             raise ValueError(f"{op}: {name} must be {names} on {value.device}, got {tensor.dtype} on {tensor.device}")
