@@ -1,18 +1,20 @@
 """DN-DETR: object detection transformers trained with query denoising (arXiv 2203.01305)."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .detector import Detector, load
+    from .hf import accelerate, denoise
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "__version__", "load"]
+__all__ = ["Detector", "__version__", "accelerate", "denoise", "load"]
+
+_HOMES = {"Detector": ".detector", "load": ".detector", "accelerate": ".hf", "denoise": ".hf"}
 
 
 def __getattr__(name: str):
     # Only when asked for: torch takes seconds to import, and commands set its environment first.
-    if name not in ("Detector", "load"):
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import detector
-
-    return getattr(detector, name)
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Targets
-from .ops.group_attention import GroupLayout
+from .ops import GroupLayout, LossWeights, Matches, set_loss
 
 
 class Noise(NamedTuple):
@@ -71,3 +71,32 @@ def noised_queries(
     boxes = (clean + (noise.box.to(clean.dtype) * 2 - 1) * reach * box_noise).clamp(0, 1)
     active = targets.counts.amax().expand_as(targets.counts) if batch_active else targets.counts
     return NoisedQueries(labels, boxes, targets.valid, active)
+
+
+def denoising_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    groups: int,
+    objects: Tensor | None = None,
+    weights: LossWeights = LossWeights(),
+) -> tuple[Tensor, Tensor]:
+    """Loss of the denoising queries alone, for a detector that keeps its own loss for its matching queries.
+
+    logits [Y, B, groups * T, K] and boxes [Y, B, groups * T, 4] cxcywh: the first rows of every decoder layer's output;
+    objects: scalar tensor, the number to divide by per group where it is not this batch's own
+    -> total (scalar, weighted) and parts [Y, 3]: label, l1, giou, unweighted.
+    """
+    layers, batch = logits.shape[:2]
+    slots = targets.labels.shape[1]
+    nobody = Matches(  # no matching queries, hence no sets to match
+        torch.empty(layers, batch, 0, slots, dtype=torch.int32, device=logits.device),
+        torch.empty(layers, batch, 0, dtype=torch.int32, device=logits.device),
+        torch.ones(layers, batch, dtype=torch.bool, device=logits.device),
+    )
+    if objects is None:
+        objects = targets.counts.sum()
+    per_group = objects.to(torch.promote_types(boxes.dtype, torch.float32))
+    normalizers = torch.stack((per_group, per_group * groups)).clamp(min=1)
+    total, parts = set_loss(logits, boxes, nobody, GroupLayout(groups, slots, 0), targets, normalizers, weights)
+    return total, parts[:, 3:]

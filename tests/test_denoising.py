@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from dndetr.batch import Targets
 from dndetr.criterion import Criterion
-from dndetr.denoising import Noise, draw_noise, noised_queries
+from dndetr.denoising import Noise, denoising_loss, draw_noise, noised_queries
 from dndetr.ops import match, set_loss
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
@@ -171,3 +171,21 @@ def test_no_objects_at_all_still_trains():
     losses, norm = step(detectors.make_batch([0, 0], 8))
     assert losses.total.isfinite() and norm.isfinite()
     assert torch.equal(losses.parts[:, 1:], torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [0, 0, 0, 0]], ids=str)
+def test_the_denoising_loss_alone_is_its_part_of_the_whole(counts):
+    predictions, targets = run("dn-detr", counts)
+    noised = predictions.layout.denoising
+    whole = Criterion()(predictions, targets)
+    total, parts = denoising_loss(predictions.logits[:, :, :noised], predictions.boxes[:, :, :noised], targets, GROUPS)
+    close(parts, whole.parts[:, 3:])
+    close(total, (parts * torch.tensor([1.0, 5.0, 2.0])).sum())
+    halved, _ = denoising_loss(
+        predictions.logits[:, :, :noised],
+        predictions.boxes[:, :, :noised],
+        targets,
+        GROUPS,
+        objects=2 * targets.counts.sum(),
+    )
+    close(halved, total / 2)

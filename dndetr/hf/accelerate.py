@@ -1,0 +1,75 @@
+"""Our deformable attention and matcher in place of those of a Hugging Face model, until ``undo``."""
+
+from torch import nn
+
+from .attention import replace_attention
+from .denoise import NAME, Denoising
+from .installed import require_transformers
+from .matching import MatchedLoss, known_matcher
+from .rebind import set_loss_function
+
+
+class Acceleration:
+    """What was replaced in a model: names of attention modules, and of the matcher; ``print`` it, ``undo`` it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.attention: list[str] = []
+        self.matcher: str | None = None
+        self._undo = []
+        for name, module in model.named_modules():
+            if undo := replace_attention(module):
+                self.attention.append(name)
+                self._undo.append(undo)
+        loss = _loss(model)
+        if loss is not None and (matcher := known_matcher(loss)):
+            self.matcher = matcher
+            _set_loss(model, MatchedLoss(loss))
+
+    def __str__(self) -> str:
+        layers = f"deformable attention in {len(self.attention)} layers"
+        matcher = f"the matcher of {self.matcher}" if self.matcher else "no matcher"
+        return f"{type(self.model).__name__}: replaced {layers} and {matcher}"
+
+    def undo(self) -> None:
+        """Make the model what it was; denoising, where there is any, stays."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        loss = _loss(self.model)
+        if isinstance(loss, MatchedLoss):
+            _set_loss(self.model, loss.own_loss)
+
+
+def _loss(model: nn.Module):
+    """The loss function of matching queries; None where a model has none."""
+    if isinstance(added := getattr(model, NAME, None), Denoising):
+        return added.own_loss
+    if getattr(model, "loss_type", None) is None and not hasattr(model, "_loss_function"):
+        return None  # a model without heads; transformers would warn and take a loss of language models
+    return model.loss_function
+
+
+def _set_loss(model: nn.Module, loss) -> None:
+    if isinstance(added := getattr(model, NAME, None), Denoising):
+        added.own_loss = loss
+    else:
+        set_loss_function(model, loss)
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Put a Hugging Face detector on our deformable attention and matcher, in place -> what was replaced.
+
+    Same outputs, losses and gradients up to rounding, same weights, ``state_dict`` and ``save_pretrained``. Attention:
+    Deformable DETR, RT-DETR (v2), D-FINE, DEIMv2, LW-DETR, RF-DETR, Grounding DINO and every other model of
+    transformers that shares their layer. Matcher: the object-detection losses of all of these but Grounding DINO, and
+    of DAB-DETR and Conditional DETR. ``print`` the result to see what was found; its ``undo()`` takes all of it back.
+    """
+    require_transformers("dndetr.accelerate")
+    done = Acceleration(model)
+    if not done.attention and done.matcher is None:
+        raise TypeError(
+            f"dndetr.accelerate found nothing to replace in {type(model).__name__}: "
+            "it has no deformable attention and no matcher that is known, or is accelerated already"
+        )
+    return done

@@ -1,0 +1,262 @@
+"""Query denoising for a Hugging Face DETR, by PyTorch's own hooks: no class and no method of transformers is changed.
+
+In a training forward with labels, noised queries are put in front of the decoder's own, the decoder's self-attention
+gets the mask of the groups, and the loss function splits its inputs: the model's own loss of the matching queries plus
+the denoising loss. The outputs returned hold matching queries only. In any other forward no hook does anything.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Targets
+from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
+from ..ops import GroupLayout, LossWeights
+from .families import FAMILIES, Family, QueryEmbedding, Rows
+from .installed import TESTED, require_transformers
+from .labels import to_targets
+from .rebind import set_loss_function
+
+NAME = "denoising"  # of the submodule that a denoised model has
+
+
+@dataclass
+class Step:
+    """Noised queries of one forward pass; layout and mask are known once the decoder is reached."""
+
+    targets: Targets
+    noised: NoisedQueries
+    layout: GroupLayout | None = None
+    mask: Tensor | None = None  # [B, 1, Q, Q], -inf where attention is blocked
+    as_tuple: bool = False  # what the caller wants back
+
+
+class Denoising(nn.Module):
+    """What ``denoise`` adds to a model, as its submodule ``denoising``.
+
+    groups, label_noise, box_noise and weight (of the denoising loss) may be changed between steps. The module's
+    parameters, a label table and where needed a position MLP, are trained with the model's and moved with it, but the
+    model's ``state_dict`` leaves them out; keep them with ``torch.save(model.denoising.state_dict(), path)``.
+    """
+
+    def __init__(self, family: Family, config, groups: int, label_noise: float, box_noise: float, weight: float):
+        super().__init__()
+        self.family, self.classes = family, config.num_labels
+        self.groups, self.label_noise, self.box_noise, self.weight = groups, label_noise, box_noise, weight
+        self.embedding = QueryEmbedding(config.num_labels, config.hidden_size, family.with_position)
+        self.step: Step | None = None  # kept after the forward pass: gradient checkpointing repeats parts of it
+        self.active = False  # whether a denoised forward pass is under way
+        self.own_loss = None
+        self.handles = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Register every hook and take the loss function's place."""
+        decoder = model.model.decoder
+        parameters = list(inspect.signature(type(model).forward).parameters)
+        self.labels_index = parameters.index("labels") - 1  # among positional arguments, without self
+        self.own_loss = model.loss_function
+        model.loss_function = self.loss
+        self.handles = [
+            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            model.register_forward_hook(self.after_model, always_call=True),
+            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+            model.model.register_forward_hook(self.after_base),
+            model.register_state_dict_post_hook(_leave_out),
+            model.register_load_state_dict_pre_hook(_keep),
+        ]
+        for name, rows in self.family.replaced.items():
+            handle = getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
+            self.handles.append(handle)
+        for layer in decoder.layers:
+            handle = layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+            self.handles.append(handle)
+
+    def detach(self, model: nn.Module) -> None:
+        """Undo ``attach``."""
+        for handle in self.handles:
+            handle.remove()
+        set_loss_function(model, self.own_loss)
+
+    def before_model(self, model, args, kwargs):
+        labels = args[self.labels_index] if len(args) > self.labels_index else kwargs.get("labels")
+        self.active = model.training and labels is not None
+        if not self.active:
+            return None
+        implementation = model.config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"denoising needs an attention that takes masks, not {implementation!r}: "
+                "load the model with attn_implementation='sdpa'"
+            )
+        targets = to_targets(labels, self.embedding.label.weight.device)
+        noise = draw_noise(targets, self.groups, self.classes)
+        noised = noised_queries(targets, noise, self.label_noise, self.box_noise)
+        self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
+        return args, {**kwargs, "return_dict": True}
+
+    def before_decoder(self, decoder, args, kwargs):
+        if not self.active:
+            return None
+        step, matching = self.step, kwargs["inputs_embeds"]
+        step.layout = step.noised.layout(matching.shape[1])
+        blocked = step.layout.blocked(step.noised.active)
+        step.mask = torch.zeros_like(blocked, dtype=matching.dtype).masked_fill(blocked, -torch.inf)[:, None]
+        for name, rows in self.family.enters.items():
+            first = rows(step.noised, self.embedding, kwargs[name].shape[-1]).to(matching.dtype)
+            kwargs[name] = torch.cat((first, kwargs[name]), dim=1)
+        return args, kwargs
+
+    def after_base(self, base, args, output):
+        if not self.active:
+            return
+        for name, rows in self.family.joins.items():
+            first = rows(self.step.noised, self.embedding, output[name].shape[-1])
+            output[name] = torch.cat((first.to(output[name].dtype), output[name]), dim=1)
+
+    def before_attention(self, attention, args, kwargs):
+        # Looks at the shape, not at ``active``: a checkpointed layer runs again long after the forward pass.
+        step = self.step
+        if attention.training and step is not None and kwargs["hidden_states"].shape[1] == step.mask.shape[-1]:
+            kwargs["attention_mask"] = step.mask.to(kwargs["hidden_states"].dtype)
+        return args, kwargs
+
+    def after_replaced(self, rows: Rows, module, args, output):
+        if not self.active:
+            return None
+        first = rows(self.step.noised, self.embedding, output.shape[-1])
+        return torch.cat((first.to(output.dtype), output[:, first.shape[1] :]), dim=1)
+
+    def loss(self, logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, **kwargs):
+        """The model's own loss of the matching queries plus that of the noised ones; arguments as in transformers."""
+        if not self.active:
+            return self.own_loss(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **kwargs)
+        first = self.step.layout.denoising
+        own_class, own_coord = (x if x is None else x[:, :, first:] for x in (outputs_class, outputs_coord))
+        loss, loss_dict, auxiliary_outputs = self.own_loss(
+            logits[:, first:], labels, device, pred_boxes[:, first:], config, own_class, own_coord, **kwargs
+        )
+        if not config.auxiliary_loss:  # then the last layer is all that has a loss
+            outputs_class, outputs_coord = logits[None], pred_boxes[None]
+        total, parts = denoising_loss(
+            outputs_class[:, :, :first],
+            outputs_coord[:, :, :first],
+            self.step.targets,
+            self.step.layout.groups,
+            _mean_over_processes(self.step.targets.counts.sum()),
+            LossWeights(1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient, config.focal_alpha),
+        )
+        last = len(parts) - 1
+        for layer, row in enumerate(parts.detach()):
+            for name, part in zip(("dn_loss_ce", "dn_loss_bbox", "dn_loss_giou"), row, strict=True):
+                loss_dict[name if layer == last else f"{name}_{layer}"] = part
+        return loss + self.weight * total, loss_dict, auxiliary_outputs
+
+    def after_model(self, model, args, output):
+        if not self.active:
+            return None
+        self.active = False
+        if output is None:  # the forward pass has raised
+            return None
+        first, queries = self.step.layout.denoising, self.step.layout.queries
+        for name, dimensions in self.family.leaves.items():
+            value = output.get(name)
+            if value is None:
+                continue
+            parts = value if isinstance(value, tuple) else (value,)
+            for dimension in dimensions:
+                if any(part.shape[dimension] != queries for part in parts):
+                    raise RuntimeError(f"denoising: {name} of {type(model).__name__} is not laid out as expected")
+                parts = tuple(part.narrow(dimension, first, queries - first) for part in parts)
+            output[name] = parts if isinstance(value, tuple) else parts[0]
+        return output.to_tuple() if self.step.as_tuple else output
+
+    def __getstate__(self):
+        return {**self.__dict__, "step": None, "active": False}
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """As transformers does it: the number of objects per process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    count = count.float()
+    torch.distributed.all_reduce(count)
+    return count / torch.distributed.get_world_size()
+
+
+def _leave_out(model: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    inside = f"{prefix}{NAME}."
+    for key in [key for key in state_dict if key.startswith(inside)]:
+        del state_dict[key]
+
+
+def _keep(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    # A plain model's weights: ours are not among them, and stay as they are.
+    for key, value in getattr(model, NAME).state_dict().items():
+        state_dict.setdefault(f"{prefix}{NAME}.{key}", value)
+
+
+def denoise(
+    model: nn.Module, groups: int = 5, label_noise: float = 0.2, box_noise: float = 0.4, weight: float = 1.0
+) -> nn.Module:
+    """Train a Hugging Face DETR with query denoising (arXiv 2203.01305) -> the same model.
+
+    For DabDetr-, ConditionalDetr- and DeformableDetrForObjectDetection of transformers. From then on a forward pass in
+    training mode with labels also restores ``groups`` noised copies of them; ``outputs.loss`` holds both losses,
+    ``outputs.loss_dict`` also the parts ``dn_loss_ce``, ``dn_loss_bbox`` and ``dn_loss_giou`` (with ``_0``, ... for
+    earlier layers where ``config.auxiliary_loss`` is on, which is how the paper trains). All else stays the plain
+    model: outputs, evaluation, ``state_dict``, ``save_pretrained``. Make the optimizer afterwards: the model has new
+    parameters, in the submodule ``denoising`` (:class:`Denoising`).
+    ``groups=0`` takes denoising out again; label_noise and box_noise as in :func:`dndetr.denoising.noised_queries`;
+    weight: of the denoising loss beside the model's own.
+    """
+    require_transformers("dndetr.denoise")
+    if groups < 0 or not 0 <= label_noise <= 1 or not 0 <= box_noise <= 1:
+        raise ValueError(
+            f"dndetr.denoise: groups must be 0 or more, label_noise and box_noise between 0 and 1, "
+            f"got {groups}, {label_noise}, {box_noise}"
+        )
+    present = getattr(model, NAME, None)
+    if groups == 0:
+        if isinstance(present, Denoising):
+            present.detach(model)
+            delattr(model, NAME)
+        return model
+    if present is not None:
+        raise ValueError(
+            f"{type(model).__name__} is denoised already: set model.{NAME}.groups and the like, "
+            "or take denoising out first with dndetr.denoise(model, groups=0)"
+        )
+    family = next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
+    if family is None:
+        raise TypeError(f"dndetr.denoise works on {', '.join(FAMILIES)}, not on {type(model).__name__}")
+    _check_structure(model, family)
+    added = Denoising(family, model.config, groups, label_noise, box_noise, weight)
+    like = next(model.model.decoder.parameters())
+    model.add_module(NAME, added.to(like.device, like.dtype))
+    added.attach(model)
+    return model
+
+
+def _check_structure(model: nn.Module, family: Family) -> None:
+    """Raise RuntimeError where the model is not built as the hooks expect."""
+    decoder = model.model.decoder
+    expected = [
+        (type(model), {"labels"}),
+        (type(decoder), set(family.enters)),
+        *((type(layer.self_attn), {"hidden_states", "attention_mask"}) for layer in decoder.layers),
+    ]
+    for kind, names in expected:
+        if missing := names - set(inspect.signature(kind.forward).parameters):
+            raise RuntimeError(
+                f"dndetr.denoise does not fit this version of transformers: {kind.__name__}.forward has no argument "
+                f"{', '.join(sorted(missing))}; type pip install 'transformers=={TESTED}'"
+            )
+    for name in family.replaced:
+        if not isinstance(getattr(decoder, name, None), nn.Module):
+            raise RuntimeError(
+                f"dndetr.denoise does not fit this version of transformers: {type(decoder).__name__} has no {name}; "
+                f"type pip install 'transformers=={TESTED}'"
+            )

@@ -1,0 +1,25 @@
+"""Labels as Hugging Face detectors take them, padded into our Targets."""
+
+import torch
+
+from ..batch import Targets
+
+
+def to_targets(labels: list[dict], device: torch.device, slots: int | None = None) -> Targets:
+    """One dict per image, ``class_labels`` [n] and ``boxes`` [n, 4] cxcywh in [0, 1] -> Targets on ``device``.
+
+    slots: T, by default the largest n, at least 1. Only shapes are looked at, so nothing waits for the device.
+    """
+    counts = [len(image["class_labels"]) for image in labels]
+    slots = max(1, *counts) if slots is None else slots
+    padded_labels = torch.zeros(len(labels), slots, dtype=torch.int64, device=device)
+    padded_boxes = torch.zeros(len(labels), slots, 4, device=device)
+    for row, (image, count) in enumerate(zip(labels, counts, strict=True)):
+        if image["boxes"].shape != (count, 4):
+            raise ValueError(
+                f"labels[{row}]: boxes must be [{count}, 4] cxcywh for {count} class_labels, "
+                f"got {list(image['boxes'].shape)}"
+            )
+        padded_labels[row, :count] = image["class_labels"]
+        padded_boxes[row, :count] = image["boxes"]
+    return Targets(padded_labels, padded_boxes, torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True))

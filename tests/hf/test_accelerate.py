@@ -1,0 +1,242 @@
+"""Our attention and matcher inside Hugging Face models: equal results, and a way back."""
+
+import copy
+import pickle
+
+import hf_models
+import pytest
+import torch
+import transformers
+from hf_models import CLASSES, QUERIES, labels, pixels
+
+import dndetr
+from dndetr.hf.attention import sample_points
+from dndetr.hf.matching import MatchedLoss, Matcher
+
+_SMALL = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_ffn_dim": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "num_queries": QUERIES,
+    "num_labels": CLASSES,
+    "hidden_expansion": 1.0,
+    "dropout": 0.0,
+    "num_denoising": 4,
+    "freeze_backbone_batch_norms": False,
+}
+
+
+def _rt_detr(name: str, **config):
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    kind, model = (getattr(transformers, name + suffix) for suffix in ("Config", "ForObjectDetection"))
+    return model(kind(backbone_config=backbone, **(_SMALL | config)))
+
+
+MODELS = {
+    "deformable": lambda: hf_models.MODELS["deformable"](with_box_refine=True),
+    "deformable-two-stage": hf_models.MODELS["deformable-two-stage"],
+    "rt-detr": lambda: _rt_detr("RTDetr"),
+    "rt-detr-v2": lambda: _rt_detr("RTDetrV2"),
+    "d-fine": lambda: _rt_detr("DFine", decoder_n_points=[3, 6, 3]),
+}
+ATTENTION_LAYERS = {"deformable": 3, "deformable-two-stage": 3, "rt-detr": 2, "rt-detr-v2": 2, "d-fine": 2}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str):
+    """A model with weights that make attention look far away."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "sampling_offsets" in key or "attention_weights" in key:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def step(model, counts=(4, 0, 2)) -> tuple[dict, dict]:
+    """Outputs and gradients of a training step with padding in one image."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    mask = torch.ones(len(counts), 64, 96, dtype=torch.int64)
+    mask[0, 48:] = 0
+    output = model(pixels(len(counts)), pixel_mask=mask, labels=labels(*counts))
+    output.loss.backward()
+    results = {"loss": output.loss.detach(), "logits": output.logits.detach(), "boxes": output.pred_boxes.detach()}
+    results |= {key: value.detach() for key, value in output.loss_dict.items() if isinstance(value, torch.Tensor)}
+    return results, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_steps(first, second):
+    """Equal to 1e-4; gradients also to 1e-5 of the largest, for some are rounding noise around zero."""
+    (outputs, gradients), (new_outputs, new_gradients) = first, second
+    assert outputs.keys() == new_outputs.keys() and gradients.keys() == new_gradients.keys()
+    for key, value in outputs.items():
+        torch.testing.assert_close(new_outputs[key], value, rtol=1e-4, atol=1e-4, msg=key)
+    largest = max(float(value.abs().max()) for value in gradients.values())
+    for key, value in gradients.items():
+        torch.testing.assert_close(new_gradients[key], value, rtol=1e-4, atol=1e-5 * largest, msg=key)
+
+
+@every_model
+def test_outputs_losses_and_gradients_are_equal(name):
+    model = build(name).train()
+    before = step(model)
+    done = dndetr.accelerate(model)
+    assert len(done.attention) == ATTENTION_LAYERS[name] and done.matcher is not None
+    assert f"deformable attention in {ATTENTION_LAYERS[name]} layers and the matcher of" in str(done)
+    assert_equal_steps(before, step(model))
+
+
+@every_model
+def test_our_op_is_what_runs(name, monkeypatch):
+    model = build(name).eval()
+    calls = []
+    attention = "dndetr.hf.attention.ms_deform_attn"
+    from dndetr.ops import ms_deform_attn
+
+    monkeypatch.setattr(attention, lambda *args: calls.append(args) or ms_deform_attn(*args))
+    model(pixels(1))
+    assert not calls
+    dndetr.accelerate(model)
+    model(pixels(1))
+    assert len(calls) >= ATTENTION_LAYERS[name]
+
+
+@every_model
+def test_it_can_be_undone(name):
+    model = build(name)
+    kinds = [type(module) for module in model.modules()]
+    before, state = step(model), copy.deepcopy(model.state_dict())
+    done = dndetr.accelerate(model)
+    assert model.state_dict().keys() == state.keys()
+    with pytest.raises(TypeError, match="nothing to replace"):
+        dndetr.accelerate(model)
+    done.undo()
+    done.undo()
+    assert [type(module) for module in model.modules()] == kinds and "_loss_function" not in vars(model)
+    for first, second in zip(before, step(model), strict=True):
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@every_model
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=("copy", "pickle"))
+def test_copies_are_accelerated_too(name, clone):
+    model = build(name)
+    done = dndetr.accelerate(model)
+    other = clone(model)
+    done.undo()
+    assert isinstance(other.loss_function, MatchedLoss)
+    assert_equal_steps(step(model), step(other))
+    with pytest.raises(TypeError, match="nothing to replace"):
+        dndetr.accelerate(other)
+
+
+@every_model
+def test_saved_weights_are_the_plain_models(name, tmp_path):
+    model = build(name).eval()
+    plain = model(pixels(1)).logits
+    dndetr.accelerate(model)
+    model.save_pretrained(tmp_path)
+    read, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(read.eval()(pixels(1)).logits, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["denoise", "accelerate"])
+def test_denoising_and_acceleration_go_together(first):
+    plain, model = build("deformable").train(), build("deformable").train()
+    dndetr.denoise(plain, groups=2)
+    if first == "denoise":
+        dndetr.denoise(model, groups=2)
+        done = dndetr.accelerate(model)
+    else:
+        done = dndetr.accelerate(model)
+        dndetr.denoise(model, groups=2)
+    model.denoising.load_state_dict(plain.denoising.state_dict())
+    assert isinstance(model.denoising.own_loss, MatchedLoss)
+    assert_equal_steps(step(plain), step(model))
+    if first == "denoise":
+        done.undo()
+        assert not isinstance(model.denoising.own_loss, MatchedLoss) and "dn_loss_ce" in step(model)[0]
+        dndetr.denoise(model, groups=0)
+    else:
+        dndetr.denoise(model, groups=0)
+        assert isinstance(model.loss_function, MatchedLoss)
+        done.undo()
+    assert "_loss_function" not in vars(model)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0), (QUERIES + 4, 1)], ids=str)
+def test_the_matcher_finds_what_transformers_finds(counts):
+    from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+
+    draw = torch.Generator().manual_seed(2)
+    outputs = {
+        "logits": torch.randn(2, QUERIES, CLASSES, generator=draw),
+        "pred_boxes": 0.1 + 0.3 * torch.rand(2, QUERIES, 4, generator=draw),
+    }
+    weights = {"class_cost": 1.5, "bbox_cost": 5.0, "giou_cost": 2.0}
+    theirs = DeformableDetrHungarianMatcher(**weights)(outputs, labels(*counts))
+    ours = Matcher(**weights)(outputs, labels(*counts))
+    for (query, target), (own_query, own_target) in zip(theirs, ours, strict=True):
+        assert torch.equal(query, own_query) and torch.equal(target, own_target)
+
+
+def test_the_matcher_knows_sets_of_queries():
+    from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
+
+    draw = torch.Generator().manual_seed(3)
+    outputs = {
+        "logits": torch.randn(2, 3 * QUERIES, CLASSES, generator=draw),
+        "pred_boxes": 0.1 + 0.3 * torch.rand(2, 3 * QUERIES, 4, generator=draw),
+    }
+    weights = {"class_cost": 2.0, "bbox_cost": 5.0, "giou_cost": 2.0}
+    theirs = LwDetrHungarianMatcher(**weights)(outputs, labels(5, 2), 3)
+    ours = Matcher(**weights)(outputs, labels(5, 2), 3)
+    for (query, target), (own_query, own_target) in zip(theirs, ours, strict=True):
+        assert torch.equal(query, own_query) and torch.equal(target, own_target)
+
+
+@pytest.mark.parametrize("points", [[4, 4], [3, 5]], ids=str)
+def test_points_per_level(points):
+    from transformers.models.d_fine.modeling_d_fine import multi_scale_deformable_attention_v2
+
+    draw = torch.Generator().manual_seed(4)
+    shapes, total = [(6, 5), (3, 4)], sum(points)
+    value = torch.randn(2, 42, 4, 8, generator=draw)
+    locations = torch.rand(2, 7, 4, total, 2, generator=draw) * 1.2 - 0.1
+    weights = torch.rand(2, 7, 4, total, generator=draw)
+    expected = multi_scale_deformable_attention_v2(value, shapes, locations, weights, points)
+    torch.testing.assert_close(sample_points(value, shapes, locations, weights, points), expected)
+
+
+def test_what_cannot_be_replaced_is_left_alone():
+    discrete = _rt_detr("RTDetrV2", decoder_method="discrete")
+    assert not dndetr.accelerate(discrete).attention
+    matcher_only = dndetr.accelerate(hf_models.build("dab"))
+    assert not matcher_only.attention and matcher_only.matcher == "DeformableDetrHungarianMatcher"
+    attention_only = dndetr.accelerate(hf_models.build("deformable").model)
+    assert attention_only.attention and attention_only.matcher is None and "no matcher" in str(attention_only)
+    with pytest.raises(TypeError, match="nothing to replace in Linear"):
+        dndetr.accelerate(torch.nn.Linear(2, 2))
+
+
+def test_a_changed_layer_is_refused(monkeypatch):
+    model = hf_models.build("deformable")
+    layer = type(model.model.encoder.layers[0].self_attn.attn)
+    monkeypatch.setattr(layer, "forward", lambda self, value: value)
+    with pytest.raises(RuntimeError, match=r"takes \(self, value\), expected"):
+        dndetr.accelerate(model)

@@ -1,0 +1,86 @@
+"""Small Hugging Face detectors of every supported kind, and what they train on."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason='transformers is not installed (pip install -e ".[hf]")')
+
+CLASSES, QUERIES = 5, 20
+
+
+def backbone(stages: int):
+    """A ResNet that is small and quick."""
+    return transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=[f"stage{stage}" for stage in range(5 - stages, 5)],
+    )
+
+
+_COMMON = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "use_pretrained_backbone": False,
+    "num_queries": QUERIES,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "num_labels": CLASSES,
+    "auxiliary_loss": True,
+}
+
+
+def _build(name: str, levels: int = 1, **config):
+    kind = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForObjectDetection")
+    return model(kind(backbone_config=backbone(levels), **(_COMMON | config)))
+
+
+MODELS = {
+    "dab": lambda **config: _build("DabDetr", hidden_size=32, **config),
+    "conditional": lambda **config: _build("ConditionalDetr", d_model=32, **config),
+    "deformable": lambda **config: _build("DeformableDetr", 3, d_model=32, num_feature_levels=3, **config),
+    "deformable-two-stage": lambda **config: _build(
+        "DeformableDetr",
+        3,
+        d_model=32,
+        num_feature_levels=3,
+        two_stage=True,
+        two_stage_num_proposals=QUERIES,
+        with_box_refine=True,
+        **config,
+    ),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str, seed: int = 0, **config):
+    """A plain model, the same weights every time."""
+    torch.manual_seed(seed)
+    return MODELS[name](**config)
+
+
+def labels(*counts: int, seed: int = 0) -> list[dict]:
+    """Random objects, so many per image."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "class_labels": torch.randint(CLASSES, (count,), generator=draw),
+            "boxes": torch.cat(
+                (0.3 + 0.4 * torch.rand(count, 2, generator=draw), 0.1 + 0.3 * torch.rand(count, 2, generator=draw)), 1
+            ),
+        }
+        for count in counts
+    ]
+
+
+def pixels(batch: int, height: int = 64, width: int = 96, seed: int = 0) -> torch.Tensor:
+    """Random images."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
