@@ -129,6 +129,36 @@ void ms_deform_attn_backward(const DeformAttnArguments& arguments, Pointer grad_
   dndetr::ms_deform_attn_backward(arguments.problem(), array_at(grad_out), grads, threads, chosen);
 }
 
+dndetr::SetLoss set_loss_problem(std::array<int, 6> sizes, Pointer logits, Pointer boxes,
+                                 std::array<std::uintptr_t, 5> others, std::array<double, 4> weights) {
+  return {sizes[0],        sizes[1],
+          sizes[2],        sizes[3],
+          sizes[4],        sizes[5],
+          array_at(logits), array_at(boxes),
+          reinterpret_cast<const std::int32_t*>(others[0]),
+          reinterpret_cast<const std::int64_t*>(others[1]),
+          reinterpret_cast<const void*>(others[2]),
+          reinterpret_cast<const std::int32_t*>(others[3]),
+          reinterpret_cast<const void*>(others[4]),
+          weights[0],      weights[1],
+          weights[2],      weights[3]};
+}
+
+void set_loss(const dndetr::SetLoss& problem, std::uintptr_t total, std::uintptr_t parts, int threads,
+              const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::set_loss(problem, reinterpret_cast<void*>(total), reinterpret_cast<void*>(parts), threads, chosen);
+}
+
+void set_loss_backward(const dndetr::SetLoss& problem, std::uintptr_t grad_total, std::uintptr_t grad_parts,
+                       Pointer grad_logits, Pointer grad_boxes, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::set_loss_backward(problem, reinterpret_cast<const void*>(grad_total), reinterpret_cast<const void*>(grad_parts),
+                            array_at(grad_logits), array_at(grad_boxes), threads, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -156,4 +186,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("ms_deform_attn_backward", &ms_deform_attn_backward, py::arg("problem"), py::arg("grad_out"),
         py::arg("grad_value"), py::arg("grad_reference"), py::arg("grad_offsets"), py::arg("grad_logits"),
         py::arg("threads") = 1, py::arg("simd") = "", "Its gradients; that of the references per head, [B, H, Q, L, R].");
+  py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
+      .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
+           py::arg("weights"));
+  m.def("set_loss", &set_loss, py::arg("problem"), py::arg("total"), py::arg("parts"), py::arg("threads") = 1,
+        py::arg("simd") = "", "Focal, L1 and GIoU losses: -> total, parts [Y, 6].");
+  m.def("set_loss_backward", &set_loss_backward, py::arg("problem"), py::arg("grad_total"), py::arg("grad_parts"),
+        py::arg("grad_logits"), py::arg("grad_boxes"), py::arg("threads") = 1, py::arg("simd") = "",
+        "Gradients of logits and boxes; those of total and parts are given, or 0.");
 }

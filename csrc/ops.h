@@ -91,4 +91,22 @@ void ms_deform_attn(const DeformAttn& problem, Array out, int threads, Simd simd
 void ms_deform_attn_backward(const DeformAttn& problem, Array grad_out, const DeformAttnGrads& grads, int threads,
                              Simd simd);
 
+// The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
+// logits or boxes are, else float.
+struct SetLoss {
+  int layers, batch, queries, classes, groups, slots;
+  Array logits, boxes;         // [Y, B, Q, K], [Y, B, Q, 4]
+  const std::int32_t* target;  // [Y, B, Q - groups * slots], -1 for none
+  const std::int64_t* labels;  // [B, slots]
+  const void* target_boxes;    // [B, slots, 4]
+  const std::int32_t* counts;  // [B]
+  const void* normalizers;     // [2]
+  double label, l1, giou, alpha;
+};
+
+// total, a scalar, and parts [Y, 6]; backwards their gradients, or null, and those of logits and boxes.
+void set_loss(const SetLoss& problem, void* total, void* parts, int threads, Simd simd);
+void set_loss_backward(const SetLoss& problem, const void* grad_total, const void* grad_parts, Array grad_logits,
+                       Array grad_boxes, int threads, Simd simd);
+
 }  // namespace dndetr
