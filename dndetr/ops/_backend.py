@@ -164,14 +164,6 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def pointer(tensor: torch.Tensor) -> tuple[int, int]:
-    """A tensor as the compiled module takes it: its address, and the number of its dtype."""
-    return tensor.data_ptr(), _DTYPES[tensor.dtype]
-
-
 def compiled():
     """The compiled module ``dndetr._C``; ImportError if it was not built."""
     return importlib.import_module("dndetr._C")
