@@ -7,6 +7,8 @@ from importlib import import_module
 COMMANDS = {
     "train": "train a detector; without arguments on built-in synthetic shapes",
     "evaluate": "score a trained detector on a data set: COCO's numbers, classes, figures",
+    "compare": "train with one setting changed and show what it buys; by default, denoising",
+    "health": "what denoising does in a trained detector: boxes restored, leaks, cost",
     "predict": "draw what a trained detector finds in images, folders and videos",
     "export": "write a trained detector as an ONNX or torch.export file",
     "check_data": "look for everything that is wrong with a COCO-format folder",

@@ -57,10 +57,15 @@ class NoisedQueries:
 
 
 def noised_queries(
-    targets: Targets, noise: Noise, label_noise: float = 0.2, box_noise: float = 0.4, batch_active: bool = False
+    targets: Targets,
+    noise: Noise,
+    label_noise: float = 0.2,
+    box_noise: float | Tensor = 0.4,
+    batch_active: bool = False,
 ) -> NoisedQueries:
     """Apply the noise to the targets.
 
+    ``box_noise``: a tensor gives every group its own, [1, G, 1, 1].
     ``batch_active``: attention sees the slots up to the batch's largest count in every image, as in the official code,
     instead of each image's own objects; results then depend on who else is in the batch.
     """

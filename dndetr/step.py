@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch import Batch
 from .criterion import Criterion, Losses
 from .denoising import NoisedQueries, draw_noise, noised_queries
+from .noise_meter import NoiseMeter
 from .optim import WeightAverage
 from .processes import Processes
 
@@ -18,7 +19,8 @@ class TrainStep:
 
     groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; max_queries: no more denoising
     queries than this per image, by leaving out groups; precision: dtype of autocast (float32: none); noise_generator: a
-    generator on the batches' device; processes: those that share the step, each with batches of its own.
+    generator on the batches' device; processes: those that share the step, each with batches of its own; noise_meter:
+    told of all noise that is drawn.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class TrainStep:
         precision: torch.dtype,
         noise_generator: torch.Generator,
         processes: Processes,
+        noise_meter: NoiseMeter | None = None,
     ):
         self.model, self.criterion = model, criterion
         self.optimizer, self.scheduler, self.average = optimizer, scheduler, average
@@ -45,7 +48,7 @@ class TrainStep:
         self.label_noise, self.box_noise, self.batch_active = label_noise, box_noise, batch_active
         self.clip_norm, self.precision = clip_norm, precision
         self.noise_generator = noise_generator
-        self.processes = processes
+        self.processes, self.noise_meter = processes, noise_meter
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Gradients of several processes are averaged while backward is still running.
         self._shared = DistributedDataParallel(model) if processes.world > 1 else None
@@ -91,6 +94,8 @@ class TrainStep:
 
     def _backward(self, batch: Batch, objects: Tensor) -> Losses:
         noised = self.noised(batch)
+        if noised is not None and self.noise_meter is not None:
+            self.noise_meter.add(noised, batch.targets)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
             predictions = (self._shared or self.model)(batch.images, batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)

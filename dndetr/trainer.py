@@ -16,10 +16,15 @@ from .config import Config, to_dict
 from .console import Console
 from .criterion import Criterion
 from .data.training import TrainingData
+from .denoising import NoisedQueries
 from .device import pick_device, pick_precision
 from .drawing import draw_training, draw_validation
 from .evaluation import Evaluation, coco_evaluate, detect, write_results
+from .health import write_denoising
+from .instability import PROBED, MatchingProbe
 from .models.build import build_model
+from .models.dn_detr import Predictions
+from .noise_meter import NoiseMeter
 from .ops import PARTS, CostWeights, LossWeights
 from .optim import WeightAverage, build_optimizer, schedule_factor
 from .pictures import draw_curves
@@ -113,7 +118,9 @@ class Trainer:
             # A distance that users' own series of seeds do not have.
             noise_generator=torch.Generator(self.device).manual_seed(config.seed + 1_000_003 * self.processes.rank),
             processes=self.processes,
+            noise_meter=NoiseMeter(self.device),
         )
+        self.matching = MatchingProbe(criterion.cost, PROBED // self.processes.world)
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 
@@ -175,6 +182,7 @@ class Trainer:
                 self.log.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
                 picture, batches = folder / "predictions.png", self.data.validation()
                 draw_validation(picture, self._predict, batches, self._names, metrics)
+                write_denoising(folder, self._infer, self.data, config, self.device)
                 draw_curves(self.log.path, folder / "curves.png", title=f"{config.preset} on {config.data}")
         return metrics
 
@@ -254,7 +262,8 @@ class Trainer:
             row = {
                 "loss": total,
                 "matching": terms[:3].sum().item(),
-                "denoising": terms[3:].sum().item(),
+                "denoising": (denoising := terms[3:].sum().item()),
+                "dn_share": denoising / total if total else 0.0,
                 **dict(zip(PARTS, terms.tolist(), strict=True)),
                 "grad_norm": norm,
             }
@@ -269,7 +278,7 @@ class Trainer:
         evaluation = self.evaluate()
         if evaluation is None:
             return {}
-        metrics = evaluation.metrics
+        metrics = evaluation.metrics | self.matching.finish(epoch) | self.step.noise_meter.read()
         seconds = time.perf_counter() - started
         self.log.write("eval", self.done, epoch=epoch, seconds=round(seconds, 2), **metrics)
         self.console.evaluated(epoch, self._loss, metrics, seconds)
@@ -284,21 +293,30 @@ class Trainer:
 
         Processes share the images; the first has the result, the others None.
         """
-        found = detect(self._predict, self.data.validation(), self.data.classes, self.config.detections)
-        everyones = self.processes.gather(found)
+        predict = self.matching.watch(self._infer)
+        found = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
+        everyones = self.processes.gather((*found, self.matching.fresh))
         if not self.processes.first:
             return None
-        results = [result for part, _ in everyones for result in part]
-        image_ids = sorted(image_id for _, part in everyones for image_id in part)
+        results = [result for part, _, _ in everyones for result in part]
+        image_ids = sorted(image_id for _, part, _ in everyones for image_id in part)
+        for *_, matches in everyones:
+            self.matching.fresh |= matches
         return Evaluation(coco_evaluate(self.data.ground_truth, results, image_ids), results, image_ids)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        predictions = self._infer(batch)
+        return predictions.logits[-1], predictions.boxes[-1]
+
+    @torch.no_grad()
+    def _infer(self, batch: Batch, noised: NoisedQueries | None = None) -> Predictions:
+        """All layers' predictions of the weights that are evaluated, in float32, on the device."""
         model = self.model if self.average is None else self.average.model
         batch = batch.to(self.device)
         model.eval()
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits, boxes = model.predict(batch.images, batch.sizes)
-        return logits.float(), boxes.float()
+            logits, boxes, layout = model(batch.images, batch.sizes, noised)
+        return Predictions(logits.float(), boxes.float(), layout)
 
     @property
     def _names(self) -> list[str]:
@@ -329,6 +347,8 @@ class Trainer:
             "rng": {"noise": noise, "torch": torch.get_rng_state()},
             "best": self.best,
             "window": window,
+            "matching": self.matching.state(),
+            "noise_sums": self.step.noise_meter.sums,
         }
         save_checkpoint(self.folder / "checkpoint.pt", self._weights(epoch) | state)
 
@@ -343,3 +363,5 @@ class Trainer:
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
         self._window.restore(checkpoint["window"], self.device)
+        self.matching.restore(checkpoint["matching"])
+        self.step.noise_meter.sums.copy_(checkpoint["noise_sums"])

@@ -22,6 +22,7 @@ class LossWindow:
     def _begin(self) -> None:
         self.values: list[Tensor] = []
         self.ids: list[list[int]] = []
+        self.before = 0.0
         self.restart_clock()
 
     def add(self, losses: Losses, norm: Tensor, ids: list[int], waited: float) -> None:
@@ -32,13 +33,14 @@ class LossWindow:
 
     def close(self, step: int, epoch: int, rates: list[float]) -> tuple[Tensor, tuple[list[list[int]], dict]]:
         """All steps' values on the device, their images, and what the host knows of them; starts a new window."""
-        seconds = time.perf_counter() - self.started
+        seconds = self._seconds()
         about = {
             "step": step,
             "epoch": epoch,
             "lr": rates[0],
             "images_per_second": round(sum(map(len, self.ids)) / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),
+            "seconds": round(seconds, 4),
         }
         if len(set(rates)) > 1:
             about["lr_backbone"] = rates[1]
@@ -50,13 +52,18 @@ class LossWindow:
         """Evaluation and drawing are not training time."""
         self.waited, self.started = 0.0, time.perf_counter()
 
+    def _seconds(self) -> float:
+        """Training time of the window's steps, those before a resumption included."""
+        return self.before + time.perf_counter() - self.started
+
     def state(self) -> dict:
         """What a run resumed from here needs to log the same numbers."""
-        return {"values": [value.cpu() for value in self.values], "ids": self.ids}
+        return {"values": [value.cpu() for value in self.values], "ids": self.ids, "seconds": self._seconds()}
 
     def restore(self, state: dict, device: torch.device) -> None:
         """The inverse of ``state``."""
         self.values, self.ids = [value.to(device) for value in state["values"]], list(state["ids"])
+        self.before = state["seconds"]
 
 
 def demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> None:

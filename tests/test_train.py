@@ -27,6 +27,8 @@ FILES = {
     "best.pt",
     "detections_val.json",
     "curves.png",
+    "denoising.json",
+    "denoising.png",
     "first_batch.png",
     "predictions.png",
 }

@@ -1,4 +1,4 @@
-"""Training curves of one run from its metrics.jsonl: losses, average precision, learning rate."""
+"""Training curves of one run from its metrics.jsonl: losses, average precision, matching instability, denoising."""
 
 import io
 import math
@@ -14,10 +14,11 @@ _TERMS = {"label": (_BLUE, "label (focal)"), "l1": (_GREEN, "box L1"), "giou": (
 
 
 def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = "") -> None:
-    """Draw the rows of a metrics.jsonl as one PNG with four panels; few rows, or none, and nulls are no error.
+    """Draw the rows of a metrics.jsonl as one PNG with six panels; few rows, or none, and nulls are no error.
 
     "train" rows: step, loss, matching, denoising, the unweighted terms label, l1, giou and dn_label, dn_l1, dn_giou,
-    and every key that begins with "lr"; "eval" rows: epoch, AP, AP50, AP75. What a run lacks is left out.
+    dn_share, and every key that begins with "lr"; "eval" rows: epoch, AP, AP50, AP75, IS, IS_layers, dn_flip_rate,
+    dn_box_shift. What a run lacks is left out.
     """
     # Without pyplot there is no global figure list, and no display is ever looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,10 +27,10 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
     rows = read_rows(metrics_path)
     train = [row for row in rows if row["event"] == "train"]
     evaluations = [row for row in rows if row["event"] == "eval"]
-    figure = Figure(figsize=(13, 8), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(18.5, 8), dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    (total, precision), (terms, rate) = figure.subplots(2, 2)
+    (total, precision, stability), (terms, rate, denoising) = figure.subplots(2, 3)
     if title:
         figure.suptitle(title, fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
 
@@ -73,9 +74,46 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
     rate.yaxis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{value:.1e}".replace(".0e", "e"))
     _finish(rate, "Learning rate", "step", legend=len(names) > 1)
 
+    _draw_instability(stability, evaluations)
+    draw_denoising_log(denoising, rows)
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomic(output_path, buffer.getvalue())
+
+
+def _draw_instability(axes, evaluations: list[dict]) -> None:
+    """Queries that changed their object since the evaluation before: the last layer, over the others."""
+    counted = [row for row in evaluations if row.get("IS_layers")]
+    layers = list(zip(*(row["IS_layers"] for row in counted), strict=True))
+    epochs = [row["epoch"] for row in counted]
+    for index, values in enumerate(layers):
+        last = index + 1 == len(layers)
+        style = (
+            {"linewidth": 1.8, "label": "last layer"}
+            if last
+            else {"linewidth": 1, "alpha": 0.25 + 0.35 * index / len(layers)}
+        )
+        axes.plot(epochs, values, color=_VIOLET, marker="o" if len(epochs) <= 60 else None, markersize=3, **style)
+    if len(layers) > 1:
+        axes.plot([], [], color=_VIOLET, alpha=0.35, linewidth=1, label="layers before it, later ones darker")
+    axes.set_ylim(bottom=0)
+    _finish(axes, "Matching instability: queries per image that changed object", "epoch")
+
+
+def draw_denoising_log(axes, rows: list[dict]) -> None:
+    """The denoising part's share of the loss and what the noise achieved, of a log's rows, over steps."""
+    for event, name, colour, label in (
+        ("train", "dn_share", _CORAL, "share of the loss"),
+        ("eval", "dn_flip_rate", _AMBER, "labels flipped"),
+        ("eval", "dn_box_shift", _BLUE, "mean shift of the boxes"),
+    ):
+        steps, values = _series([row for row in rows if row["event"] == event], "step", name)
+        if steps:
+            marker = "o" if event == "eval" or len(steps) == 1 else None
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+    axes.set_ylim(0, 1)
+    _finish(axes, "Denoising", "step")
 
 
 def _series(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -104,10 +142,11 @@ def _smoothed(axes, xs, values, colour, label, faint: bool = True, linestyle="-"
     axes.plot(xs, smooth, color=colour, linewidth=1.8, label=label, linestyle=linestyle, marker=marker)
 
 
-def _finish(axes, title: str, x: str, log: bool = False, legend: bool = True) -> None:
+def _finish(axes, title: str, x: str, log: bool = False, legend: bool = True, whole: bool = True) -> None:
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK)
     axes.set_xlabel(x, color=_INK, fontsize=9.5)
-    axes.locator_params(axis="x", integer=True)
+    if whole:
+        axes.locator_params(axis="x", integer=True)
     axes.grid(True, color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -1,0 +1,232 @@
+"""``python -m dndetr.compare``: train with one setting changed and show what it buys; by default, denoising on and off.
+
+All other flags are those of ``python -m dndetr.train`` and hold for every run, such as ``--preset small --data DIR``;
+without ``--preset`` it is the quick start, shortened to 10 epochs of 62 steps.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+from . import _spinning, commandline, train  # noqa: F401
+from .config import Config
+
+PROGRAM = "python -m dndetr.compare"
+_SHORT = {"--epochs": "10", "--train-images": "992"}
+# Settings of the command, of a run's place, or that decide what all other settings are.
+_NOT_COMPARED = ("preset", "output", "resume", "quiet", "seed")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One comparison."""
+
+    field: str = "denoising.groups"
+    """The setting that differs, by its flag's name, such as optimizer.ema."""
+    values: tuple[str, ...] = ()
+    """Its values, the baseline last (default for denoising.groups: as in the preset, and 0)."""
+    seeds: int | None = None
+    """Runs per value, with seeds from --seed on, the same for all values (default 3)."""
+    output: Path | None = None
+    """New folder for runs, figure and verdict (default: a numbered one under runs/)."""
+    resume: Path | None = None
+    """Continue the comparison in this folder; --seeds may be raised."""
+    quiet: bool = False
+    """Print nothing but the verdict and errors."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, as ``comparison.json`` keeps it; flags: those handed on to every run."""
+
+    field: str
+    values: list[str]
+    first_seed: int
+    seeds: int
+    flags: list[str]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """(value, seed) in the order of training: seed by seed, so that what is done so far can always be compared.
+
+        Every other seed starts from the other end: a machine that slows down favours no value.
+        """
+        order = []
+        for number in range(self.seeds):
+            order += [(value, self.first_seed + number) for value in self.values[:: -1 if number % 2 else 1]]
+        return order
+
+    def folder(self, value: str, seed: int) -> str:
+        """Name of a run's folder."""
+        return f"{self.field.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}-seed-{seed}"
+
+    def arguments(self, value: str, seed: int) -> list[str]:
+        """Flags of the train command for one run."""
+        return [*self.flags, *_flags(self.field, value), "--seed", str(seed)]
+
+    def label(self, value: str) -> str:
+        """How a value is called in the figure."""
+        return f"{self.field} {value}"
+
+
+def make_plan(arguments: Arguments, rest: Sequence[str]) -> Plan:
+    """The plan of a new comparison, every run's settings checked; rest: the train command's flags."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in rest if argument.startswith("--")}
+    field = arguments.field.replace("-", "_").removeprefix("__")
+    seeds = 3 if arguments.seeds is None else arguments.seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: give 1 or more")
+    if not _is_setting(field) or field in _NOT_COMPARED:
+        raise ValueError(f"--field {arguments.field}: give the name of a setting, such as denoising.groups or lr")
+    if same := given & {f"--{field}".replace("_", "-"), _negative(field)}:
+        raise ValueError(f"{same.pop()} is what is compared: give its values with --values")
+    flags = list(rest)
+    if "--preset" not in given:
+        for flag, value in _SHORT.items():
+            if flag not in given:
+                flags += [flag, value]
+    flags, first = _without_seed(flags)
+    base = train.parse(flags)
+    if base.data is None:
+        raise ValueError(f"--preset {base.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
+    values = list(arguments.values)
+    if not values and field == "denoising.groups":
+        values = [str(base.denoising.groups or 5), "0"]
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise ValueError(f"--values {' '.join(values)}: give two or more different values of --field {arguments.field}")
+    plan = Plan(field, values, base.seed if first is None else first, seeds, flags)
+    for value in values:
+        train.parse(plan.arguments(value, plan.first_seed))
+    return plan
+
+
+def _flags(field: str, value: str) -> list[str]:
+    flag = f"--{field}".replace("_", "-")
+    if value.lower() in ("true", "false"):
+        return [flag if value.lower() == "true" else _negative(field)]
+    return [flag, *value.split()]
+
+
+def _negative(field: str) -> str:
+    """The flag that switches a setting off: --images.no-augment."""
+    group, dot, name = field.replace("_", "-").rpartition(".")
+    return f"--{group}{dot}no-{name}"
+
+
+def _is_setting(path: str) -> bool:
+    """Whether a configuration has such a field, other than a group of fields."""
+    value = Config()
+    for name in path.split("."):
+        if not is_dataclass(value) or name not in {field.name for field in fields(value)}:
+            return False
+        value = getattr(value, name)
+    return not is_dataclass(value)
+
+
+def _without_seed(flags: list[str]) -> tuple[list[str], int | None]:
+    """The flags without --seed, and its value."""
+    seed, kept, rest = None, [], iter(flags)
+    for flag in rest:
+        name, equals, value = flag.partition("=")
+        if name != "--seed":
+            kept.append(flag)
+            continue
+        text = value if equals else next(rest, "")
+        if not text.isdecimal():
+            raise ValueError(f"--seed {text}: give 0 or more")
+        seed = int(text)
+    return kept, seed
+
+
+def compare(folder: Path, plan: Plan, quiet: bool = False) -> dict:
+    """Train what is not trained yet, and keep figure and verdict up to date after every run -> the verdict."""
+    from .checkpoint import write_json_atomic
+    from .pictures.comparison import draw_comparison
+    from .verdict import read_track, sentences, verdict
+
+    told: dict = {}
+    tracks = []
+    order = plan.runs()
+    for number, (value, seed) in enumerate(order, start=1):
+        run = folder / plan.folder(value, seed)
+        if not quiet:
+            print(f"[{number}/{len(order)}] {plan.label(value)}, seed {seed}: {run}", flush=True)
+        _finish(run, [*plan.arguments(value, seed), *(["--quiet"] if quiet else [])])
+        tracks.append(read_track(run, value, seed))
+        told = verdict(plan.field, plan.values, tracks)
+        write_json_atomic(folder / "verdict.json", told, indent=2)
+        draw_comparison(folder / "compare.png", told)
+        if not quiet and number < len(order):
+            print("\n".join(sentences(told)), flush=True)
+    return told
+
+
+def _finish(run: Path, arguments: Sequence[str]) -> None:
+    """Train the run in this folder to its end, wherever it stands."""
+    import shutil
+
+    from .runlog import read_rows
+
+    epochs = train.parse(arguments).epochs
+    evaluated = [row["epoch"] for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
+    if evaluated and evaluated[-1] == epochs:
+        return
+    if (run / "checkpoint.pt").exists():
+        quiet = [flag for flag in arguments if flag == "--quiet"]
+        train.run(["--resume", str(run), *quiet])
+        return
+    if run.exists():
+        shutil.rmtree(run)  # killed before its first checkpoint: nothing in it can be continued
+    train.run([*arguments, "--output", str(run)])
+
+
+def run(argv: Sequence[str] | None = None) -> Path:
+    """Compare as the arguments say -> the comparison's folder."""
+    import json
+
+    arguments, rest = commandline.parse(Arguments, argv, PROGRAM, description=__doc__, return_unknown_args=True)
+    # Imported here so that --help and mistakes in the flags answer at once.
+    from .checkpoint import write_json_atomic
+    from .runlog import claim_output, new_run_folder
+    from .verdict import sentences
+
+    if arguments.resume is None:
+        plan = make_plan(arguments, rest)
+        folder = new_run_folder("compare") if arguments.output is None else claim_output(arguments.output)
+    else:
+        folder = arguments.resume
+        if not (folder / "comparison.json").exists():
+            raise ValueError(f"--resume {folder}: there is no comparison.json, so no comparison was started there")
+        changed = [
+            flag for flag in ("field", "values", "output") if getattr(arguments, flag) != getattr(Arguments, flag)
+        ]
+        if rest or changed:
+            given = " ".join([*(f"--{flag}" for flag in changed), *rest])
+            raise ValueError(f"--resume continues a comparison as it was planned; leave out {given}")
+        saved = json.loads((folder / "comparison.json").read_text())
+        plan = Plan(**saved | {"seeds": max(saved["seeds"], arguments.seeds or 1)})
+    write_json_atomic(folder / "comparison.json", vars(plan), indent=2)
+    try:
+        told = compare(folder, plan, arguments.quiet)
+    except (SystemExit, KeyboardInterrupt):
+        print(f"continue the comparison with {PROGRAM} --resume {folder}", file=sys.stderr)
+        raise
+    print("\n".join([*sentences(told), f"{folder}: compare.png, verdict.json, and the runs"]))
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
+    try:
+        run(argv)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""``python -m dndetr.health RUN``: what denoising does in a trained detector, whether it leaks, and what it costs."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from . import _spinning  # noqa: F401
+from .commandline import parse
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Config
+    from .data.training import TrainingData
+    from .leak import LeakCheck
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One examination."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run folder (its latest checkpoint) or a checkpoint file."""
+    data: str | None = None
+    """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
+    output: Path | None = None
+    """New folder for denoising.png and denoising.json (default: only print)."""
+    leak_check: bool = False
+    """Only the leak check; exit status 1 where there is a leak."""
+    steps: int = 8
+    """Training steps to time with and without denoising (0: do not time)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def write_denoising(folder: Path, infer: Callable, data: "TrainingData", config: "Config", device: "torch.device"):
+    """Measure what the weights restore; write it as ``denoising.json`` and draw it, with the log, as ``denoising.png``.
+
+    infer: as for ``measure_restoration`` -> the report, or None where there is nothing to measure: no denoising in
+    ``config``, no objects.
+    """
+    from .checkpoint import write_json_atomic
+    from .pictures import draw_denoising
+    from .restoration import measure_restoration
+    from .runlog import read_rows
+
+    noise = config.denoising
+    if noise.groups == 0:
+        return None
+    names = [name for _, name in data.classes]
+    restoration = measure_restoration(infer, data.validation(), len(names), noise.label_noise, device)
+    if restoration is None:
+        return None
+    write_json_atomic(folder / "denoising.json", restoration.report)
+    rows = read_rows(folder / "metrics.jsonl")
+    draw_denoising(folder / "denoising.png", restoration, rows, names, noise.box_noise)
+    return restoration.report
+
+
+def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[float, float]:
+    """Median seconds of a training step with and without denoising, one after the other on the same batches.
+
+    Two steps of each are run before the first that counts.
+    """
+    from .processes import Processes
+    from .trainer import Trainer
+
+    trainers = []
+    for groups in (config.denoising.groups, 0):
+        trainer = Trainer(replace(config, denoising=replace(config.denoising, groups=groups)), data, Processes({}))
+        trainer.prepare()
+        trainer.model.train()
+        trainers.append(trainer)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    batches = _repeated(data)
+    for number in range(steps + 2):
+        batch = next(batches).to(trainers[0].device)
+        for trainer, times in zip(trainers, seconds, strict=True):
+            started = time.perf_counter()
+            _, norm = trainer.step(batch)
+            norm.item()  # waits for the device
+            if number >= 2:
+                times.append(time.perf_counter() - started)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _repeated(data: "TrainingData"):
+    epoch = 0
+    while True:
+        yield from data.training(epoch)
+        epoch += 1
+
+
+def table(report: dict) -> str:
+    """The report of a restoration as lines of text."""
+    layers = range(1, len(report["error"]) + 1)
+    lines = [
+        f"1 - IoU with the original, {report['objects']} objects of {report['images']} images; "
+        f"{report['label_noise']:.0%} of the labels drawn anew",
+        "box noise   noised" + "".join(f"  layer {layer}" for layer in layers) + "  flipped corrected  kept correct",
+    ]
+    for column, level in enumerate(report["levels"]):
+        numbers = [report["noised_error"][column], *(layer[column] for layer in report["error"])]
+        labels = [report[name][column] for name in ("flipped_corrected", "kept_correct")]
+        row = f"{level:>9g}" + "".join(f"{number:9.3f}" for number in numbers)
+        shares = ["-" if share is None else f"{share:.1%}" for share in labels]
+        lines.append(f"{row}  {shares[0]:>17}  {shares[1]:>12}")
+    return "\n".join(lines)
+
+
+def leak_sentence(check: "LeakCheck") -> str:
+    """The check's outcome in one line."""
+    told = (
+        f"largest change of a matching query's output {check.matching:.1e} under other targets, {check.absent:.1e} "
+        f"without denoising; between groups {check.groups:.1e}; changed queries themselves {check.control:.1e}"
+    )
+    return f"leak check: {'passed' if check.passed else 'FAILED'} ({told})"
+
+
+def run(arguments: Arguments) -> bool:
+    """Examine as the arguments say and print it -> whether the leak check passed."""
+    import torch
+
+    from .data.training import TrainingData
+    from .detector import load
+    from .leak import leak_check
+    from .models.dn_detr import Predictions
+    from .runlog import claim_output
+
+    if arguments.steps < 0:
+        raise ValueError(f"--steps {arguments.steps}: give 0 or more")
+    detector = load(arguments.model, arguments.device)
+    config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
+    data = TrainingData(config)
+    if data.classes != detector.classes:
+        raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")
+    groups = config.denoising.groups
+    batch = next((batch for batch in data.validation() if batch.targets.counts.any()), None)
+    if batch is None:
+        raise ValueError(f"{config.data}: the val split has no objects, so there is nothing to noise")
+    official = config.denoising.padding == "official"
+    check = leak_check(detector.model, batch.to(detector.device), len(data.classes), max(groups, 2), official)
+    print(leak_sentence(check))
+    if arguments.leak_check:
+        return check.passed
+    if groups == 0:
+        print("trained without denoising: there is nothing to restore and no cost")
+        return check.passed
+
+    def infer(batch, noised) -> Predictions:
+        precision = detector.precision
+        with torch.autocast(detector.device.type, precision, enabled=precision != torch.float32):
+            logits, boxes, layout = detector.model(batch.images, batch.sizes, noised)
+        return Predictions(logits.float(), boxes.float(), layout)
+
+    if arguments.output is not None:
+        report = write_denoising(claim_output(arguments.output), infer, data, config, detector.device)
+    else:
+        from .restoration import measure_restoration
+
+        noise = config.denoising.label_noise
+        report = measure_restoration(infer, data.validation(), len(data.classes), noise, detector.device).report
+    print(table(report))
+    if arguments.steps:
+        slow, fast = time_steps(config, data, arguments.steps)
+        print(
+            f"cost: a training step takes {slow * 1e3:.1f} ms with {groups} groups and {fast * 1e3:.1f} ms without, "
+            f"{slow / fast - 1:+.0%} (medians of {arguments.steps}, interleaved, data not counted)"
+        )
+    return check.passed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command-line entry; exit status 1 and one line on stderr for what the user can mend, 1 for a leak."""
+    try:
+        return 0 if run(parse(Arguments, argv, "python -m dndetr.health", description=__doc__)) else 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What denoising does, in one picture: noised boxes on their way back, and the numbers behind them."""
+
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from PIL import Image
+
+from ..restoration import Example, Restoration
+from .boxes import INK, WHITE, BoxCanvas, class_colour
+from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _finish, draw_denoising_log
+from .sheets import _FLIPPED, _centre, _pixels, _save, _sheet, batch_images
+
+_CELL = 300
+_ACROSS = 2
+_DPI = 110
+
+
+def draw_denoising(
+    path: str | Path,
+    restoration: Restoration,
+    rows: Sequence[dict],
+    class_names: Sequence[str],
+    box_noise: float,
+    title: str = "Denoising",
+) -> None:
+    """Draw a Restoration and the denoising numbers of a log's rows as one PNG.
+
+    Each image is shown at the training's noise (the level next to ``box_noise``) and at the highest level. Thin white:
+    ground truth; dashed: noised box in the colour of the class it claims; from its centre a line to where each decoder
+    layer moves it; solid: box and class after the last layer.
+    """
+    levels = restoration.report["levels"]
+    near = min(range(len(levels)), key=lambda index: abs(levels[index] - box_noise))
+    shown = [near] if near == len(levels) - 1 else [near, len(levels) - 1]
+    blocks = [
+        [_restored(example, level, levels[level], class_names) for level in shown] for example in restoration.examples
+    ]
+    note = (
+        "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
+        "line and dots: its way through the decoder layers    "
+        "solid: restored    tag: flipped label > restored class"
+    )
+    sheet = _sheet(blocks, _ACROSS, _CELL, title, note, class_names)
+    panel = _panel(restoration.report, rows, box_noise, max(sheet.width, 1200))
+    page = Image.new("RGB", (panel.width, sheet.height + panel.height), "white")
+    page.paste(sheet.resize((panel.width, sheet.height)) if sheet.width > panel.width else sheet, (0, 0))
+    page.paste(panel, (0, sheet.height))
+    _save(path, page)
+
+
+def _restored(example: Example, level: int, noise: float, class_names: Sequence[str]) -> tuple[Image.Image, str]:
+    """One image at one noise level, and its caption."""
+    (picture,) = batch_images(example.image[None], example.boxes.new_tensor([example.size]).long())
+    canvas = BoxCanvas(picture, _CELL / max(picture.size))
+    true, claimed = example.labels.tolist(), example.noised_labels[level].tolist()
+    found = example.restored_labels[level].tolist()
+    start = _pixels(example.noised_boxes[level], picture)
+    ways = [_pixels(layer, picture) for layer in example.restored_boxes[:, level]]
+    for box in _pixels(example.boxes, picture):
+        canvas.outline(box, WHITE, width=1, shadow=True)
+    for slot, box in enumerate(start):
+        canvas.outline(box, class_colour(claimed[slot]), width=1, dashed=True)
+        colour = class_colour(found[slot])
+        stops = [_centre(box), *(_centre(way[slot]) for way in ways)]
+        for here, there in pairwise(stops):
+            canvas.arrow(here, there, colour)
+        canvas.outline(ways[-1][slot], colour)
+    for slot, box in enumerate(ways[-1]):
+        if claimed[slot] != true[slot]:
+            names = [class_names[label] for label in (claimed[slot], found[slot])]
+            canvas.tag(box, " > ".join(names), _FLIPPED, background=INK)
+    flips = [slot for slot in range(len(true)) if claimed[slot] != true[slot]]
+    corrected = sum(found[slot] == true[slot] for slot in flips)
+    return canvas.image, f"box noise {noise:g}: {corrected} of {len(flips)} flipped labels corrected"
+
+
+def _panel(report: dict, rows: Sequence[dict], box_noise: float, width: int) -> Image.Image:
+    """Three charts: error by noise level, labels by noise level, and what the log says."""
+    # Without pyplot there is no global figure list, and no display is ever looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / _DPI, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    error, label, share = figure.subplots(1, 3)
+    levels = report["levels"]
+    error.plot(
+        levels, report["noised_error"], color=_CORAL, linestyle=_DASHED, marker="o", markersize=3, label="noised"
+    )
+    layers = report["error"]
+    for index, values in enumerate(layers):
+        alpha = 0.25 + 0.75 * (index + 1) / len(layers)
+        error.plot(levels, values, color=_BLUE, alpha=alpha, marker="o", markersize=3, label=f"after layer {index + 1}")
+    error.set_ylim(bottom=0)
+    for name, colour, text in (
+        ("kept_correct", _GREEN, "label was right"),
+        ("flipped_corrected", _AMBER, "label was flipped"),
+    ):
+        known = [(level, value) for level, value in zip(levels, report[name], strict=True) if value is not None]
+        if known:
+            label.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3, label=text)
+    label.set_ylim(0, 1.02)
+    for axes in (error, label):
+        axes.axvline(box_noise, color=_INK, linewidth=0.8, linestyle=":", label="largest in training")
+    _finish(error, "Error of the boxes, 1 - IoU", "box noise", whole=False)
+    _finish(label, "Share of right classes", "box noise", whole=False)
+    draw_denoising_log(share, rows)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
