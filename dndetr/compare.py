@@ -4,6 +4,7 @@ All other flags are those of ``python -m dndetr.train`` and hold for every run, 
 without ``--preset`` it is the quick start, shortened to 10 epochs of 62 steps.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -185,6 +186,8 @@ def run(argv: Sequence[str] | None = None) -> Path:
     """Compare as the arguments say -> the comparison's folder."""
     import json
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{PROGRAM} trains in one process: start it without torchrun")
     arguments, rest = commandline.parse(Arguments, argv, PROGRAM, description=__doc__, return_unknown_args=True)
     # Imported here so that --help and mistakes in the flags answer at once.
     from .checkpoint import write_json_atomic
@@ -218,14 +221,7 @@ def run(argv: Sequence[str] | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    try:
-        run(argv)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return commandline.exit_status(lambda: run(argv))
 
 
 if __name__ == "__main__":

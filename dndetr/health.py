@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from . import _spinning  # noqa: F401
-from .commandline import parse
+from .commandline import exit_status, parse
 
 if TYPE_CHECKING:
     import torch
@@ -123,8 +123,8 @@ def leak_sentence(check: "LeakCheck") -> str:
     return f"leak check: {'passed' if check.passed else 'FAILED'} ({told})"
 
 
-def run(arguments: Arguments) -> bool:
-    """Examine as the arguments say and print it -> whether the leak check passed."""
+def run(arguments: Arguments) -> None:
+    """Examine as the arguments say and print it; RuntimeError where ground truth leaks."""
     import torch
 
     from .data.training import TrainingData
@@ -146,12 +146,14 @@ def run(arguments: Arguments) -> bool:
         raise ValueError(f"{config.data}: the val split has no objects, so there is nothing to noise")
     official = config.denoising.padding == "official"
     check = leak_check(detector.model, batch.to(detector.device), len(data.classes), max(groups, 2), official)
+    if not check.passed:
+        raise RuntimeError(leak_sentence(check))
     print(leak_sentence(check))
     if arguments.leak_check:
-        return check.passed
+        return
     if groups == 0:
         print("trained without denoising: there is nothing to restore and no cost")
-        return check.passed
+        return
 
     def infer(batch, noised) -> Predictions:
         precision = detector.precision
@@ -173,19 +175,11 @@ def run(arguments: Arguments) -> bool:
             f"cost: a training step takes {slow * 1e3:.1f} ms with {groups} groups and {fast * 1e3:.1f} ms without, "
             f"{slow / fast - 1:+.0%} (medians of {arguments.steps}, interleaved, data not counted)"
         )
-    return check.passed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr for what the user can mend, 1 for a leak."""
-    try:
-        return 0 if run(parse(Arguments, argv, "python -m dndetr.health", description=__doc__)) else 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    """Command-line entry; exit status 1 and one line on stderr for a leak, and for what the user can mend."""
+    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.health", description=__doc__)))
 
 
 if __name__ == "__main__":

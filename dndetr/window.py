@@ -58,7 +58,8 @@ class LossWindow:
 
     def state(self) -> dict:
         """What a run resumed from here needs to log the same numbers."""
-        return {"values": [value.cpu() for value in self.values], "ids": self.ids, "seconds": self._seconds()}
+        seconds = self._seconds() if self.ids else 0.0  # what follows an empty window is an evaluation
+        return {"values": [value.cpu() for value in self.values], "ids": self.ids, "seconds": seconds}
 
     def restore(self, state: dict, device: torch.device) -> None:
         """The inverse of ``state``."""

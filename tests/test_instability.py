@@ -30,7 +30,13 @@ def predictions(seed: int) -> Predictions:
 
 
 def run(probe: MatchingProbe, seed: int, epoch: int) -> dict:
-    """One evaluation: the images in two batches."""
+    """One evaluation, and what is said of it."""
+    watched(probe, seed)
+    return probe.finish(epoch)
+
+
+def watched(probe: MatchingProbe, seed: int) -> dict:
+    """One evaluation, the images in two batches -> what the probe saw."""
     batch = detectors.make_batch(COUNTS, 8)
     whole = predictions(seed)
     halves = {0: slice(0, 2), 2: slice(2, 4)}
@@ -45,7 +51,7 @@ def run(probe: MatchingProbe, seed: int, epoch: int) -> dict:
         part = type(batch)(batch.images[rows], batch.sizes[rows], targets, batch.sizes[rows], batch.ids[rows])
         logits, boxes = predict(part)
         assert torch.equal(logits, whole.logits[-1, rows]) and torch.equal(boxes, whole.boxes[-1, rows])
-    return probe.finish(epoch)
+    return probe.fresh
 
 
 def matched(seed: int) -> list[list[dict[int, int]]]:
@@ -104,9 +110,21 @@ def json_like(state: dict) -> dict:
     return state
 
 
-def test_no_more_than_the_first_images_are_kept(monkeypatch):
-    monkeypatch.setattr(instability, "PROBED", 3)
-    probe = MatchingProbe(COST)
+def test_processes_put_their_matches_together():
+    whole, (first, second) = MatchingProbe(COST), (MatchingProbe(COST) for _ in range(2))
+    for epoch, seed in ((1, 0), (2, 1)):
+        for probe in (whole, first, second):
+            fresh = watched(probe, seed)
+            if probe is not whole:
+                probe.fresh = {image: row for image, row in fresh.items() if (image > 1) == (probe is second)}
+        first.fresh |= second.fresh
+        told = whole.finish(epoch)
+        assert first.finish(epoch) == told
+    assert told["IS"] > 0
+
+
+def test_no_more_than_the_first_images_are_kept():
+    probe = MatchingProbe(COST, images=3)
     run(probe, seed=0, epoch=1)
     assert probe.state()["ids"] == [0, 1, 2]
     first = np.mean([sum(a.get(q, -1) != b.get(q, -1) for q in range(QUERIES))

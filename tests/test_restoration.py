@@ -232,7 +232,7 @@ def test_the_leak_check_alone_fails_for_a_leak(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") == 1
     monkeypatch.setattr(deformable_decoder, "group_attention", without_groups)
     assert health.main([str(finished), "--leak-check"]) == 1
-    assert "leak check: FAILED" in capsys.readouterr().out
+    assert "error: leak check: FAILED" in capsys.readouterr().err
 
 
 def test_without_denoising_there_is_no_panel(tmp_path, capsys):
