@@ -250,6 +250,8 @@ class Config:
     """Continue this run folder to its configured end."""
     init: str | None = None
     """File with weights to start from: a checkpoint, an official DN-DETR or DAB-DETR file, or a ResNet."""
+    overfit: int | None = None
+    """Train and evaluate on so many images of the train split, to see whether all works: AP should pass 0.9."""
     epochs: int = 50
     """Passes over the training data."""
     batch_size: int = 2
@@ -274,12 +276,16 @@ class Config:
     """Built-in data: validation images."""
     evaluate_every: int = 1
     """Epochs from one evaluation to the next (the last epoch is always evaluated)."""
+    fast_eval: bool = False
+    """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
     detections: int = 100
     """Detections kept per image (COCO scores at most 100)."""
     log_every: int = 20
     """Steps from one row of metrics.jsonl to the next."""
     checkpoint_every: int | None = None
     """Also save after every so many steps, not only after every epoch."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl for TensorBoard too (extra tensorboard)."""
     quiet: bool = False
     """Print nothing but errors."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -291,7 +297,9 @@ class Config:
     def __post_init__(self):
         counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]
         counts += ["train_images", "val_images", "detections"]
-        counts += [name for name in ("max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None]
+        counts += [
+            name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
+        ]
         _demand_counts(self, "", *counts)
         _demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         _demand(self.seed >= 0, "seed", self.seed, "0 or more")

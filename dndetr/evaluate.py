@@ -49,6 +49,8 @@ class Arguments:
     """auto, cpu, cuda or cuda:N."""
     batch_size: int | None = None
     """Images at once (default: as in the run)."""
+    fast_eval: bool = False
+    """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
     workers: int = 0
     """Processes that prepare images (0: in this process)."""
 
@@ -61,11 +63,13 @@ def run(arguments: Arguments) -> Path:
     from .data.loader import build_loader
     from .data.training import evaluation_batch
     from .detector import load
-    from .evaluation import coco_referee, detect, metrics_of, precision_by_class, write_results
+    from .evaluation import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class, write_results
     from .pictures.scores import draw_confusion, draw_precision_recall
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
+    if arguments.fast_eval:
+        demand_fast_eval()
     if arguments.preset is None:
         detector = load(arguments.model, arguments.device)
         data, source = open_split(arguments, detector.config)
@@ -92,7 +96,7 @@ def run(arguments: Arguments) -> Path:
 
     with _output(arguments) as folder:
         results, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
-        referee = coco_referee(ground_truth, results, image_ids)
+        referee = coco_referee(ground_truth, results, image_ids, arguments.fast_eval)
         metrics = metrics_of(referee)
         title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
         counts = confusion_matrix(ground_truth, results, [number for number, _ in classes], arguments.threshold)

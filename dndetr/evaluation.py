@@ -86,24 +86,29 @@ def write_results(path: str | Path, results: list[dict]) -> None:
     write_json_atomic(path, results)
 
 
-def coco_evaluate(ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None) -> dict:
+def coco_evaluate(
+    ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None, fast: bool = False
+) -> dict:
     """COCO box metrics by pycocotools, without its prints; at most 100 detections of an image and class count.
 
     ground_truth: a COCO dict, left untouched (a missing ``area`` is w * h, a missing ``iscrowd`` 0); results: as from
-    ``coco_results``; image_ids: the images to score (default: all) -> the twelve numbers of ``STATISTICS`` and
-    ``classes``, the AP of each class by name. In [0, 1]; None where nothing could be measured (no such objects).
+    ``coco_results``; image_ids: the images to score (default: all); fast: by faster-coco-eval, which agrees with it ->
+    the twelve numbers of ``STATISTICS`` and ``classes``, the AP of each class by name. In [0, 1]; None where nothing
+    could be measured (no such objects).
     """
-    return metrics_of(coco_referee(ground_truth, results, image_ids))
+    return metrics_of(coco_referee(ground_truth, results, image_ids, fast))
 
 
-def coco_referee(ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None) -> COCOeval:
-    """pycocotools' evaluation, done, for what ``coco_evaluate`` does not give; arguments as there."""
+def coco_referee(
+    ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None, fast: bool = False
+) -> COCOeval:
+    """pycocotools' evaluation (or its faster twin), done, for what ``coco_evaluate`` lacks; arguments as there."""
     truth = _index(ground_truth["images"], ground_truth["categories"], map(_completed, ground_truth["annotations"]))
     unknown = {result["image_id"] for result in results} - truth.imgs.keys()
     if unknown:
         raise ValueError(f"results for images that the annotations do not have: ids {sorted(unknown)[:5]}")
     detected = _index(ground_truth["images"], ground_truth["categories"], map(_completed, results))
-    referee = COCOeval(truth, detected, "bbox")
+    referee = (_fast_evaluation() if fast else COCOeval)(truth, detected, "bbox")
     if image_ids is not None:
         referee.params.imgIds = sorted(image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -111,6 +116,19 @@ def coco_referee(ground_truth: dict, results: list[dict], image_ids: Iterable[in
         referee.accumulate()
         referee.summarize()
     return referee
+
+
+def demand_fast_eval() -> None:
+    """ModuleNotFoundError that says what to install, where faster-coco-eval is missing."""
+    _fast_evaluation()
+
+
+def _fast_evaluation():
+    try:
+        from faster_coco_eval import COCOeval_faster
+    except ImportError as error:
+        raise ModuleNotFoundError('--fast-eval needs faster-coco-eval: pip install -e ".[fast-eval]"') from error
+    return COCOeval_faster
 
 
 def precision_by_class(referee: COCOeval) -> dict[str, np.ndarray]:

@@ -45,11 +45,12 @@ class RunLog:
         if self.path.exists():
             self._drop_half_written_line()
 
-    def write(self, event: str, step: int, **fields) -> None:
-        """Append one row; NaN and infinities become null, numpy values and tensors (on the host) plain numbers."""
+    def write(self, event: str, step: int, **fields) -> dict:
+        """Append one row -> that row; NaN and infinities become null, numpy values and host tensors plain numbers."""
         row = _plain({"event": event, "step": step, **fields})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+        return row
 
     def rows(self, event: str | None = None) -> list[dict]:
         """All rows so far, or those of one event."""

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from . import _spinning, commandline  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
+from .overfit import overfitting, verdict
 from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .processes import Processes
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = ("data", "device", "workers", "quiet")
+_WITH_RESUME = ("data", "device", "workers", "fast_eval", "tensorboard", "quiet")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -23,13 +24,11 @@ def parse(arguments: Sequence[str]) -> Config:
     name = _flag(arguments, "--preset") or "tiny"
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-    return commandline.parse(
-        Config,
-        list(arguments),
-        "python -m dndetr.train",
-        default=PRESETS[name](),
-        description=__doc__,
-    )
+    default = PRESETS[name]()
+    count = _flag(arguments, "--overfit") or ""
+    if count.isdecimal() and int(count) > 0:
+        default = overfitting(default, int(count))
+    return commandline.parse(Config, list(arguments), "python -m dndetr.train", default=default, description=__doc__)
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:
@@ -45,13 +44,14 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
 def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Config:
     """The saved run's configuration, on this invocation's device; ValueError for flags that would change the run."""
     given = {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
-    allowed = {"--resume", "--no-quiet"} | {f"--{name}" for name in _WITH_RESUME}
+    flags = {name: {f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-")} for name in _WITH_RESUME}
+    allowed = {"--resume"}.union(*flags.values())
     if given - allowed:
         raise ValueError(
             f"--resume continues a run as it was configured; leave out {', '.join(sorted(given - allowed))} "
             "(to start from its weights with other settings use --init)"
         )
-    changed = {name: getattr(config, name) for name in _WITH_RESUME if {f"--{name}", f"--no-{name}"} & given}
+    changed = {name: getattr(config, name) for name, either in flags.items() if either & given}
     return replace(from_dict(saved), resume=config.resume, **changed)
 
 
@@ -109,11 +109,17 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
         console.classes(data.classes, data.class_counts)
     trainer.prepare()
     try:
-        trainer.fit(folder)
+        metrics = trainer.fit(folder)
     except Stopped as stopped:
         if processes.first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
+    if config.overfit and processes.first:
+        passed, text = verdict(metrics["AP"], config.overfit, config.data)
+        if not passed:
+            raise RuntimeError(text)
+        if not config.quiet:
+            print(text)
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .board import demand_tensorboard
 from .checkpoint import save_checkpoint, write_json_atomic
 from .config import Config, to_dict
 from .console import Console
@@ -19,9 +20,11 @@ from .data.training import TrainingData
 from .denoising import NoisedQueries
 from .device import pick_device, pick_precision
 from .drawing import draw_training, draw_validation
-from .evaluation import Evaluation, coco_evaluate, detect, write_results
+from .evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
 from .health import write_denoising
 from .instability import PROBED, MatchingProbe
+from .journal import Journal
+from .memory import explain_memory
 from .models.build import build_model
 from .models.dn_detr import Predictions
 from .noise_meter import NoiseMeter
@@ -51,6 +54,10 @@ class Trainer:
 
     def __init__(self, config: Config, data: TrainingData, processes: Processes, checkpoint: dict | None = None):
         self.config, self.data, self.processes = config, data, processes
+        if config.tensorboard:
+            demand_tensorboard()
+        if config.fast_eval:
+            demand_fast_eval()
         self.device = pick_device(config.device, processes.local_rank)
         self.precision = pick_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -157,7 +164,7 @@ class Trainer:
 
     def _fit(self, folder: Path) -> dict:
         config, first = self.config, self.processes.first
-        self.folder, self.log, self.readback = folder, RunLog(folder), Readback()
+        self.folder, self.readback = folder, Readback()
         if self._checkpoint is None:
             if first:
                 write_json_atomic(folder / "config.json", to_dict(config), indent=2)
@@ -165,10 +172,12 @@ class Trainer:
         elif first:
             for left_by_a_kill in folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
-            self.log.truncate_to(self.done)
+            RunLog(folder).truncate_to(self.done)
         started = time.perf_counter()
         metrics: dict = {}
         with Console(config.epochs, self.steps_per_epoch, self.done, config.quiet or not first) as self.console:
+            if first:
+                self.journal = Journal(folder, config, self.total_steps, self.console.message)
             for epoch in range(self.done // self.steps_per_epoch, config.epochs):
                 stop = self._train_epoch(epoch)
                 last = epoch + 1 == config.epochs
@@ -179,11 +188,12 @@ class Trainer:
                     raise Stopped(stop, self.done)
             if first:
                 seconds = round(time.perf_counter() - started, 1)
-                self.log.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
+                self.journal.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
+                self.journal.close()
                 picture, batches = folder / "predictions.png", self.data.validation()
                 draw_validation(picture, self._predict, batches, self._names, metrics)
                 write_denoising(folder, self._infer, self.data, config, self.device)
-                draw_curves(self.log.path, folder / "curves.png", title=f"{config.preset} on {config.data}")
+                draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=f"{config.preset} on {config.data}")
         return metrics
 
     def _train_epoch(self, epoch: int) -> int | None:
@@ -197,7 +207,8 @@ class Trainer:
             waiting = time.perf_counter()
             step_batches, ids = self._next(batches)
             waited = time.perf_counter() - waiting
-            losses, norm = self.step(*step_batches)
+            with explain_memory(step_batches, config, self.step.groups_for):
+                losses, norm = self.step(*step_batches)
             self.done += 1
             window.add(losses, norm, ids, waited)
             ended = self.done % self.steps_per_epoch == 0
@@ -270,7 +281,7 @@ class Trainer:
             row = {name: round(value, 6) for name, value in row.items()} | about
             self._loss = row["loss"]
             if self.processes.first:
-                self.log.write("train", **row)
+                self.journal.write("train", **row)
         return row
 
     def _evaluate(self, epoch: int) -> dict:
@@ -280,8 +291,8 @@ class Trainer:
             return {}
         metrics = evaluation.metrics | self.matching.finish(epoch) | self.step.noise_meter.read()
         seconds = time.perf_counter() - started
-        self.log.write("eval", self.done, epoch=epoch, seconds=round(seconds, 2), **metrics)
         self.console.evaluated(epoch, self._loss, metrics, seconds)
+        self.journal.write("eval", self.done, epoch=epoch, seconds=round(seconds, 2), **metrics)
         write_results(self.folder / "detections_val.json", evaluation.results)
         if metrics["AP"] is not None and (self.best is None or metrics["AP"] > self.best):
             self.best = metrics["AP"]
@@ -302,7 +313,8 @@ class Trainer:
         image_ids = sorted(image_id for _, part, _ in everyones for image_id in part)
         for *_, matches in everyones:
             self.matching.fresh |= matches
-        return Evaluation(coco_evaluate(self.data.ground_truth, results, image_ids), results, image_ids)
+        metrics = coco_evaluate(self.data.ground_truth, results, image_ids, self.config.fast_eval)
+        return Evaluation(metrics, results, image_ids)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         predictions = self._infer(batch)

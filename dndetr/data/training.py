@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 from ..batch import Batch
 from ..config import Config
+from ..overfit import STEPS
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
+from .few import FewImages
 from .loader import build_loader
 from .shapes import MIN_SIZE, ShapesDataset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
@@ -27,15 +29,19 @@ class TrainingData:
     def __init__(self, config: Config, rank: int = 0, world: int = 1):
         images = config.images
         if config.data == "shapes":
-            train = ShapesDataset("train", config.train_images, seed=config.seed)
-            val = ShapesDataset("val", config.val_images)
+            train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
+            val = train if config.overfit else ShapesDataset("val", config.val_images)
             self.warnings = []
         else:
             train_view, eval_view = _transforms(config)
             cache = images.cache_mib << 20
             train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
-            val = CocoDataset(config.data, "val", eval_view, classes=train.classes, cache_bytes=cache)
+            val_split = "train" if config.overfit else "val"
+            val = CocoDataset(config.data, val_split, eval_view, classes=train.classes, cache_bytes=cache)
             self.warnings = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
+        if config.overfit:
+            repeats = -(-STEPS * config.batch_size * config.accumulate * world // config.overfit)
+            train, val = FewImages(train, config.overfit, repeats), FewImages(val, config.overfit)
         self.warnings += _from_scratch(config, len(train))
         if not any(train.counts):
             raise DataError(f"{config.data}: the train split has no objects; there is nothing to learn from")
@@ -47,8 +53,8 @@ class TrainingData:
         share = {"rank": rank, "world": world}
         self._train = build_loader(train, config.batch_size, training=True, **options, **share)
         self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
-        self.images = {"train": len(train), "val": len(val)}
-        if config.data == "shapes":
+        self.images = {"train": config.overfit or len(train), "val": len(val)}
+        if config.overfit or config.data == "shapes":
             self.class_counts = {"val": _counts(self.ground_truth, self.classes)}
         else:
             self.class_counts = {"train": train.class_counts, "val": val.class_counts}
@@ -88,7 +94,7 @@ def _from_scratch(config: Config, images: int) -> list[str]:
     reasons = []
     if config.model.backbone.norm == "frozen":
         reasons.append("a frozen norm does not normalise random weights")
-    if config.data != "shapes" and images < _FEW_IMAGES:
+    if config.data != "shapes" and config.overfit is None and images < _FEW_IMAGES:
         reasons.append(f"{images:,} images are few to learn from")
     if not reasons:
         return []
