@@ -43,7 +43,7 @@ class Watch:
         # Weights from a file may start with a loss that has little left to lose; their AP tells.
         unknown = self._best is None and self.config.init is not None
         detects = self._best is not None and self._best >= _SOMETHING
-        if row["step"] < self._loss_from or self._fallen or unknown or detects:
+        if row["step"] < self._loss_from or self._fallen or unknown or detects or "zero" in self._said:
             return None
         return self._once(
             "loss",

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -247,3 +248,32 @@ def test_two_hundred_images_cost_well_below_a_second():
     evaluation = evaluate(lambda batch: outputs[batch.ids[0].item()], batches(truth, 50), truth, CLASSES, keep=30)
     assert evaluation.metrics["AP"] > 0.99
     assert time.process_time() - start < 2.0  # 0.5 s when nothing else runs
+
+
+# ---- the faster twin
+
+
+@pytest.mark.parametrize("name", ["coco_tiny", "bccd"])
+def test_fast_evaluation_agrees_with_the_referee_on_real_data(name):
+    pytest.importorskip("faster_coco_eval")
+    path = SHARED / "data" / name / "annotations" / "instances_val.json"
+    if not path.is_file():
+        pytest.skip(f"no data at {path} (set DNDETR_SHARED)")
+    truth = json.loads(path.read_text())
+    draw = random.Random(0)
+    results = []
+    for entry in truth["annotations"] * 3:
+        x, y, width, height = entry["bbox"]
+        box = [x + draw.gauss(0, 0.1) * width, y + draw.gauss(0, 0.1) * height, width * draw.uniform(0.8, 1.3), height]
+        category = entry["category_id"] if draw.random() < 0.8 else draw.choice(truth["categories"])["id"]
+        about = {"image_id": entry["image_id"], "category_id": category}
+        results.append(about | {"bbox": [round(n, 3) for n in box], "score": round(draw.random(), 2)})  # many ties
+    some = [image["id"] for image in truth["images"]][::2]
+    chosen = [result for result in results if result["image_id"] in set(some)]
+    for given, image_ids in ((results, None), (chosen, some), ([], None)):
+        slow, fast = coco_evaluate(truth, given, image_ids), coco_evaluate(truth, given, image_ids, fast=True)
+        assert 0.1 < slow["AP"] < 0.9 or not given
+        assert {key: slow[key] for key in STATISTICS} == pytest.approx(
+            {key: fast[key] for key in STATISTICS}, abs=1e-12
+        )
+        assert slow["classes"] == pytest.approx(fast["classes"], abs=1e-12)

@@ -38,7 +38,8 @@ class TrainingData:
             train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
             val_split = "train" if config.overfit else "val"
             val = CocoDataset(config.data, val_split, eval_view, classes=train.classes, cache_bytes=cache)
-            self.warnings = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
+            found = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
+            self.warnings = list(dict.fromkeys(found))  # with --overfit both are of the same split
         if config.overfit:
             repeats = -(-STEPS * config.batch_size * config.accumulate * world // config.overfit)
             train, val = FewImages(train, config.overfit, repeats), FewImages(val, config.overfit)

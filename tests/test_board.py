@@ -1,0 +1,61 @@
+"""TensorBoard shows the numbers of the log, also after a run was stopped and resumed."""
+
+import json
+import sys
+
+import pytest
+from short_runs import short_run
+
+from dndetr import train
+from dndetr.board import Board
+from dndetr.runlog import read_rows
+
+ROW = {"event": "train", "step": 20, "loss": 3.5, "lr": 1e-3}
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_resumed_run_shows_every_row_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = Board(tmp_path, [])
+    for step in (20, 40, 60):
+        board.write(ROW | {"step": step})
+    # No close: the run is killed, and continues from a checkpoint at step 40.
+    board = Board(tmp_path, [ROW, ROW | {"step": 40}])
+    board.write(ROW | {"step": 60, "loss": 2.5})
+    board.write(
+        {"event": "eval", "step": 60, "epoch": 1, "AP": 0.25, "AP50": None, "classes": {"cat": 0.5, "dog": None}}
+    )
+    board.write({"event": "end", "step": 60, "AP": 0.25})
+    board.close()
+    shown = scalars(tmp_path)
+    assert shown["train/loss"] == [(20, 3.5), (40, 3.5), (60, 2.5)]
+    assert shown["eval/AP"] == [(60, 0.25)] and shown["eval/AP of cat"] == [(60, 0.5)]
+    assert set(shown) == {"train/loss", "train/lr", "eval/epoch", "eval/AP", "eval/AP of cat"}
+
+
+def test_a_run_with_the_flag_writes_its_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = short_run(tmp_path / "run", "--tensorboard", "--log-every", "1")
+    shown, rows = scalars(run), read_rows(run / "metrics.jsonl")
+    losses = [(row["step"], row["loss"]) for row in rows if row["event"] == "train"]
+    assert [step for step, _ in losses] == [1, 2]
+    assert shown["train/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses]
+    assert json.dumps(sorted(shown)).count("eval/AP of ") == 6
+
+
+def test_the_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main(["--tensorboard"]) == 1
+    assert capsys.readouterr().err == 'error: --tensorboard needs TensorBoard: pip install -e ".[tensorboard]"\n'
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert train.main(["--fast-eval"]) == 1
+    assert capsys.readouterr().err == 'error: --fast-eval needs faster-coco-eval: pip install -e ".[fast-eval]"\n'
+    assert not any(tmp_path.iterdir())
