@@ -129,6 +129,23 @@ void ms_deform_attn_backward(const DeformAttnArguments& arguments, Pointer grad_
   dndetr::ms_deform_attn_backward(arguments.problem(), array_at(grad_out), grads, threads, chosen);
 }
 
+#ifdef WITH_CUDA
+void ms_deform_attn_cuda(const DeformAttnArguments& arguments, Pointer out, StreamHandle stream) {
+  py::gil_scoped_release release;
+  dndetr::ms_deform_attn_cuda(arguments.problem(), array_at(out), stream_at(stream));
+}
+
+void ms_deform_attn_backward_cuda(const DeformAttnArguments& arguments, Pointer grad_out, Pointer grad_value,
+                                  Pointer grad_reference, Pointer grad_offsets, Pointer grad_logits,
+                                  std::uintptr_t fixed_point, StreamHandle stream) {
+  const dndetr::DeformAttnGrads grads{array_at(grad_value), array_at(grad_reference), array_at(grad_offsets),
+                                      array_at(grad_logits)};
+  py::gil_scoped_release release;
+  dndetr::ms_deform_attn_backward_cuda(arguments.problem(), array_at(grad_out), grads,
+                                       reinterpret_cast<const float*>(fixed_point), stream_at(stream));
+}
+#endif
+
 dndetr::SetLoss set_loss_problem(std::array<int, 6> sizes, Pointer logits, Pointer boxes,
                                  std::array<std::uintptr_t, 5> others, std::array<double, 4> weights) {
   return {sizes[0],        sizes[1],
@@ -186,6 +203,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("ms_deform_attn_backward", &ms_deform_attn_backward, py::arg("problem"), py::arg("grad_out"),
         py::arg("grad_value"), py::arg("grad_reference"), py::arg("grad_offsets"), py::arg("grad_logits"),
         py::arg("threads") = 1, py::arg("simd") = "", "Its gradients; that of the references per head, [B, H, Q, L, R].");
+#ifdef WITH_CUDA
+  m.def("ms_deform_attn_cuda", &ms_deform_attn_cuda, py::arg("problem"), py::arg("out"), py::arg("stream"),
+        "Deformable attention on a GPU: -> out [B, Q, H, D].");
+  m.def("ms_deform_attn_backward_cuda", &ms_deform_attn_backward_cuda, py::arg("problem"), py::arg("grad_out"),
+        py::arg("grad_value"), py::arg("grad_reference"), py::arg("grad_offsets"), py::arg("grad_logits"),
+        py::arg("fixed_point"), py::arg("stream"),
+        "Its gradients: grad_value zeroed float32, or int64 in units of one by *fixed_point; the rest as on the CPU.");
+#endif
   py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
       .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
            py::arg("weights"));

@@ -29,6 +29,12 @@ class Launch {
   Launch& operator=(const Launch&) = delete;
 
   cudaStream_t stream() const { return stream_; }
+  int multiprocessors() const {
+    int device = 0, count = 0;
+    raise(cudaGetDevice(&device));
+    raise(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
 
   // After each launch, and around each call of the runtime.
   void check() const { raise(cudaGetLastError()); }

@@ -91,6 +91,14 @@ void ms_deform_attn(const DeformAttn& problem, Array out, int threads, Simd simd
 void ms_deform_attn_backward(const DeformAttn& problem, Array grad_out, const DeformAttnGrads& grads, int threads,
                              Simd simd);
 
+// The same on a GPU, computed in float: no float64, widths a multiple of 4, at most 8 levels and 8 points. Pointers and
+// strides of value are aligned to 16 bytes (8 where a row of channels is no multiple of 16), those of grad_out too.
+void ms_deform_attn_cuda(const DeformAttn& problem, Array out, Stream stream);
+// value and grads.value are contiguous; grads.value, zeroed, is float32 whatever the dtype of value. With `fixed_point`,
+// one float in device memory, it is int64 and counts in units of its inverse: sums do not depend on their order.
+void ms_deform_attn_backward_cuda(const DeformAttn& problem, Array grad_out, const DeformAttnGrads& grads,
+                                  const float* fixed_point, Stream stream);
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
 // logits or boxes are, else float.
 struct SetLoss {

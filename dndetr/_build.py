@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "none")
-DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 RECORD = "_build_info.json"
 
 

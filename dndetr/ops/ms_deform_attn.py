@@ -15,6 +15,10 @@ Everything is computed in at least float32 and rounded once, to the dtype of ``v
 ms_deform_attn_kernel.h) keeps nothing for the backward pass but the inputs, where the reference keeps every sample.
 """
 
+import math
+import warnings
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,8 +98,6 @@ _pointer = _backend.pointer
 
 def _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes):
     """Inputs as the compiled module takes them -> (problem, the tensors to keep alive meanwhile)."""
-    if value.stride(-1) != 1:
-        value = value.contiguous()
     offsets, logits = offsets.contiguous(), logits.contiguous()
     reference_points = None if reference_points is None else reference_points.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
@@ -113,9 +115,19 @@ def _problem(module, value, shapes, reference_points, offsets, logits, valid_siz
     return problem, (value, reference_points, offsets, logits, valid_sizes)
 
 
+def _reference_grad_by_head(value, reference_points, wanted):
+    """Memory for the gradient of the reference points, each head's part apart: [B, H, Q, L, 2 or 4], or empty."""
+    if not wanted:
+        return value.new_empty(0)
+    batch, queries, levels, form = reference_points.shape
+    precise = torch.promote_types(value.dtype, torch.float32)
+    return value.new_empty((batch, value.shape[2], queries, levels, form), dtype=precise)
+
+
 @torch.library.impl("dndetr::ms_deform_attn", "cpu")
 def _forward_cpp(value, shapes, reference_points, offsets, logits, valid_sizes):
     module = _backend.compiled()
+    value = value if value.stride(-1) == 1 else value.contiguous()
     out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
     problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
     module.ms_deform_attn(problem, _pointer(out), torch.get_num_threads())
@@ -125,13 +137,10 @@ def _forward_cpp(value, shapes, reference_points, offsets, logits, valid_sizes):
 @torch.library.impl("dndetr::ms_deform_attn_backward", "cpu")
 def _backward_cpp(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
     module = _backend.compiled()
+    value = value if value.stride(-1) == 1 else value.contiguous()
     grad_out = grad_out.contiguous()
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, offsets, logits)]
-    by_head = value.new_empty(0)
-    if reference_grad:
-        batch, queries, levels, form = reference_points.shape
-        precise = torch.promote_types(value.dtype, torch.float32)
-        by_head = value.new_empty((batch, value.shape[2], queries, levels, form), dtype=precise)
+    by_head = _reference_grad_by_head(value, reference_points, reference_grad)
     problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
     grad_value, grad_offsets, grad_logits = map(_pointer, grads)
     module.ms_deform_attn_backward(
@@ -145,6 +154,72 @@ def _backward_cpp(grad_out, value, shapes, reference_points, offsets, logits, va
     )
     grad_reference = by_head.sum(1).to(reference_points.dtype) if reference_grad else by_head
     return grads[0], grad_reference, grads[1], grads[2]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with every row of its last dimension where the kernels' widest loads may start."""
+    unit = math.gcd(16, tensor.shape[-1] * tensor.element_size())
+    places = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
+    if tensor.stride(-1) == 1 and all(place % unit == 0 for place in places):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _forward_cuda(value, shapes, reference_points, offsets, logits, valid_sizes):
+    module = _backend.compiled()
+    out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
+    value = _aligned(value)
+    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    module.ms_deform_attn_cuda(problem, _pointer(out), _backend.cuda_stream(value))
+    return out
+
+
+def _backward_cuda(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
+    module = _backend.compiled()
+    value = _aligned(value.contiguous())
+    grad_out = _aligned(grad_out.contiguous().view(*offsets.shape[:3], value.shape[3]))
+    grad_offsets, grad_logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (offsets, logits))
+    by_head = _reference_grad_by_head(value, reference_points, reference_grad)
+    fixed_point = None
+    if torch.are_deterministic_algorithms_enabled():
+        fixed_point = _fixed_point(grad_out, logits if reference_points is None else None)
+    grad_value = torch.zeros(
+        value.shape, dtype=torch.float32 if fixed_point is None else torch.int64, device=value.device
+    )
+    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    module.ms_deform_attn_backward_cuda(
+        problem,
+        _pointer(grad_out),
+        (grad_value.data_ptr(), _DTYPES[torch.float32]),
+        _pointer(by_head) if reference_grad else _ABSENT,
+        _pointer(grad_offsets),
+        _pointer(grad_logits),
+        0 if fixed_point is None else fixed_point.data_ptr(),
+        _backend.cuda_stream(value),
+    )
+    if fixed_point is not None:
+        grad_value = grad_value.double() / fixed_point.double()
+    grad_reference = by_head.sum(1).to(reference_points.dtype) if reference_grad else by_head
+    return grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits
+
+
+torch.library.impl("dndetr::ms_deform_attn", "cuda", _forward_cuda)
+torch.library.impl("dndetr::ms_deform_attn_backward", "cuda", _backward_cuda)
+
+
+def _fixed_point(grad_out: Tensor, weights: Tensor | None) -> Tensor:
+    """What one is worth in 64-bit sums of grad_value, as a float32 scalar: a power of two at which no sum overflows.
+
+    A pixel gets at most |grad_out| * |weight| from every query and sample; a softmax's weights sum to one. Where an
+    input is not finite neither is the result, and all of grad_value becomes NaN.
+    """
+    bound = grad_out.abs().amax().float() if grad_out.numel() else grad_out.new_zeros((), dtype=torch.float32)
+    most = max(grad_out.shape[1], 1)
+    if weights is not None and weights.numel():
+        bound = bound * weights.abs().amax().float()
+        most *= math.prod(weights.shape[3:])
+    exponent = (61 - math.ceil(math.log2(most)) - torch.frexp(bound).exponent).clamp(-126, 126)
+    return torch.where(bound.isfinite(), torch.ldexp(torch.ones_like(bound), exponent), bound - bound)
 
 
 @torch.library.register_fake("dndetr::ms_deform_attn")
@@ -178,6 +253,8 @@ torch.library.register_autograd("dndetr::ms_deform_attn", _differentiate, setup_
 
 def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple]) -> None:
     """Raise ValueError where a tensor does not have its dtype, device or shape (None: any size)."""
+    if any(side < 1 for shape in spatial_shapes for side in shape):
+        raise ValueError(f"{op}: spatial_shapes must be positive, got {spatial_shapes}")
     pixels = sum(h * w for h, w in spatial_shapes)
     if value.ndim != 4 or value.shape[1] != pixels:
         raise ValueError(
@@ -196,6 +273,31 @@ def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple
             raise ValueError(f"{op}: {name} must be {names} on {value.device}, got {tensor.dtype} on {tensor.device}")
 
 
+def _choose(op: str, backend: str | None, value: Tensor, offsets: Tensor, *others: Tensor) -> str:
+    """The backend of one call; what CUDA has no kernel for goes to the reference, or is an error if asked for by name."""
+    name, reason = _backend.choose("ms_deform_attn", backend, value.device.type)
+    if name != "cuda":
+        return name
+    levels, points = offsets.shape[3:5]
+    if value.shape[3] % 4 == 0 and levels <= 8 and points <= 8:
+        if all(x.dtype != torch.float64 for x in (value, offsets, *others)):
+            return name
+        given = "float64"
+    else:
+        given = f"width {value.shape[3]}, {levels} levels, {points} points"
+    message = f"{op}: CUDA takes widths that are a multiple of 4, up to 8 levels and 8 points, not float64; got {given}"
+    if reason.startswith("asked for"):
+        raise ValueError(message)
+    _warn_once(f"dndetr: {message}; the slow reference runs instead")
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: tuple[tuple[int, int], ...],
@@ -211,8 +313,7 @@ def ms_deform_attn(
     batch, heads, levels = value.shape[0], value.shape[-2], len(spatial_shapes)
     sampled = (batch, locations.shape[1], heads, levels, locations.shape[-2])
     _check("ms_deform_attn", value, spatial_shapes, locations=(locations, (*sampled, 2)), weights=(weights, sampled))
-    name, _ = _backend.choose("ms_deform_attn", backend, value.device.type)
-    if name == "reference":
+    if _choose("ms_deform_attn", backend, value, locations, weights) == "reference":
         return ms_deform_attn_reference(value, spatial_shapes, locations, weights)
     shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.dndetr.ms_deform_attn(value, shapes, None, locations, weights, None)
@@ -243,8 +344,7 @@ def ms_deform_attn_fused(
     if valid_sizes is not None:
         checks["valid_sizes"] = (valid_sizes, (batch, levels, 2))
     _check("ms_deform_attn_fused", value, spatial_shapes, **checks)
-    name, _ = _backend.choose("ms_deform_attn", backend, value.device.type)
-    if name == "reference":
+    if _choose("ms_deform_attn_fused", backend, value, offsets, logits, reference_points) == "reference":
         return ms_deform_attn_fused_reference(value, spatial_shapes, reference_points, offsets, logits, valid_sizes)
     shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.dndetr.ms_deform_attn(value, shapes, reference_points, offsets, logits, valid_sizes)
@@ -260,6 +360,9 @@ CASES = {
     "quarter-encoder": (1, 5580, 8, 32, ((50, 84), (25, 42), (13, 21), (7, 11)), 4, 2, True),
     "decoder": (1, 500, 8, 32, ((100, 167), (50, 84), (25, 42), (13, 21)), 4, 4, True),
     "odd-width": (2, 33, 3, 13, ((7, 9), (4, 5), (2, 3)), 2, 2, True),
+    "width-32": (1, 21, 2, 32, ((5, 6), (3, 2)), 4, 4, True),
+    "width-64": (1, 11, 2, 64, ((5, 6), (3, 2), (1, 1)), 4, 2, True),
+    "pixels": (2, 93, 2, 32, ((9, 9), (3, 4)), 4, 2, True),
     "wide": (1, 17, 2, 136, ((5, 6),), 8, 4, False),
     "one-point": (3, 5, 1, 16, ((4, 4),), 1, 2, False),
     "one-pixel": (1, 9, 2, 8, ((1, 1), (1, 3)), 2, 4, False),
@@ -316,4 +419,12 @@ def _cpp_obstacle(device_type: str) -> str | None:
     return _backend.extension_obstacle("ms_deform_attn") if device_type == "cpu" else "it works on CPU tensors"
 
 
-_backend.register("ms_deform_attn", _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=1e-4))
+def _cuda_obstacle(device_type: str) -> str | None:
+    return _backend.cuda_obstacle("ms_deform_attn_cuda") if device_type == "cuda" else "it works on CUDA tensors"
+
+
+_backend.register(
+    "ms_deform_attn",
+    _backend.Backend("cuda", ("cuda",), _cuda_obstacle, _self_test, tolerance=1e-4),
+    _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=1e-4),
+)

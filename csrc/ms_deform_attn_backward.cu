@@ -1,0 +1,38 @@
+// Deformable attention on a GPU: launches of the backward kernels.
+#include "cuda_launch.cuh"
+#include "ms_deform_attn_backward.cuh"
+#include "ms_deform_attn_plan.cuh"
+
+namespace dndetr {
+
+void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const DeformAttnGrads& grads,
+                                  const float* fixed_point, Stream stream) {
+  deform::check_supported(p);
+  if (p.batch == 0 || p.queries == 0 || p.heads == 0 || p.width == 0) return;
+  const Launch launch("ms_deform_attn_backward", stream);
+  const deform::Outputs outputs{grads.value.data, grads.reference, grads.offsets, grads.logits, fixed_point};
+  // One kernel for all widths is enough where sums are of whole numbers, which takes longer than the rest.
+  deform::with_kernel(p, [&](auto element, auto width) {
+    using Element = decltype(element);
+    const auto run = [&](auto kernel, auto mapping, int parts, int slots) {
+      const deform::Plan plan = deform::plan_for(p, mapping.vector, mapping.lanes * parts, parts, slots);
+      kernel<<<plan.blocks, plan.threads, plan.shared, launch.stream()>>>(
+          plan.problem, static_cast<const Element*>(grad_out.data), outputs);
+    };
+    if (fixed_point != nullptr) {
+      return run(deform::backward<Element, 0, false, true>, deform::Mapping<Element, 0>{}, 1, 2);
+    }
+    using M = deform::Mapping<Element, width.value>;
+    if constexpr (width.value > 0) {
+      if (deform::few_rows(p, M::lanes, launch.multiprocessors())) {
+        return run(deform::backward<Element, width.value, true, false>, M{}, M::split, 1);
+      }
+      return run(deform::backward<Element, width.value, false, false>, M{}, 1, 1);
+    } else {
+      run(deform::backward<Element, 0, false, false>, M{}, 1, 2);
+    }
+  });
+  launch.check();
+}
+
+}  // namespace dndetr

@@ -1,0 +1,155 @@
+// Deformable attention on a GPU, backward: everything is recomputed from the inputs, in one pass over the samples.
+//
+// Per corner a lane spreads its channels of the output's gradient to the gradient of value (a vector reduction in global
+// memory), and dots them with the corner. The dots of a step are summed over the lanes, each lane keeping its share;
+// once a row is done, its team turns them into the gradients of offsets, logits and reference points.
+#pragma once
+
+#include "ms_deform_attn_rows.cuh"
+
+namespace dndetr::deform {
+
+extern __shared__ float4 shared[];
+
+// Where gradients go. `value` is float, or int64 with `fixed_point`, what one is worth in it.
+struct Outputs {
+  void* value;
+  Array reference, offsets, logits;  // reference: float [B, H, Q, L, 2 or 4], or null data
+  const float* fixed_point;
+};
+
+// Float sums depend on their order; those of whole numbers do not, whatever the order of the blocks.
+template <bool Fixed, int N>
+__device__ __forceinline__ void spread(void* to, std::int64_t place, const float (&grad)[N], float weight, float unit) {
+  if constexpr (Fixed) {
+    unsigned long long* const sums = static_cast<unsigned long long*>(to) + place;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      atomicAdd(sums + i, static_cast<unsigned long long>(__float2ll_rn(weight * grad[i] * unit)));
+    }
+  } else {
+    float* const sums = static_cast<float*>(to) + place;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      add_quad(sums + i, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3]);
+    }
+  }
+}
+
+// From the dots of a row to its gradients. Dots are those of the gradient divided by the softmax's sum.
+template <int Team>
+__device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, const Row& row, const Softmax& softmax,
+                                       int lane, float4* dots) {
+  float mean = 0;
+#pragma unroll 1
+  for (int k = lane; k < p.samples; k += Team) {
+    const Sample s = sample_at(p, row, k);
+    const float attention = attention_at(p, row, k, softmax.largest);
+    const float4 d = dots[k];
+    const SampleGrad grad = differentiate(s, d.x, d.y, d.z, d.w);
+    const float x = attention * grad.x, y = attention * grad.y;
+    if (row.live) {
+      store(grads.offsets, (row.index * p.samples + k) * 2, x * s.scale_x);
+      store(grads.offsets, (row.index * p.samples + k) * 2 + 1, y * s.scale_y);
+    }
+    mean += attention * grad.weight;
+    dots[k] = {grad.weight, attention, x, y};
+  }
+  mean = sum_over<Team>(mean) * softmax.inverse;
+#pragma unroll 1
+  for (int k = lane; k < p.samples; k += Team) {
+    const float weight = dots[k].x;
+    const float grad = p.reference_width > 0 ? dots[k].y * (weight - mean) : weight;
+    if (row.live) store(grads.logits, row.index * p.samples + k, grad);
+  }
+  if (grads.reference.data == nullptr) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int l = lane; l < p.levels && row.live; l += Team) {
+    float moved_x = 0, moved_y = 0, grown_x = 0, grown_y = 0;
+#pragma unroll 1
+    for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
+      const std::int64_t offset = (row.index * p.samples + k) * 2;
+      moved_x += dots[k].z, moved_y += dots[k].w;
+      grown_x += dots[k].z * load(p.offsets, offset), grown_y += dots[k].w * load(p.offsets, offset + 1);
+    }
+    const std::int64_t image_row = row.query - std::int64_t(row.image) * p.queries;
+    const std::int64_t head_row = (std::int64_t(row.image) * p.heads + row.head) * p.queries + image_row;
+    float* const to = static_cast<float*>(grads.reference.data) + (head_row * p.levels + l) * p.reference_width;
+    const float width = float(p.level[l].width), height = float(p.level[l].height), half = 0.5f / float(p.points);
+    to[0] = moved_x * width, to[1] = moved_y * height;
+    if (p.reference_width == 4) to[2] = grown_x * width * half, to[3] = grown_y * height * half;
+  }
+}
+
+template <class Element, int Width, bool Split, bool Fixed>
+__global__ void __launch_bounds__(kThreads, 5)
+    backward(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
+  using M = Mapping<Element, Width>;
+  using Channels = Vector<Element, M::vector>;
+  constexpr int kParts = Split ? M::split : 1, kTeam = M::lanes * kParts;
+  constexpr int kDots = 4 * kStep, kKept = kDots > M::lanes ? kDots / M::lanes : 1;
+  const int lane = threadIdx.x % kTeam, part = lane / M::lanes, team = threadIdx.x / kTeam, teams = blockDim.x / kTeam;
+  const int channel_lane = lane % M::lanes, apart = samples_in_shared(p);
+  float4* const weights = shared + team * apart;
+  // Tuned widths are done with a sample's weights when its dots are known; others come back for more channels.
+  float4* const dots = Width > 0 ? weights : weights + teams * apart;
+  Place* const places = reinterpret_cast<Place*>(shared + (Width > 0 ? 1 : 2) * teams * apart) + team * apart;
+  const int rows = p.tiles.height * p.tiles.width * p.tiles.heads, width = Width > 0 ? Width : p.width;
+  const float unit = Fixed ? *grads.fixed_point : 0.0f;
+
+#pragma unroll 1
+  for (int first = 0; first < rows; first += teams) {
+    const Row row = row_at(p, first + team);
+    const Softmax softmax = prepare<kTeam>(p, row, lane, weights, places);
+    const std::int64_t head = row.image * p.batch_stride + row.head * p.head_stride;
+    for (int start = 0; start < width; start += M::lanes * M::vector) {
+      const int channel = start + channel_lane * M::vector;
+      const bool inside = Width > 0 || channel < width;
+      const std::int64_t from = head + (inside ? channel : width - M::vector);
+      const Channels* const base = reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + from);
+      const Channels given =
+          load_vector(reinterpret_cast<const Channels*>(grad_out + row.index * width + (inside ? channel : 0)));
+      float grad[M::vector];
+#pragma unroll
+      for (int i = 0; i < M::vector; ++i) grad[i] = inside ? widen(given.at[i]) * softmax.inverse : 0.0f;
+      for (int k = part * kStep; k < p.padded; k += kStep * kParts) {
+        Channels corner[kStep][4];
+        Addresses a[kStep];
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          a[u] = addresses_of(places[k + u], p.pixel_stride);
+#pragma unroll
+          for (int c = 0; c < 4; ++c) corner[u][c] = load_vector(base + a[u].at[c]);
+        }
+        float dot[kDots];
+#pragma unroll
+        for (int u = 0; u < kStep; ++u) {
+          const float4 w = weights[k + u];
+          const float weight[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            float channels[M::vector], sum = 0;
+            widen_to(corner[u][c], channels);
+#pragma unroll
+            for (int i = 0; i < M::vector; ++i) sum += grad[i] * channels[i];
+            dot[u * 4 + c] = sum;
+            if (weight[c] != 0.0f && inside) {
+              spread<Fixed>(grads.value, from + std::int64_t(a[u].at[c]) * M::vector, grad, weight[c], unit);
+            }
+          }
+        }
+        scatter_sums<M::lanes>(dot, channel_lane);
+        __syncwarp();  // all lanes have read the weights
+        float* const to = reinterpret_cast<float*>(dots + k) + channel_lane * kDots / M::lanes;
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) to[i] = start > 0 ? to[i] + dot[i] : dot[i];
+      }
+    }
+    __syncwarp();
+    finish<kTeam>(p, grads, row, softmax, lane, dots);
+    __syncwarp();  // the next row's samples take the place of these
+  }
+}
+
+}  // namespace dndetr::deform

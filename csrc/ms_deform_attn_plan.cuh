@@ -1,0 +1,114 @@
+// Deformable attention on a GPU, host side: from a call's sizes to the problem that kernels take and to blocks.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "ms_deform_attn_rows.cuh"
+
+namespace dndetr::deform {
+
+struct Plan {
+  Problem problem;
+  int threads;
+  unsigned blocks;
+  std::size_t shared;  // bytes
+};
+
+inline void check_supported(const DeformAttn& p) {
+  if (p.levels > kMaxLevels || p.points > kMaxPoints || p.width % 4 != 0 || p.value.dtype == Dtype::float64) {
+    throw std::invalid_argument("ms_deform_attn: CUDA takes float32, bfloat16 and float16, widths that are a multiple of "
+                                "4, at most 8 levels and 8 points");
+  }
+}
+
+// Queries that are the pixels of the levels are taken in 8 x 8 tiles, whose samples lie close together and are found in
+// the L1 cache, and as many heads as share a cache line of 128 bytes. Other queries have no known order; there a block
+// takes all heads it can, next to each other in memory.
+inline Tiles tiles_for(const DeformAttn& p, std::int64_t pixels, int teams, int element_size) {
+  Tiles tiles{};
+  const auto heads_up_to = [&](int most) {
+    int heads = 1;
+    while (heads * 2 <= most && p.heads % (heads * 2) == 0) heads *= 2;
+    return heads;
+  };
+  if (p.queries == pixels) {
+    tiles.height = tiles.width = 8;
+    tiles.heads = heads_up_to(std::max(1, 128 / (p.width * element_size)));
+    tiles.grids = p.levels;
+    int first = 0;
+    for (int l = 0; l < p.levels; ++l) {
+      const int height = p.shapes[2 * l], width = p.shapes[2 * l + 1];
+      tiles.grid[l] = {height, width, (width + 7) / 8, first, tiles.count};
+      first += height * width;
+      tiles.count += (height + 7) / 8 * tiles.grid[l].columns;
+    }
+  } else {
+    tiles.heads = heads_up_to(teams);
+    tiles.height = 1, tiles.width = teams / tiles.heads;
+    tiles.grids = 1, tiles.count = (p.queries + tiles.width - 1) / tiles.width;
+    tiles.grid[0] = {1, p.queries, tiles.count, 0, 0};
+  }
+  return tiles;
+}
+
+// vector: channels of a lane; team: lanes of a row; parts: of a team; slots: float4 in shared memory per sample.
+inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int slots) {
+  Plan plan{};
+  Problem& k = plan.problem;
+  k.batch = p.batch, k.queries = p.queries, k.heads = p.heads, k.width = p.width;
+  k.levels = p.levels, k.points = p.points, k.samples = p.levels * p.points;
+  const int step = kStep * parts;
+  k.padded = (k.samples + step - 1) / step * step;
+  k.reference_width = p.reference_width;
+  std::int64_t pixels = 0;
+  for (int l = 0; l < p.levels; ++l) {
+    k.level[l] = {p.shapes[2 * l], p.shapes[2 * l + 1], unsigned(pixels)};
+    pixels += std::int64_t(p.shapes[2 * l]) * p.shapes[2 * l + 1];
+  }
+  k.value = p.value.data;
+  k.batch_stride = p.batch_stride, k.head_stride = p.head_stride;
+  k.pixel_stride = unsigned(p.pixel_stride / vector);
+  if (p.pixel_stride % vector != 0 || pixels * (p.pixel_stride / vector) >= std::int64_t(1) << 31) {
+    throw std::invalid_argument("ms_deform_attn: value's pixels are " + std::to_string(p.pixel_stride) +
+                                " elements apart, which is not aligned, or too many for one image");
+  }
+  k.reference = p.reference, k.offsets = p.offsets, k.logits = p.logits;
+  k.valid_sizes = p.valid_sizes;
+  const std::size_t row = samples_in_shared(k) * (slots * sizeof(float4) + sizeof(Place));
+  for (plan.threads = kThreads; plan.threads / team * row > 48 * 1024;) plan.threads /= 2;
+  const int teams = plan.threads / team;
+  plan.shared = teams * row;
+  k.tiles = tiles_for(p, pixels, teams, p.value.dtype == Dtype::float32 ? 4 : 2);
+  const std::int64_t blocks = std::int64_t(p.batch) * (p.heads / k.tiles.heads) * k.tiles.count;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("ms_deform_attn: too many queries for one launch");
+  plan.blocks = unsigned(blocks);
+  return plan;
+}
+
+// Whether rows alone would leave more than half of the GPU empty.
+inline bool few_rows(const DeformAttn& p, int lanes, int multiprocessors) {
+  return double(p.batch) * p.queries * p.heads * lanes < 1024.0 * multiprocessors;
+}
+
+// Calls run with a value of the type of value's elements and with the width, 0 where there is no tuned kernel for it.
+template <class Run>
+void with_width(int width, const Run& run) {
+  switch (width) {
+    case 16: return run(std::integral_constant<int, 16>{});
+    case 32: return run(std::integral_constant<int, 32>{});
+    case 64: return run(std::integral_constant<int, 64>{});
+    default: return run(std::integral_constant<int, 0>{});
+  }
+}
+template <class Run>
+void with_kernel(const DeformAttn& p, const Run& run) {
+  with_width(p.width, [&](auto width) {
+    if (p.value.dtype == Dtype::float32) return run(float{}, width);
+    if (p.value.dtype == Dtype::bfloat16) return run(BFloat16{}, width);
+    return run(Float16{}, width);
+  });
+}
+
+}  // namespace dndetr::deform

@@ -1,0 +1,362 @@
+"""The CUDA kernels: run thread by thread on the host everywhere, and on a GPU where there is one."""
+
+import ctypes
+import importlib
+import shutil
+import subprocess
+from functools import partial
+
+import pytest
+import torch
+
+from dndetr.ops import _backend, ms_deform_attn, ms_deform_attn_fused
+
+op = importlib.import_module("dndetr.ops.ms_deform_attn")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("out", "value", "reference_points", "offsets", "logits")
+TAKEN = [name for name, case in op.CASES.items() if case[3] % 4 == 0]
+SMALL = [name for name in TAKEN if not name.startswith("train") and name not in ("quarter-encoder", "decoder")]
+KINDS = {"rows": 0, "split": 1, "fixed": 2}
+
+
+def error(given, exact):
+    if not exact.numel():
+        return 0.0
+    return ((given.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-30)).item()
+
+
+def reference(arguments, dtype=None, grad_dtype=torch.float32):
+    """Output and gradients by name; the gradient of the output is the same for all dtypes."""
+    value, shapes, *points, valid = arguments
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (value, *points)]
+    out = op.ms_deform_attn_fused_reference(inputs[0], shapes, *inputs[1:], valid)
+    grads = torch.autograd.grad(out, inputs, grad_of(out).to(grad_dtype).to(out.dtype))
+    return dict(zip(NAMES, (out.detach(), *grads), strict=True))
+
+
+def grad_of(out):
+    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view_as(out)
+
+
+def flat(shapes):
+    return [side for shape in shapes for side in shape]
+
+
+def as_close_as_the_reference(given, arguments, dtype):
+    exact, plain = reference(arguments, torch.float64, dtype), reference(arguments, grad_dtype=dtype)
+    rounding = 4e-6 if dtype == torch.float32 else 0
+    for part in NAMES:
+        assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
+        assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
+
+
+class Emulated:
+    """The compiled module's CUDA part, its kernels run on the host; ``variant`` and order of turns are settable."""
+
+    variant, descending, unreadable = 0, False, 0
+
+    def __init__(self, library):
+        self.library = library
+
+    def DeformAttn(self, *arguments):
+        return arguments
+
+    def ms_deform_attn_cuda(self, problem, out, stream):
+        self._emulate(problem, out, (0, 0), [(0, 0)] * 4, 0)
+
+    def ms_deform_attn_backward_cuda(self, problem, grad_out, *grads_fixed_point_and_stream):
+        *grads, fixed_point, _ = grads_fixed_point_and_stream
+        self._emulate(problem, (0, 0), grad_out, grads, fixed_point)
+
+    def _emulate(self, problem, out, grad_out, grads, fixed_point):
+        (batch, queries, heads, width, points, form), shapes, value, strides, reference, offsets, logits, valid = (
+            problem
+        )
+        variant = KINDS["fixed"] if fixed_point else self.variant
+        sizes = (batch, queries, heads, width, points, form, len(shapes) // 2, variant, self.descending, *strides)
+        arrays = (value, reference, offsets, logits, (valid, 0), out, grad_out, *grads, (fixed_point, 0))
+        size = {0: 4, 2: 2, 3: 2}
+        pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
+        last = (batch - 1) * strides[0] + (pixels - 1) * strides[1] + (heads - 1) * strides[2] + width
+        read = [0] * len(arrays)
+        read[0], read[6] = last * size[value[1]] - self.unreadable, batch * queries * heads * width * size[value[1]]
+        problem = self.library.emulate(
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_int * len(shapes))(*shapes),
+            (ctypes.c_void_p * len(arrays))(*(pointer for pointer, _ in arrays)),
+            (ctypes.c_int * len(arrays))(*(dtype for _, dtype in arrays)),
+            (ctypes.c_int64 * len(arrays))(*read),
+        )
+        assert not problem, problem.decode()
+
+
+@pytest.fixture(scope="module")
+def library(root, tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("emulator") / "ms_deform_attn.so"
+    source = root / "tests" / "emulator" / "ms_deform_attn.cpp"
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", f"-I{root / 'csrc'}"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.emulate.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """The op's CUDA code on CPU tensors."""
+    module = Emulated(library)
+    monkeypatch.setattr(_backend, "compiled", lambda: module)
+    monkeypatch.setattr(_backend, "cuda_stream", lambda tensor: (0, 0))
+    return module
+
+
+def run(arguments, forward=op._forward_cuda, backward=op._backward_cuda):
+    """Output and gradients by name, straight from the op's two implementations."""
+    value, shapes, *points, valid = arguments
+    out = forward(value, flat(shapes), *points, valid)
+    grads = backward(grad_of(out).to(out.dtype), value, flat(shapes), *points, valid, points[0] is not None)
+    return dict(zip(NAMES, (out, *grads), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_emulated_kernels_are_as_precise_as_the_reference(emulated, deterministic, name, dtype, kind):
+    if kind == "split" and op.CASES[name][3] not in (16, 32, 64):
+        pytest.skip("rows are split at tuned widths only")
+    emulated.variant = KINDS[kind]
+    deterministic(kind == "fixed")
+    arguments = op.make_case(name, dtype)
+    as_close_as_the_reference(run(arguments), arguments, dtype)
+
+
+@pytest.fixture
+def deterministic():
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "width-32", "width-64"])
+def test_emulated_threads_may_take_turns_in_any_order(emulated, deterministic, name, dtype, kind):
+    emulated.variant = KINDS[kind]
+    deterministic(kind == "fixed")
+    arguments = op.make_case(name, dtype)
+    ascending = run(arguments)
+    emulated.descending = True
+    descending = run(arguments)
+    for part in NAMES:
+        if part == "value" and kind != "fixed":  # sums in another order
+            assert error(ascending[part], descending[part]) < (1e-6 if dtype == torch.float32 else 1e-2)
+        else:
+            assert torch.equal(ascending[part], descending[part]), part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_emulated_locations_and_weights(emulated, deterministic, dtype):
+    value, shapes, points, offsets, logits, _ = op.make_case("width-32", dtype)
+    locations = op.sampling_locations(points.to(dtype), offsets, shapes)
+    weights = (3 * logits).view(locations.shape[:-1])
+
+    def exact(precise):
+        inputs = [x.detach().to(precise).requires_grad_() for x in (value, locations, weights)]
+        out = op.ms_deform_attn_reference(inputs[0], shapes, *inputs[1:])
+        return out.detach(), *torch.autograd.grad(out, inputs, grad_of(out).to(dtype).to(precise))
+
+    for fixed in (False, True):
+        deterministic(fixed)
+        given = run((value, shapes, None, locations, weights, None))
+        for part, a, b in zip(("out", "value", "offsets", "logits"), exact(torch.float64), exact(dtype), strict=True):
+            assert error(given[part], a) <= max(2 * error(b, a), 4e-6 if dtype == torch.float32 else 0), part
+
+
+@pytest.mark.parametrize("place", [1e4, -1e4, 1e30, -1e30, float("inf"), -float("inf")])
+def test_emulated_far_points_see_and_move_nothing(emulated, place):
+    value, shapes, points, offsets, logits, _ = op.make_case("one-point")
+    parts = run((value, shapes, points, torch.full_like(offsets, place), logits, None))
+    for name in ("out", "value", "reference_points", "offsets"):
+        assert (parts[name] == 0).all(), name
+
+
+def test_emulated_not_a_number_is_passed_on_and_reads_nothing_outside(emulated):
+    value, shapes, points, offsets, logits, valid = op.make_case("tiny")
+    offsets[0, 3, 1, 1, 2, 0] = float("nan")
+    logits[1, 5, 0, 2] = float("nan")
+    clean = run(op.make_case("tiny"))["out"].unflatten(-1, (2, 8))
+    broken = run((value, shapes, points, offsets, logits, valid))["out"].unflatten(-1, (2, 8))
+    assert broken[0, 3, 1].isnan().all() and broken[1, 5, 0].isnan().all()
+    broken[0, 3, 1] = clean[0, 3, 1]
+    broken[1, 5, 0] = clean[1, 5, 0]
+    assert torch.equal(broken, clean)
+
+
+def test_emulated_padding_is_not_read(emulated):
+    value, shapes, *points, valid = op.make_case("pixels")
+    padded = ~op.valid_pixels(valid, shapes)[:, :, None, None]
+    assert padded.any()
+    given = run((value.masked_fill(padded, float("nan")), shapes, *points, valid))
+    expected = run((value, shapes, *points, valid))
+    assert all(torch.equal(given[part], expected[part]) for part in NAMES)
+    assert (given["value"].masked_select(padded) == 0).all()
+
+
+@pytest.mark.parametrize("size", [(0, 0), (4, 0), (99, 99), (-1, 3)])
+def test_emulated_valid_sizes_out_of_range(emulated, size):
+    value, shapes, *points, _ = op.make_case("one-point")
+    arguments = (value, shapes, *points, torch.tensor(size).expand(3, 1, 2))
+    as_close_as_the_reference(run(arguments), arguments, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["width-32", "many-levels"])
+def test_emulated_strides(emulated, name, dtype):
+    value, shapes, *points, valid = op.make_case(name, dtype)
+    width = value.shape[-1]
+    expected = run((value, shapes, *points, valid))
+    wider = torch.cat((value, value), -1)
+    views = (
+        value.transpose(1, 2).contiguous().transpose(1, 2),
+        wider[..., :width],
+        value.transpose(1, 3).contiguous().transpose(1, 3),
+        torch.cat((value[..., :1], value), -1)[..., 1:],  # starts where no vector may
+    )
+    for view in views:
+        assert not view.is_contiguous() and torch.equal(view, value)
+        given = run((view, shapes, *points, valid))
+        assert all(torch.equal(given[part], expected[part]) for part in NAMES)
+
+
+def test_emulator_sees_a_wild_read(emulated):
+    emulated.unreadable = 4  # bytes at the end of value
+    with pytest.raises(AssertionError, match="a read outside of value"):
+        run(op.make_case("one-pixel"))
+
+
+def test_fixed_point_is_a_power_of_two_that_no_sum_exceeds():
+    grad_out = torch.tensor([3.0, -5.0, 1e-3]).expand(2, 1000, 4, 3)
+    unit = op._fixed_point(grad_out, None).item()
+    assert unit == 2 ** round(torch.tensor(unit).log2().item())
+    assert 2**59 < 1000 * 5.0 * unit <= 2**62
+    weights = torch.full((2, 1000, 4, 2, 8), 1e5)
+    assert 2**56 < 1000 * 16 * 1e5 * 5.0 * op._fixed_point(grad_out, weights).item() <= 2**62
+    assert op._fixed_point(grad_out * float("inf"), None).isnan()
+
+
+def test_what_cuda_has_no_kernel_for_goes_to_the_reference_with_a_warning_once(monkeypatch):
+    monkeypatch.setattr(_backend, "choose", lambda *_: ("cuda", "fastest that runs here"))
+    op._warn_once.cache_clear()
+    arguments = op.make_case("odd-width")
+    with pytest.warns(UserWarning, match="widths that are a multiple of 4.*got width 13, 3 levels, 2 points"):
+        out = ms_deform_attn_fused(*arguments)
+    torch.testing.assert_close(out, op.ms_deform_attn_fused_reference(*arguments))
+    monkeypatch.setattr(_backend, "choose", lambda *_: ("cuda", "asked for by the backend argument"))
+    with pytest.raises(ValueError, match=r"ms_deform_attn_fused: CUDA takes .* got float64"):
+        ms_deform_attn_fused(*op.make_case("tiny", torch.float64))
+
+
+# On a GPU.
+
+
+def on_gpu(arguments):
+    return tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+def autograd(arguments, backend="cuda"):
+    value, shapes, *points, valid = arguments
+    inputs = [x.detach().requires_grad_() for x in (value, *points)]
+    out = ms_deform_attn_fused(inputs[0], shapes, *inputs[1:], valid, backend=backend)
+    grads = torch.autograd.grad(out, inputs, grad_of(out).to(out.dtype))
+    return dict(zip(NAMES, (out.detach(), *grads), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TAKEN)
+def test_gpu_is_as_precise_as_the_reference(name, dtype):
+    arguments = on_gpu(op.make_case(name, dtype))
+    as_close_as_the_reference(autograd(arguments), arguments, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["tiny", "train-tiny-encoder", "quarter-encoder"])
+def test_gpu_repeats_itself_where_that_is_asked_for(deterministic, name, dtype):
+    deterministic(True)
+    arguments = on_gpu(op.make_case(name, dtype))
+    first = autograd(arguments)
+    as_close_as_the_reference(first, arguments, dtype)
+    for _ in range(5):
+        again = autograd(arguments)
+        assert all(torch.equal(first[part], again[part]) for part in NAMES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_graph_capture(dtype):
+    value, shapes, reference_points, offsets, logits, valid = on_gpu(op.make_case("decoder", dtype))
+    inputs = [x.requires_grad_() for x in (value, offsets, logits)]
+    grad_out = torch.randn(*offsets.shape[:2], 256, device="cuda", dtype=dtype)
+
+    def step():
+        out = ms_deform_attn_fused(value, shapes, reference_points, offsets, logits, valid, backend="cuda")
+        return out, *torch.autograd.grad(out, inputs, grad_out)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = [x.detach().clone() for x in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.detach().zero_()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpu_never_waits_for_the_device():
+    arguments = on_gpu(op.make_case("tiny"))
+    autograd(arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        autograd(arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_strides():
+    value, shapes, *points, valid = on_gpu(op.make_case("width-32"))
+    expected = autograd((value, shapes, *points, valid))["out"]
+    for view in (value.transpose(1, 2).contiguous().transpose(1, 2), torch.cat((value[..., :1], value), -1)[..., 1:]):
+        assert torch.equal(ms_deform_attn_fused(view, shapes, *points, valid, backend="cuda"), expected)
+
+
+@pytest.mark.gpu
+def test_gpu_locations_and_weights_and_compile():
+    value, shapes, points, offsets, logits, _ = on_gpu(op.make_case("width-32"))
+    locations, weights = op.sampling_locations(points, offsets, shapes), logits.softmax(-1).view(offsets.shape[:-1])
+    expected = op.ms_deform_attn_reference(value, shapes, locations, weights)
+    function = partial(ms_deform_attn, spatial_shapes=shapes, backend="cuda")
+    for run_it in (function, torch.compile(function, fullgraph=True)):
+        torch.testing.assert_close(run_it(value, locations=locations, weights=weights), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_opcheck():
+    value, shapes, *points, valid = on_gpu(op.make_case("tiny"))
+    inputs = [x.requires_grad_() for x in (value, *points)]
+    torch.library.opcheck(torch.ops.dndetr.ms_deform_attn.default, (inputs[0], flat(shapes), *inputs[1:], valid))
+
+
+@pytest.mark.gpu
+def test_gpu_launch_errors_are_raised(extension):
+    problem = extension.DeformAttn((1, 1, 1, 32, 1, 2), [1, 1], (0, 0), [32, 32, 32], (0, 0), (0, 0), (0, 0), 0)
+    with pytest.raises(RuntimeError, match="ms_deform_attn: CUDA says"):
+        extension.ms_deform_attn_cuda(problem, (0, 0), (torch.cuda.device_count(), 0))

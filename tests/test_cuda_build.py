@@ -1,0 +1,95 @@
+"""Machine code of the CUDA kernels, read without a GPU: what made them fast must not get lost."""
+
+from pathlib import Path
+
+import pytest
+import sass
+
+from dndetr.ops import _backend
+
+MSDA = r"dndetr6deform(7forward|8backward)"
+
+
+@pytest.fixture(scope="module")
+def binary(extension):
+    """(disassembler, extension) of a build with CUDA."""
+    record = _backend.build_info()
+    if not record.get("cuda"):
+        pytest.skip(f"the extension was built without CUDA: {record.get('cuda_reason') or record.get('reason')}")
+    cuobjdump = sass.find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump (it comes with CUDA and with Triton)")
+    return cuobjdump, Path(extension.__file__)
+
+
+@pytest.fixture(scope="module")
+def on_hopper(binary):
+    """on_hopper(pattern): the kernels of these names, as compiled for sm_90."""
+    if "sm_90" not in sass.architectures(*binary):
+        pytest.skip(f"the extension was built for {', '.join(_backend.build_info()['archs'])} only")
+    return lambda pattern: sass.kernels(*binary, "sm_90", pattern)
+
+
+@pytest.fixture(scope="module")
+def deform_attn(on_hopper):
+    """Kernels of deformable attention by direction, value type, width, and whether rows are split or sums are exact."""
+    found = {}
+    for kernel in on_hopper(MSDA):
+        direction = "forward" if "7forward" in kernel.name else "backward"
+        dtype = next(name for name in ("BFloat16", "Float16", "float") if name in kernel.name.replace("If", "float"))
+        width, *flags = sass.template_numbers(kernel.name)
+        found[direction, dtype, width, *flags] = kernel
+    return found
+
+
+def test_every_architecture_of_the_build_is_there(binary):
+    wanted = {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in _backend.build_info()["archs"]}
+    assert wanted <= set(sass.architectures(*binary))
+
+
+def test_deform_attn_kernels_are_all_there(deform_attn):
+    for dtype in ("float", "BFloat16", "Float16"):
+        for width in (16, 32, 64):
+            for split in (0, 1):
+                assert ("forward", dtype, width, split) in deform_attn
+                assert ("backward", dtype, width, split, 0) in deform_attn
+        assert ("forward", dtype, 0, 0) in deform_attn
+        assert ("backward", dtype, 0, 0, 0) in deform_attn and ("backward", dtype, 0, 0, 1) in deform_attn
+
+
+def test_deform_attn_stays_in_its_registers(deform_attn):
+    for (direction, *_), kernel in deform_attn.items():
+        assert kernel.registers <= (64 if direction == "forward" else 96), kernel.name
+        assert kernel.stack == 0 and kernel.count(r"(LDL|STL)\b.*") == 0, kernel.name
+
+
+# Instructions of one step of the inner loop: two samples, eight corners.
+STEPS = {
+    ("forward", "float"): 80,
+    ("forward", "BFloat16"): 170,
+    ("forward", "Float16"): 180,
+    ("backward", "float"): 235,
+    ("backward", "BFloat16"): 370,
+    ("backward", "Float16"): 370,
+}
+
+
+def test_deform_attn_gathers_16_bytes_at_a_time(deform_attn):
+    for (direction, dtype, width, *_), kernel in deform_attn.items():
+        if width > 0:
+            loop = kernel.loop_with(r"LDG\..*CONSTANT")
+            assert kernel.count(r"LDG\.E\.128\..*", loop) == 8, kernel.name
+            assert kernel.count(r"LDG\..*", loop) == 8, kernel.name
+            assert kernel.count(r".*", loop) <= STEPS[direction, dtype], kernel.name
+
+
+def test_deform_attn_spreads_gradients_in_vectors_and_never_waits_for_them(deform_attn):
+    for (direction, dtype, width, *flags), kernel in deform_attn.items():
+        assert kernel.count(r"ATOM.*") == 0, kernel.name  # neither a returning one nor a loop on shared memory
+        if direction == "forward":
+            assert kernel.count(r"RED.*") == 0, kernel.name
+        elif flags[1]:
+            assert kernel.count(r"REDG\.E\.ADD\.64.*") == 32, kernel.name
+        else:
+            quads = 8 if dtype == "float" or width == 0 else 16
+            assert kernel.count(r"REDG\.E\.ADD\.F32x4.*") == kernel.count(r"RED.*") == quads, kernel.name
