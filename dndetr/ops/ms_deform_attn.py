@@ -190,7 +190,7 @@ def _backward_cuda(grad_out, value, shapes, reference_points, offsets, logits, v
     module.ms_deform_attn_backward_cuda(
         problem,
         _pointer(grad_out),
-        (grad_value.data_ptr(), _DTYPES[torch.float32]),
+        (grad_value.data_ptr(), _backend.DTYPES[torch.float32]),
         _pointer(by_head) if reference_grad else _ABSENT,
         _pointer(grad_offsets),
         _pointer(grad_logits),
@@ -274,7 +274,7 @@ def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple
 
 
 def _choose(op: str, backend: str | None, value: Tensor, offsets: Tensor, *others: Tensor) -> str:
-    """The backend of one call; what CUDA has no kernel for goes to the reference, or is an error if asked for by name."""
+    """The backend of one call; what CUDA has no kernel for goes to the reference, or is an error on demand."""
     name, reason = _backend.choose("ms_deform_attn", backend, value.device.type)
     if name != "cuda":
         return name
