@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.conditional_attention import hidden_softmax
+from ..ops._attention import hidden_softmax
 
 
 class Recomputable(nn.Module):

@@ -8,11 +8,13 @@ those of softmax attention, with ds multiplied into each of the four factors.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import _backend
+from ._attention import checked_precision, choose, empty_heads, float32_products, gradients, hidden_softmax, one_dtype
 
 
 def conditional_attention_reference(
@@ -31,42 +33,6 @@ def conditional_attention_reference(
     return hidden_softmax(scores, valid).to(v.dtype) @ v
 
 
-def hidden_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Softmax over the last dimension of scores [B, H, Q, S] with keys hidden where valid [B, S] is False.
-
-    A row without any valid key becomes zeros, with zero gradients.
-    """
-    if valid is None:
-        return scores.softmax(-1)
-    valid = valid[:, None, None, :]
-    blind = ~valid.any(-1, keepdim=True)
-    # Filling a blind row with a finite number keeps its softmax, and so its gradient, free of NaN.
-    return scores.masked_fill(~(valid | blind), -math.inf).softmax(-1).masked_fill(blind, 0)
-
-
-def conditional_attention(
-    q_content: Tensor,
-    q_position: Tensor,
-    k_content: Tensor,
-    k_position: Tensor,
-    v: Tensor,
-    valid: Tensor | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Attention with separate content and position parts of queries and keys.
-
-    q_content, q_position [B, H, Q, D], k_content, k_position, v [B, H, S, D]; valid [B, S] bool, True = real key;
-    scale defaults to 1 / sqrt(2 D) -> [B, H, Q, D]. Rows with no valid key are zero.
-    """
-    if k_content.shape[2] != v.shape[2] or k_position.shape[2] != v.shape[2]:
-        raise ValueError(f"keys and values must agree in S: {tuple(k_content.shape)}, {tuple(v.shape)}")
-    scale = 1 / math.sqrt(2 * q_content.shape[-1]) if scale is None else scale
-    chosen, _ = _backend.choose("conditional_attention", backend, v.device.type)
-    attend = conditional_attention_reference if chosen == "reference" else _conditional_attention_summed
-    return attend(q_content, q_position, k_content, k_position, v, valid, scale)
-
-
 def _conditional_attention_summed(
     q_content: Tensor,
     q_position: Tensor,
@@ -79,6 +45,98 @@ def _conditional_attention_summed(
     """Two products into one score, without concatenating."""
     scores = (q_content * scale) @ k_content.transpose(-1, -2) + (q_position * scale) @ k_position.transpose(-1, -2)
     return hidden_softmax(scores, valid).to(v.dtype) @ v
+
+
+_INPUTS = "Tensor q_content, Tensor q_position, Tensor k_content, Tensor k_position, Tensor v, Tensor? valid"
+_SETTINGS = "float scale, str precision"
+torch.library.define("dndetr::conditional_attention", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "dndetr::conditional_attention_backward",
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dndetr::conditional_attention", ("cpu", "cuda"))
+def _forward_triton(q_content, q_position, k_content, k_position, v, valid, scale, precision):
+    from ..kernels.conditional_attention import conditional_attention_forward
+
+    out, lse = _forward_fake(q_content, q_position, k_content, k_position, v, valid, scale, precision)
+    precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+    inputs = q_content, q_position, k_content, k_position, v, valid, scale, precision
+    conditional_attention_forward(*inputs, out, lse)
+    return out, lse
+
+
+@torch.library.impl("dndetr::conditional_attention_backward", ("cpu", "cuda"))
+def _backward_triton(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision):
+    from ..kernels.conditional_attention import conditional_attention_backward
+
+    precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+    inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
+    grads = _backward_fake(*inputs)
+    conditional_attention_backward(*inputs, grads)
+    return grads
+
+
+@torch.library.register_fake("dndetr::conditional_attention")
+def _forward_fake(q_content, q_position, k_content, k_position, v, valid, scale, precision):
+    return empty_heads(q_content, v.shape[3]), q_content.new_empty(q_content.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("dndetr::conditional_attention_backward")
+def _backward_fake(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision):
+    return tuple(empty_heads(x) for x in (q_content, q_position, k_content, k_position, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.precision = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _differentiate(ctx, grad_out, _grad_lse):
+    grads = torch.ops.dndetr.conditional_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.precision)
+    return *grads, None, None, None
+
+
+torch.library.register_autograd("dndetr::conditional_attention", _differentiate, setup_context=_setup_context)
+
+
+def conditional_attention(
+    q_content: Tensor,
+    q_position: Tensor,
+    k_content: Tensor,
+    k_position: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Attention with separate content and position parts of queries and keys.
+
+    q_content, q_position [B, H, Q, .], k_content, k_position, v [B, H, S, .] of any strides, each part of its own
+    width; valid [B, S] bool, True = real key; scale defaults to 1 / sqrt(content + position width) -> [B, H, Q, width
+    of v]. Rows with no valid key are zero. precision as in :func:`group_attention`.
+    """
+    keys, width = (*v.shape[:2], v.shape[2]), q_content.shape[3] + q_position.shape[3]
+    if k_content.shape[:3] != keys or k_position.shape[:3] != keys:
+        shapes = f"{tuple(k_content.shape)}, {tuple(k_position.shape)}, {tuple(v.shape)}"
+        raise ValueError(f"keys and values must agree in [B, H, S]: {shapes}")
+    for q, k, part in ((q_content, k_content, "content"), (q_position, k_position, "position")):
+        if q.shape[:2] != k.shape[:2] or q.shape[2] != q_content.shape[2] or q.shape[3] != k.shape[3]:
+            raise ValueError(f"{part} of queries {tuple(q.shape)} and keys {tuple(k.shape)} do not fit together")
+    if valid is not None and (valid.shape != (keys[0], keys[2]) or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool [{keys[0]}, {keys[2]}], got {valid.dtype} {list(valid.shape)}")
+    inputs = one_dtype(q_content, q_position, k_content, k_position, v)
+    scale = 1 / math.sqrt(width) if scale is None else float(scale)
+    widths = q_content.shape[3], q_position.shape[3], v.shape[3]
+    chosen = choose("conditional_attention", backend, v.device.type, inputs[0].dtype, *widths)
+    if chosen == "triton":
+        return torch.ops.dndetr.conditional_attention(*inputs, valid, scale, checked_precision(precision))[0]
+    attend = conditional_attention_reference if chosen == "reference" else _conditional_attention_summed
+    return attend(*inputs, valid, scale)
 
 
 # name: batch, heads, queries, keys, width, valid keys of each image (None: all)
@@ -106,10 +164,25 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     return heads_of(queries), heads_of(queries), heads_of(keys), heads_of(keys), heads_of(keys), valid
 
 
-def _self_test(_device_type: str) -> float:
-    case = make_case("tiny")
-    given = _conditional_attention_summed(*case, scale=0.3)
-    return (given - conditional_attention_reference(*case, scale=0.3)).abs().max().item()
+def _conditional_attention_triton(*inputs):
+    return torch.ops.dndetr.conditional_attention(*inputs, "tf32x3")[0]
 
 
-_backend.register("conditional_attention", _backend.Backend("torch", (), lambda _: None, _self_test, tolerance=1e-5))
+def _self_test(attend, device_type: str) -> float:
+    *inputs, valid = (x.to(device_type) for x in make_case("tiny"))
+    given = gradients(attend, inputs, valid, 0.3)
+    expected = gradients(conditional_attention_reference, [x.double() for x in inputs], valid, 0.3)
+    return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
+
+
+_backend.register(
+    "conditional_attention",
+    _backend.Backend(
+        "triton",
+        ("cuda",),
+        _backend.triton_obstacle,
+        partial(_self_test, _conditional_attention_triton),
+        tolerance=1e-4,
+    ),
+    _backend.Backend("torch", (), lambda _: None, partial(_self_test, _conditional_attention_summed), tolerance=1e-5),
+)

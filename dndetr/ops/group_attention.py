@@ -12,12 +12,14 @@ attention, and each group is another over its own keys joined with the matching 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _backend
+from ._attention import checked_precision, choose, empty_heads, float32_products, gradients, one_dtype
 
 
 class GroupLayout(NamedTuple):
@@ -112,6 +114,60 @@ def _group_attention_split(
     return out if active is None else _silence(out, layout, active)
 
 
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? active"
+_SETTINGS = "int groups, int slots, int matching, float scale, str precision"
+torch.library.define("dndetr::group_attention", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "dndetr::group_attention_backward",
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dndetr::group_attention", ("cpu", "cuda"))
+def _forward_triton(q, k, v, active, groups, slots, matching, scale, precision):
+    from ..kernels.group_attention import group_attention_forward
+
+    out, lse = _forward_fake(q, k, v, active, groups, slots, matching, scale, precision)
+    precision = float32_products(precision, q.shape[3], v.shape[3])
+    group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
+    return out, lse
+
+
+@torch.library.impl("dndetr::group_attention_backward", ("cpu", "cuda"))
+def _backward_triton(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision):
+    from ..kernels.group_attention import group_attention_backward
+
+    grads = empty_heads(q), empty_heads(k), empty_heads(v)
+    precision = float32_products(precision, q.shape[3], v.shape[3])
+    group_attention_backward(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision, *grads)
+    return grads
+
+
+@torch.library.register_fake("dndetr::group_attention")
+def _forward_fake(q, k, v, active, groups, slots, matching, scale, precision):
+    return empty_heads(v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("dndetr::group_attention_backward")
+def _backward_fake(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision):
+    return empty_heads(q), empty_heads(k), empty_heads(v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, active, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, active, out, lse)
+
+
+def _differentiate(ctx, grad_out, _grad_lse):
+    grads = torch.ops.dndetr.group_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *(None,) * 6
+
+
+torch.library.register_autograd("dndetr::group_attention", _differentiate, setup_context=_setup_context)
+
+
 def group_attention(
     q: Tensor,
     k: Tensor,
@@ -120,18 +176,27 @@ def group_attention(
     active: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """Attention of denoising and matching queries in which no group sees another and matching queries see no group.
 
-    q, k, v [B, H, Q, D] of any strides, Q = layout.queries; active [B] int32 live slots per group (None: all);
-    scale defaults to 1 / sqrt(D) -> [B, H, Q, D]. Rows of inactive slots are zero and pass no gradient.
+    q, k [B, H, Q, D], v [B, H, Q, D'] of any strides, Q = layout.queries; active [B] int32 live slots per group (None:
+    all); scale defaults to 1 / sqrt(D) -> [B, H, Q, D']. Rows of inactive slots are zero and pass no gradient.
+    precision: float32 products of the Triton kernels, "tf32", "tf32x3", "ieee" or "torch" (the default: as
+    its float32 matmul precision).
     """
     if q.shape[2] != layout.queries:
         raise ValueError(f"q has {q.shape[2]} queries, but {layout} describes {layout.queries}")
-    if not (q.shape[:3] == k.shape[:3] == v.shape[:3]):
-        raise ValueError(f"q, k, v must agree in [B, H, Q]: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    chosen, _ = _backend.choose("group_attention", backend, q.device.type)
+    if not (q.shape[:3] == k.shape[:3] == v.shape[:3]) or q.shape[3] != k.shape[3]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        raise ValueError(f"q, k, v must agree in [B, H, Q], q and k also in D: {shapes}")
+    if active is not None and (active.shape != q.shape[:1] or active.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"active must be integers [{q.shape[0]}], got {active.dtype} {list(active.shape)}")
+    q, k, v = one_dtype(q, k, v)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    chosen = choose("group_attention", backend, q.device.type, q.dtype, q.shape[3], v.shape[3])
+    if chosen == "triton":
+        return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, checked_precision(precision))[0]
     attend = group_attention_reference if chosen == "reference" else _group_attention_split
     return attend(q, k, v, layout, active, scale)
 
@@ -161,10 +226,22 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     return q, k, v, layout, None if live is None else torch.tensor(live, dtype=torch.int32)
 
 
-def _self_test(_device_type: str) -> float:
+def _self_test(attend, device_type: str) -> float:
     q, k, v, layout, active = make_case("tiny")
-    given = _group_attention_split(q, k, v, layout, active, 0.3)
-    return (given - group_attention_reference(q, k, v, layout, active, 0.3)).abs().max().item()
+    q, k, v, active = (x.to(device_type) for x in (q, k, v, active))
+    given = gradients(attend, (q, k, v), layout, active, 0.3)
+    expected = gradients(group_attention_reference, (q.double(), k.double(), v.double()), layout, active, 0.3)
+    return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
 
 
-_backend.register("group_attention", _backend.Backend("torch", (), lambda _: None, _self_test, tolerance=1e-5))
+def _group_attention_triton(q, k, v, layout, active, scale):
+    return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, "tf32x3")[0]
+
+
+_backend.register(
+    "group_attention",
+    _backend.Backend(
+        "triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, _group_attention_triton), tolerance=1e-4
+    ),
+    _backend.Backend("torch", (), lambda _: None, partial(_self_test, _group_attention_split), tolerance=1e-5),
+)

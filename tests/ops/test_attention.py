@@ -1,5 +1,12 @@
 """Group attention and conditional attention against their references, forward and every gradient."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import goldens
 import pytest
 import torch
 
@@ -113,3 +120,18 @@ def test_the_reference_can_be_asked_for():
     assert torch.equal(group_attention(q, k, v, layout, active, backend="reference"), expected)
     with pytest.raises(ValueError, match="no backend 'cpp'"):
         group_attention(q, k, v, layout, active, backend="cpp")
+
+
+INTERPRETED = Path(__file__).with_name("attention_in_the_interpreter.py")
+CHECKS = re.findall(r"^def check_(\w+)", INTERPRETED.read_text(), re.M)
+
+
+def test_triton_in_the_interpreter(root):
+    """One process for all checks: it starts longer than most of them run."""
+    pytest.importorskip("triton")
+    checks = [name for name in CHECKS if name != "golden_masks" or (goldens.GOLDEN / "dn_attn_masks.pt").is_file()]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(INTERPRETED), *checks]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, f"after {done.stdout.split()}: {done.stderr[-3000:]}"
+    assert done.stdout.split() == checks

@@ -1,0 +1,80 @@
+"""What both attention ops ask of their kernels and of plain torch: number formats, layouts, hidden keys."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _backend
+
+PRECISIONS = ("torch", "tf32", "tf32x3", "ieee")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 128
+
+
+def hidden_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Softmax over the last dimension of scores [B, H, Q, S] with keys hidden where valid [B, S] is False.
+
+    A row without any valid key becomes zeros, with zero gradients.
+    """
+    if valid is None:
+        return scores.softmax(-1)
+    valid = valid[:, None, None, :]
+    blind = ~valid.any(-1, keepdim=True)
+    # Filling a blind row with a finite number keeps its softmax, and so its gradient, free of NaN.
+    return scores.masked_fill(~(valid | blind), -math.inf).softmax(-1).masked_fill(blind, 0)
+
+
+def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast hands them to a matrix product; ValueError if their dtypes still differ."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = tuple(x.to(dtype) for x in tensors)
+    if any(x.dtype != tensors[0].dtype for x in tensors):
+        raise ValueError(f"attention: all inputs must have one dtype, got {', '.join(str(x.dtype) for x in tensors)}")
+    return tensors
+
+
+def choose(op: str, requested: str | None, device_type: str, dtype: torch.dtype, *widths: int) -> str:
+    """The backend of a call: plain torch where the kernels do not take its heads, ValueError if they were asked for."""
+    chosen, reason = _backend.choose(op, requested, device_type)
+    if chosen != "triton" or (dtype in KERNEL_DTYPES and 0 < max(widths) <= WIDEST):
+        return chosen
+    if reason.startswith("asked for"):
+        takes = f"float32, bfloat16 and float16 heads up to {WIDEST} wide"
+        raise ValueError(f"{op}: triton takes {takes}, got {dtype}, {max(widths)} wide; leave the backend to auto")
+    return "torch"
+
+
+def checked_precision(precision: str | None) -> str:
+    """The argument as the ops take it; ValueError if it is none of PRECISIONS."""
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    return precision or PRECISIONS[0]
+
+
+def float32_products(precision: str, *widths: int) -> str:
+    """How the kernels multiply float32: "torch" follows ``torch.set_float32_matmul_precision``.
+
+    Its default, "highest", becomes three TF32 products (plain float32 for heads over 64 wide, where those do not fit
+    in registers), anything less a single one.
+    """
+    if precision == "torch":
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if precision == "tf32x3" and max(widths) > 64 else precision
+
+
+def empty_heads(like: Tensor, width: int | None = None) -> Tensor:
+    """Uninitialised [B, H, Q, D] whose memory is [B, Q, H, D], so that merging the heads is a view."""
+    batch, heads, queries, own = like.shape
+    return like.new_empty((batch, queries, heads, own if width is None else width)).transpose(1, 2)
+
+
+def gradients(attend, inputs, *rest) -> tuple[Tensor, ...]:
+    """Output and gradients of the inputs under a fixed weighting of the output, in float64."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out = attend(*leaves, *rest)
+        weighting = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        return tuple(x.double() for x in (out, *torch.autograd.grad(out, leaves, weighting)))

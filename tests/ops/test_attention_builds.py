@@ -1,0 +1,141 @@
+"""Every attention kernel that ships, built ahead of time: no spills, and shared memory within budget.
+
+Every run builds the classes that training uses; ``pytest -m every_tile`` builds all of them (minutes). Do so after a
+change of the kernels or of their tables.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dndetr.kernels import conditional_attention, group_attention  # noqa: E402
+from dndetr.kernels.attention_tiles import TABLES, Class, Tile  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_BUDGET = {80: 163 * 1024, 90: 227 * 1024}
+TRAINING = [
+    (90, Class("group_attention_forward", "half", 32, "many")),
+    (80, Class("group_attention_backward", "half", 32, "many")),
+    (90, Class("group_attention_backward", "half", 32, "few")),
+    (90, Class("group_attention_backward", "tf32x3", 32, "many")),
+    (90, Class("conditional_attention_forward", "tf32x3", 32, "few")),
+    (80, Class("conditional_attention_backward", "half", 32, "many")),
+    (90, Class("conditional_attention_backward", "half", 32, "many")),
+]
+
+
+def _name(x) -> str:
+    return "-".join(map(str, x)) if isinstance(x, Class) else f"sm{x}"
+
+
+class Usage(NamedTuple):
+    """Registers per thread, and bytes of stack and local memory (where spills go) and of shared memory per block."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def source_of(kernel, numbers: str, width: int, tile: Tile, floats: str) -> ASTSource:
+    """A kernel for heads of one width with rows aligned as projections leave them."""
+    integers = ("heads", "groups", "slots", "matching", "queries", "keys", "span", "splits")
+    chosen = {"PRECISION": "ieee" if numbers == "half" else numbers, "HOLD": tile.hold, "STREAM": tile.stream}
+    pointers = {"active": "*i32", "valid": "*i1", "lse": "*fp32", "part_lse": "*fp32"}
+    aligned = [["tt.divisibility", 16]]
+    types, constants, hints = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name.isupper():
+            types[name], constants[name] = "constexpr", chosen.get(name, width)
+        elif name.endswith("_strides"):
+            rank = {"valid_strides": 2, "part_strides": 5}.get(name, 4)
+            column = min(rank, 4) - 1
+            types[name] = tuple("constexpr" if axis == column else "i32" for axis in range(rank))
+            constants[index, column] = 1
+            hints |= {(index, axis): aligned for axis in range(rank) if axis != column and name != "valid_strides"}
+        elif name in integers or name == "scale":
+            types[name] = "fp32" if name == "scale" else "i32"
+        else:
+            types[name] = pointers.get(name, floats)
+            hints[index,] = aligned
+    return ASTSource(kernel, types, constants, hints)
+
+
+def weigh(kernel, arch: int, numbers: str, width: int, tile: Tile, folder: Path, floats: str | None = None) -> Usage:
+    """Compile and read what the cubin itself says."""
+    source = source_of(kernel, numbers, width, tile, floats or ("*bf16" if numbers == "half" else "*fp32"))
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    said = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", said)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return Usage(registers, stack, local, compiled.metadata.shared)
+
+
+def fits(usage: Usage, arch: int) -> bool:
+    """No spills, and at least one block per multiprocessor."""
+    return usage.stack == usage.local == 0 and usage.shared <= SHARED_BUDGET[arch]
+
+
+def kernel_of(name: str):
+    """The jit function of a kernel named in the tables."""
+    return getattr(group_attention if name.startswith("group") else conditional_attention, f"{name}_kernel")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Builds of this run only, shared by its tests."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
+@pytest.mark.parametrize(("arch", "found"), TRAINING, ids=_name)
+def test_kernels_of_training_do_not_spill(arch, found, tmp_path):
+    tile = TABLES[arch][found]
+    usage = weigh(kernel_of(found.kernel), arch, found.numbers, found.width, tile, tmp_path)
+    assert fits(usage, arch), f"{found} {tile}: {usage}"
+
+
+@pytest.mark.every_tile
+@pytest.mark.parametrize("arch", TABLES)
+def test_no_kernel_spills(arch, tmp_path, request):
+    if "every_tile" not in request.config.option.markexpr:
+        pytest.skip("takes minutes; type: pytest -m every_tile")
+    variants = {(*found._replace(load=""), tile) for found, tile in TABLES[arch].items()}
+    misfits = []
+    for name, numbers, width, _, tile in sorted(variants):
+        for floats in ("*bf16", "*fp16") if numbers == "half" else ("*fp32",):
+            usage = weigh(kernel_of(name), arch, numbers, width, tile, tmp_path, floats)
+            if not fits(usage, arch):
+                misfits.append(f"{name} {numbers} {floats} {width} {tile}: {usage}")
+    assert not misfits, "\n".join(misfits)
+
+
+def test_the_gate_sees_spills_and_shared_memory(tmp_path):
+    kernel = kernel_of("group_attention_backward")
+    usage = weigh(kernel, 80, "half", 32, Tile(128, 64, 1, 1), tmp_path)
+    assert usage.stack + usage.local > 0 and not fits(usage, 80)
+    assert not fits(Usage(32, 0, 0, SHARED_BUDGET[80] + 1), 80) and fits(Usage(32, 0, 0, SHARED_BUDGET[80]), 80)
+
+
+def test_joining_splits_does_not_spill(tmp_path):
+    usage = weigh(conditional_attention.join_splits_kernel, 90, "half", 128, Tile(64, 64, 4, 1), tmp_path)
+    assert fits(usage, 90)
+
+
+def test_structure_never_compiles_again():
+    """Sizes that change from step to step are plain run-time integers of every kernel."""
+    structure = {"heads", "groups", "slots", "matching", "queries", "keys", "span", "splits"}
+    for module in (group_attention, conditional_attention):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                runtime = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+                assert structure & set(kernel.arg_names) <= runtime, name
