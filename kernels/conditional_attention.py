@@ -22,6 +22,7 @@ from .online_softmax import (
     store_rows,
 )
 
+JOIN_ROWS = 16
 STRUCTURE = ["heads", "queries", "keys", "span", "splits"]
 
 
@@ -220,9 +221,9 @@ def conditional_attention_forward(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
-            join_splits_kernel[(tiles, batch * heads)](
+            join_splits_kernel[(triton.cdiv(queries, JOIN_ROWS), batch * heads)](
                 part, part_lse, out, lse, part_strides, out.stride(), heads, queries, splits,
-                v.shape[3], tile.hold, num_warps=4, enable_fp_fusion=True,
+                v.shape[3], JOIN_ROWS, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
 
     launch(tile or attention_tile("conditional_attention_forward", q_content, v, precision, launch))
