@@ -1,5 +1,6 @@
 """What travels from the data loader through the model to the criterion: one canvas, padded targets, nothing ragged."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -23,9 +24,16 @@ class _Movable:
         """The same fields on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self):
-        """The same fields in page-locked host memory, so that ``to`` can copy without waiting."""
-        return self._map(Tensor.pin_memory)
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in a fixed order."""
+        found: list[Tensor] = []
+        self._map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def with_tensors(self, tensors: Iterable[Tensor]):
+        """The same fields with other tensors, in the order of ``tensors()``."""
+        given = iter(tensors)
+        return self._map(lambda _: next(given))
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,8 @@ class Config:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the model's matrix products; auto takes bfloat16 where the hardware has it."""
+    mode: Literal["auto", "eager", "graph"] = "auto"
+    """How a step runs: graph replays it as one CUDA graph per shape of the batch; auto does so on one GPU."""
     max_steps_per_epoch: int | None = None
     """End every epoch after this many steps."""
     train_images: int = 2000

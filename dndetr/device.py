@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a model runs."""
+"""Where, in which arithmetic and how a model runs."""
 
 import torch
 
@@ -37,3 +37,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def pick_mode(name: str, device: torch.device, world: int) -> str:
+    """How steps run, "eager" or "graph"; "auto" is graph on one GPU. ValueError where a graph cannot be had."""
+    reason = None
+    if device.type != "cuda":
+        reason = f"the {device.type} has no CUDA graphs"
+    elif world > 1:
+        reason = "gradients that several processes exchange during backward are not captured"
+    if name == "graph" and reason:
+        raise ValueError(f"--mode graph: {reason}; use --mode eager")
+    return "graph" if reason is None and name != "eager" else "eager"

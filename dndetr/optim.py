@@ -3,10 +3,10 @@
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_optimizer(
@@ -26,7 +26,8 @@ def build_optimizer(
     groups = [{"params": rest, "lr": lr}]
     if backbone:
         groups.append({"params": backbone, "lr": lr * backbone_scale})
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    capturable = rest[0].is_cuda
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
 
 
 def schedule_factor(
@@ -51,6 +52,23 @@ def schedule_factor(
     return factor
 
 
+class Schedule:
+    """The learning rates of an optimiser's groups: those it was made with, times a factor of the steps done."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
+        self.optimizer, self.factor, self.done = optimizer, factor, 0
+        self._base = [group["lr"] for group in optimizer.param_groups]
+
+    def rates(self) -> list[float]:
+        """Of the step that comes next, one per group."""
+        return [base * self.factor(self.done) for base in self._base]
+
+    def set(self, rates: Sequence[float | Tensor]) -> None:
+        """What the optimiser uses; tensors on the device are read there at each step."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 class WeightAverage:
     """Exponential moving average of a model's parameters and floating-point buffers, without host synchronisation.
 
@@ -61,11 +79,16 @@ class WeightAverage:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
+    def weight(self) -> float:
+        """Share of the model's weights in the update that comes next."""
+        return 1 - min(self.decay, (2 + self.updates) / (11 + self.updates))
+
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards ``model``'s present weights."""
-        self.updates += 1
-        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, model: nn.Module, weight: float | Tensor) -> None:
+        """Move the average towards ``model``'s present weights by that share; counted by whoever calls.
+
+        weight: a number, or a scalar on the device for an update that will be replayed with other shares.
+        """
         mine, theirs = [], []
         for average, current in zip(_tensors(self.model), _tensors(model), strict=True):
             if average.is_floating_point():
@@ -73,7 +96,13 @@ class WeightAverage:
                 theirs.append(current)
             else:
                 average.copy_(current)
-        torch._foreach_lerp_(mine, theirs, weight)
+        if isinstance(weight, Tensor):
+            # There is no fused form of lerp whose share lies on the device.
+            difference = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(difference, weight)
+            torch._foreach_add_(mine, difference)
+        else:
+            torch._foreach_lerp_(mine, theirs, weight)
 
 
 def _tensors(model: nn.Module):

@@ -1,6 +1,7 @@
 """One optimisation step, from batches on the device to updated weights, without asking the device for a number."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from .batch import Batch
 from .criterion import Criterion, Losses
 from .denoising import NoisedQueries, draw_noise, noised_queries
 from .noise_meter import NoiseMeter
-from .optim import WeightAverage
+from .optim import Schedule, WeightAverage
+from .packing import Transfer, layout_of, unpack
 from .processes import Processes
+from .window import Record
 
 
 class TrainStep:
@@ -28,8 +31,9 @@ class TrainStep:
         model: nn.Module,
         criterion: Criterion,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        schedule: Schedule,
         average: WeightAverage | None,
+        record: Record,
         classes: int,
         groups: int,
         label_noise: float,
@@ -43,7 +47,7 @@ class TrainStep:
         noise_meter: NoiseMeter | None = None,
     ):
         self.model, self.criterion = model, criterion
-        self.optimizer, self.scheduler, self.average = optimizer, scheduler, average
+        self.optimizer, self.schedule, self.average, self.record = optimizer, schedule, average, record
         self.classes, self.groups, self.max_queries = classes, groups, max_queries
         self.label_noise, self.box_noise, self.batch_active = label_noise, box_noise, batch_active
         self.clip_norm, self.precision = clip_norm, precision
@@ -52,6 +56,17 @@ class TrainStep:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Gradients of several processes are averaged while backward is still running.
         self._shared = DistributedDataParallel(model) if processes.world > 1 else None
+        self.device = self._trained[0].device
+        if self.on_device:
+            # Learning rates and the average's share, where a captured step can read them.
+            self._numbers = torch.zeros(len(optimizer.param_groups) + 1, device=self.device)
+            self.transfer = Transfer(self.device)
+            self.schedule.set(self._numbers.unbind()[:-1])
+
+    @property
+    def on_device(self) -> bool:
+        """Whether batches must travel to where the model is."""
+        return self.device.type != "cpu"
 
     def groups_for(self, slots: int) -> int:
         """How many denoising groups of ``slots`` queries fit under ``max_queries``."""
@@ -66,12 +81,36 @@ class TrainStep:
         return noised_queries(batch.targets, noise, self.label_noise, self.box_noise, self.batch_active)
 
     def __call__(self, *batches: Batch) -> tuple[Losses, Tensor]:
-        """Train on the batches together, as if they were one -> detached losses, norm of the gradient before clipping.
+        """Train on the host's batches together, as if they were one -> detached losses, gradient norm before clipping.
 
         The loss is divided by the number of objects of all batches of all processes, so how images are divided into
         batches changes neither loss nor gradient. The losses are the sum over the batches (which, averaged over the
-        processes, is the loss of them all); all results stay on the device.
+        processes, is the loss of them all). They stay on the device, where the record has them too.
         """
+        numbers = [*self.schedule.rates(), 0.0 if self.average is None else self.average.weight()]
+        if self.on_device:
+            tensors = [tensor for batch in batches for tensor in batch.tensors()]
+            result = self.run([torch.tensor(numbers), *tensors], batches)
+        else:
+            self.schedule.set(numbers[:-1])
+            result = self.compute(batches, numbers[-1])
+        self.schedule.done += 1
+        if self.average is not None:
+            self.average.updates += 1
+        return result
+
+    def run(self, tensors: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
+        """A step on the device; tensors on the host: the step's numbers, then those of the batches."""
+        return self.compute_arrived(unpack(self.transfer(tensors), layout_of(tensors)), batches)
+
+    def compute_arrived(self, arrived: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
+        """``compute`` from ``run``'s tensors on the device; ``batches`` only say how they belong together."""
+        self._numbers.copy_(arrived[0])
+        rest = iter(arrived[1:])
+        return self.compute([batch.with_tensors(rest) for batch in batches], self._numbers[-1])
+
+    def compute(self, batches: Sequence[Batch], share: float | Tensor) -> tuple[Losses, Tensor]:
+        """All that happens on the device; share: of the model's weights in the average."""
         objects = self._objects(batches)
         totals, parts = [], []
         for number, batch in enumerate(batches, start=1):
@@ -82,12 +121,35 @@ class TrainStep:
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
         if self.average is not None:
-            self.average.update(self.model)
-        return Losses(sum(totals), sum(parts), losses.matches), norm
+            self.average.update(self.model, share)
+        losses = Losses(sum(totals), sum(parts), losses.matches)
+        self.record.write(losses, norm)
+        return losses, norm
 
-    def _objects(self, batches: tuple[Batch, ...]) -> Tensor:
+    def state(self) -> dict:
+        """What a checkpoint keeps of the optimiser; the same in every mode and on every device."""
+        optimizer = self.optimizer.state_dict()
+        for group, rate in zip(optimizer["param_groups"], self.schedule.rates(), strict=True):
+            group |= {"lr": rate, "capturable": False}
+        return {
+            "optimizer": optimizer,
+            "scheduler": {"done": self.schedule.done},
+            "ema_updates": 0 if self.average is None else self.average.updates,
+        }
+
+    def restore(self, state: dict) -> None:
+        """The inverse of ``state``."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.done = state["scheduler"]["done"]
+        if self.average is not None:
+            self.average.updates = state["ema_updates"]
+        if self.on_device:
+            self.schedule.set(self._numbers.unbind()[:-1])
+            for group in self.optimizer.param_groups:
+                group["capturable"] = self.device.type == "cuda"
+
+    def _objects(self, batches: Sequence[Batch]) -> Tensor:
         """What normalises the losses: objects in all batches of all processes, per process (DDP takes the mean)."""
         counts = sum(batch.targets.counts.sum() for batch in batches)
         return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
@@ -96,8 +158,9 @@ class TrainStep:
         noised = self.noised(batch)
         if noised is not None and self.noise_meter is not None:
             self.noise_meter.add(noised, batch.targets)
+        images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
-            predictions = (self._shared or self.model)(batch.images, batch.sizes, noised)
+            predictions = (self._shared or self.model)(images, batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
         losses.total.backward()
         return losses

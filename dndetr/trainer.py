@@ -4,7 +4,6 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from .console import Console
 from .criterion import Criterion
 from .data.training import TrainingData
 from .denoising import NoisedQueries
-from .device import pick_device, pick_precision
+from .device import pick_device, pick_mode, pick_precision
 from .drawing import draw_training, draw_validation
 from .evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
+from .graphs import GraphedStep
 from .health import write_denoising
 from .instability import PROBED, MatchingProbe
 from .journal import Journal
@@ -29,13 +29,13 @@ from .models.build import build_model
 from .models.dn_detr import Predictions
 from .noise_meter import NoiseMeter
 from .ops import PARTS, CostWeights, LossWeights
-from .optim import WeightAverage, build_optimizer, schedule_factor
+from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
 from .pictures import draw_curves
 from .processes import Processes
 from .readback import Readback
 from .runlog import RunLog
 from .step import TrainStep
-from .window import LossWindow, demand_finite
+from .window import LossWindow, Record, demand_finite
 
 
 class Stopped(Exception):
@@ -60,6 +60,7 @@ class Trainer:
             demand_fast_eval()
         self.device = pick_device(config.device, processes.local_rank)
         self.precision = pick_precision(config.precision, self.device)
+        self.mode = pick_mode(config.mode, self.device, processes.world)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, len(data.classes))
         self.steps_per_epoch = data.steps_per_epoch // config.accumulate
@@ -73,7 +74,6 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.done = 0
         self.best: float | None = None
-        self._window = LossWindow()
         self._signal: int | None = None
         self._capped = False
         self._checkpoint = checkpoint
@@ -94,26 +94,32 @@ class Trainer:
             f"{model.variant}, {parameters:.1f} M parameters, {len(self.data.classes)} classes, "
             f"{images['train']:,} training and {images['val']:,} validation images, "
             f"{images_a_step} a step, {groups} denoising groups, {self.device.type} "
-            f"{str(self.precision).removeprefix('torch.')}{shared}"
+            f"{str(self.precision).removeprefix('torch.')}, {self.mode} steps{shared}"
         )
 
     def prepare(self) -> None:
         """Move the model to the device and make what surrounds it; restore all of it from the checkpoint, if any."""
         config, model = self.config, self.model.to(self.device, memory_format=torch.channels_last)
         optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        schedule = Schedule(optimizer, self._factor())
         self.average = WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None
         loss = config.loss
         criterion = Criterion(
             CostWeights(loss.cost_label, loss.cost_l1, loss.cost_giou, loss.alpha),
             LossWeights(loss.label, loss.l1, loss.giou, loss.alpha),
         )
-        self.step = TrainStep(
+        record = Record(config.log_every, config.model.decoder_layers, self.device)
+        self._window = LossWindow(record)
+        kind, options = TrainStep, {}
+        if self.mode == "graph":
+            kind, options = GraphedStep, {"say": lambda text: self.console.message(text)}
+        self.step = kind(
             model,
             criterion,
             optimizer,
-            self.scheduler,
+            schedule,
             self.average,
+            record,
             classes=len(self.data.classes),
             groups=config.denoising.groups,
             label_noise=config.denoising.label_noise,
@@ -126,12 +132,13 @@ class Trainer:
             noise_generator=torch.Generator(self.device).manual_seed(config.seed + 1_000_003 * self.processes.rank),
             processes=self.processes,
             noise_meter=NoiseMeter(self.device),
+            **options,
         )
         self.matching = MatchingProbe(criterion.cost, PROBED // self.processes.world)
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 
-    def _schedule(self):
+    def _factor(self):
         optimizer, epochs = self.config.optimizer, self.config.epochs
         drops = optimizer.drops[:1] if optimizer.schedule == "step" else optimizer.drops
         return schedule_factor(
@@ -208,9 +215,9 @@ class Trainer:
             step_batches, ids = self._next(batches)
             waited = time.perf_counter() - waiting
             with explain_memory(step_batches, config, self.step.groups_for):
-                losses, norm = self.step(*step_batches)
+                self.step(*step_batches)
             self.done += 1
-            window.add(losses, norm, ids, waited)
+            window.add(ids, waited)
             ended = self.done % self.steps_per_epoch == 0
             stop = None
             if ended or self.done % config.log_every == 0:
@@ -229,13 +236,11 @@ class Trainer:
         return stop
 
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], list[int]]:
-        """The next step's batches on the device, and the ids of their images."""
+        """The next step's batches, and the ids of their images."""
         found, ids = [], []
         for batch in itertools.islice(batches, self.config.accumulate):
             ids += batch.ids.tolist()
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device)
-            found.append(replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last)))
+            found.append(batch)
         slots = max(batch.targets.labels.shape[1] for batch in found)
         if not self._capped and self.step.groups_for(slots) < self.config.denoising.groups:
             self._capped = True
@@ -246,14 +251,14 @@ class Trainer:
         if self.done == 0 and self.processes.first:
             # The very noise that the first step is about to draw.
             state = self.step.noise_generator.get_state()
-            noised = self.step.noised(found[0])
+            noised = self.step.noised(found[0].to(self.device))
             self.step.noise_generator.set_state(state)
             draw_training(self.folder / "first_batch.png", found[0], noised, self._names)
         return found, ids
 
     def _close_window(self, epoch: int) -> int | None:
         """Send the steps since the last log row on their way to the host -> the signal that any process got."""
-        values, (ids, about) = self._window.close(self.done, epoch, self.scheduler.get_last_lr())
+        values, (ids, about) = self._window.close(self.done, epoch, self.step.schedule.rates())
         about["images_per_second"] = round(about["images_per_second"] * self.processes.world, 2)
         signals, all_ids = zip(*self.processes.gather((self._signal, ids)), strict=True)
         self.readback.send(self.processes.stack(values), (all_ids, about))
@@ -347,15 +352,12 @@ class Trainer:
     def _save(self, epoch: int) -> None:
         self._write_rows(wait=True)
         window = self._window.state()
-        if window["values"]:
-            demand_finite(torch.stack(window["values"]), window["ids"], self.done)
+        demand_finite(window["values"], window["ids"], self.done)
         noise = self.processes.gather(self.step.noise_generator.get_state())
         if not self.processes.first:
             return
         state = {
-            "optimizer": self.step.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch},
-            "ema_updates": 0 if self.average is None else self.average.updates,
+            **self.step.state(),
             "rng": {"noise": noise, "torch": torch.get_rng_state()},
             "best": self.best,
             "window": window,
@@ -368,12 +370,10 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         if self.average is not None:
             self.average.model.load_state_dict(checkpoint["ema"])
-            self.average.updates = checkpoint["ema_updates"]
-        self.step.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.last_epoch = checkpoint["scheduler"]["last_epoch"]
+        self.step.restore(checkpoint)
         self.step.noise_generator.set_state(checkpoint["rng"]["noise"][self.processes.rank])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
-        self._window.restore(checkpoint["window"], self.device)
+        self._window.restore(checkpoint["window"])
         self.matching.restore(checkpoint["matching"])
         self.step.noise_meter.sums.copy_(checkpoint["noise_sums"])

@@ -13,23 +13,47 @@ class Diverged(RuntimeError):
     """The loss, or its gradient, is no longer a number."""
 
 
+class Record:
+    """What each of the last steps found, on the device; the step itself writes it, so that a captured one can too.
+
+    steps: how many are kept; layers Y. A row is total loss, gradient norm and the terms of each layer: [2 + Y * 6].
+    """
+
+    def __init__(self, steps: int, layers: int, device: torch.device | str):
+        self._rows = torch.zeros(steps, 2 + layers * len(PARTS), device=device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def write(self, losses: Losses, norm: Tensor) -> None:
+        """Add a step; the oldest goes when the record is full."""
+        row = torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten()))
+        self._rows.index_copy_(0, self._place, row.to(self._rows.dtype)[None])
+        self._place.add_(1).remainder_(len(self._rows))
+
+    def first(self, steps: int) -> Tensor:
+        """A copy of the rows of the first steps since the last restart: [steps, 2 + Y * 6]."""
+        return self._rows[:steps].clone()
+
+    def restart(self, rows: Tensor | None = None) -> None:
+        """Begin again, or behind these rows."""
+        self._place.zero_()
+        if rows is not None:
+            self._rows[: len(rows)] = rows.to(self._rows.device)
+            self._place.add_(len(rows))
+
+
 class LossWindow:
-    """Losses of the steps since the last log row, kept on the device."""
+    """The steps since the last row of the log: their losses in a record on the device, their images here."""
 
-    def __init__(self):
-        self._begin()
-
-    def _begin(self) -> None:
-        self.values: list[Tensor] = []
-        self.ids: list[list[int]] = []
-        self.before = 0.0
+    def __init__(self, record: Record):
+        self.record = record
+        self._ids: list[list[int]] = []
+        self._before = 0.0
         self.restart_clock()
 
-    def add(self, losses: Losses, norm: Tensor, ids: list[int], waited: float) -> None:
-        """One more step: total, gradient norm and parts, one vector on the device; ids of its images."""
-        self.values.append(torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten())))
-        self.ids.append(ids)
-        self.waited += waited
+    def add(self, ids: list[int], waited: float) -> None:
+        """One more step is in the record; ids of its images, seconds spent waiting for them."""
+        self._ids.append(ids)
+        self._waited += waited
 
     def close(self, step: int, epoch: int, rates: list[float]) -> tuple[Tensor, tuple[list[list[int]], dict]]:
         """All steps' values on the device, their images, and what the host knows of them; starts a new window."""
@@ -38,33 +62,36 @@ class LossWindow:
             "step": step,
             "epoch": epoch,
             "lr": rates[0],
-            "images_per_second": round(sum(map(len, self.ids)) / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
+            "images_per_second": round(sum(map(len, self._ids)) / seconds, 2),
+            "data_wait": round(self._waited / seconds, 4),
             "seconds": round(seconds, 4),
         }
         if len(set(rates)) > 1:
             about["lr_backbone"] = rates[1]
-        values, ids = torch.stack(self.values), self.ids
-        self._begin()
+        values, ids = self.record.first(len(self._ids)), self._ids
+        self._ids, self._before = [], 0.0
+        self.record.restart()
+        self.restart_clock()
         return values, (ids, about)
 
     def restart_clock(self) -> None:
         """Evaluation and drawing are not training time."""
-        self.waited, self.started = 0.0, time.perf_counter()
+        self._waited, self._started = 0.0, time.perf_counter()
 
     def _seconds(self) -> float:
         """Training time of the window's steps, those before a resumption included."""
-        return self.before + time.perf_counter() - self.started
+        return self._before + time.perf_counter() - self._started
 
     def state(self) -> dict:
         """What a run resumed from here needs to log the same numbers."""
-        seconds = self._seconds() if self.ids else 0.0  # what follows an empty window is an evaluation
-        return {"values": [value.cpu() for value in self.values], "ids": self.ids, "seconds": seconds}
+        seconds = self._seconds() if self._ids else 0.0  # what follows an empty window is an evaluation
+        return {"values": self.record.first(len(self._ids)).cpu(), "ids": list(self._ids), "seconds": seconds}
 
-    def restore(self, state: dict, device: torch.device) -> None:
+    def restore(self, state: dict) -> None:
         """The inverse of ``state``."""
-        self.values, self.ids = [value.to(device) for value in state["values"]], list(state["ids"])
-        self.before = state["seconds"]
+        self._ids = list(state["ids"])
+        self.record.restart(state["values"])
+        self._before = state["seconds"]
 
 
 def demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> None:

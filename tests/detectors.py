@@ -8,9 +8,10 @@ from dndetr.batch import Batch, Targets
 from dndetr.config import BackboneConfig, ModelConfig
 from dndetr.criterion import Criterion
 from dndetr.models.build import build_model
-from dndetr.optim import WeightAverage, build_optimizer, schedule_factor
+from dndetr.optim import Schedule, WeightAverage, build_optimizer, schedule_factor
 from dndetr.processes import Processes
 from dndetr.step import TrainStep
+from dndetr.window import Record
 
 CLASSES = 5
 _SMALL = ModelConfig(
@@ -116,17 +117,27 @@ def part(batch: Batch, images: slice) -> Batch:
 
 
 def make_step(
-    model, groups: int = 5, precision=torch.float32, lr: float = 1e-3, average=None, processes=None
+    model,
+    groups: int = 5,
+    precision=torch.float32,
+    lr: float = 1e-3,
+    average=None,
+    processes=None,
+    kind=TrainStep,
+    **options,
 ) -> TrainStep:
     """A whole training step around a model, with moving average (a new one by default) and schedule."""
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
-    return TrainStep(
+    device = next(model.parameters()).device
+    generator = torch.Generator(device if device.type == "cuda" else "cpu")
+    return kind(
         model.train(),
         Criterion(),
         optimizer,
-        torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        Schedule(optimizer, factor),
         average or WeightAverage(model, 0.9),
+        Record(20, len(model.decoder.layers), device),
         classes=CLASSES,
         groups=groups,
         label_noise=0.2,
@@ -135,6 +146,7 @@ def make_step(
         max_queries=1000,
         clip_norm=0.1,
         precision=precision,
-        noise_generator=torch.Generator().manual_seed(0),
+        noise_generator=generator.manual_seed(0),
         processes=processes or Processes({}),
+        **options,
     )

@@ -15,8 +15,8 @@ import torch
 from dndetr import train
 from dndetr.config import Config, from_dict, to_dict
 from dndetr.console import Console
+from dndetr.criterion import Criterion
 from dndetr.presets import PRESETS
-from dndetr.step import TrainStep
 from dndetr.window import Diverged
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
@@ -204,15 +204,16 @@ def test_an_existing_output_is_never_overwritten(capsys):
 
 
 def test_a_loss_that_is_not_finite_names_step_term_and_layer(monkeypatch):
-    def poisoned(self, batch):
-        losses, norm = original(self, batch)
-        if self.scheduler.last_epoch == 5:
-            losses.total.fill_(float("nan"))
+    def poisoned(self, *inputs):
+        losses = original(self, *inputs)
+        steps.append(None)
+        if len(steps) == 5:
             losses.parts[1, 2] = float("nan")
-        return losses, norm
+            losses = losses._replace(total=losses.total * float("nan"))
+        return losses
 
-    original = TrainStep.__call__
-    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    original, steps = Criterion.forward, []
+    monkeypatch.setattr(Criterion, "forward", poisoned)
     with pytest.raises(Diverged, match=r"not finite at step 5: giou of layer 2 \(image ids \d+, \d+, \d+, \d+\)"):
         train.run([*FEW, "--checkpoint-every", "5"])
     assert torch.load("runs/tiny-1/checkpoint.pt", weights_only=True)["step"] == 3

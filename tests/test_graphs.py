@@ -1,0 +1,157 @@
+"""The captured step: its bookkeeping with a graph made of Python, and the real thing where there is a GPU."""
+
+import contextlib
+
+import detectors
+import pytest
+import torch
+
+from dndetr import graphs
+from dndetr.graphs import GraphedStep
+from dndetr.step import TrainStep
+
+
+class Stream:
+    """A stream without a device."""
+
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    """A graph that remembers what to do instead of what was launched."""
+
+    made = 0
+
+    def __init__(self):
+        Graph.made += 1
+        self.replays = 0
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def replay(self):
+        self.replays += 1
+        self.work()
+
+
+@pytest.fixture
+def python_graphs(monkeypatch):
+    """CUDA's calls on the CPU: a capture keeps the call that it saw, undone, and a replay makes it."""
+    Graph.made = 0
+    compute = GraphedStep.compute_arrived
+    capturing, failing = [], []
+
+    @contextlib.contextmanager
+    def graph(captured, pool, stream, capture_error_mode):
+        capturing.append(captured)
+        try:
+            yield
+        finally:
+            capturing.pop()
+
+    def compute_arrived(self, arrived, batches):
+        if not capturing:
+            return compute(self, arrived, batches)
+        if failing:
+            raise RuntimeError("operation not permitted when stream is capturing\nsome more")
+        result = [None, None]
+        batches = [batch.with_tensors([torch.full_like(t, 0) for t in batch.tensors()]) for batch in batches]
+
+        def work():
+            result[:] = compute(self, arrived, batches)
+
+        capturing[-1].work = work
+        return result
+
+    for name, value in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "graph_pool_handle": lambda: 0,
+        "current_stream": lambda device: Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(GraphedStep, "compute_arrived", compute_arrived)
+    # Eager steps pass for a device's, too: learning rates there are float32, on a CPU float64.
+    monkeypatch.setattr(TrainStep, "on_device", True)
+    return failing
+
+
+def make(kind: str, said: list, device="cpu"):
+    """An eager or a captured step, on the same weights."""
+    model = detectors.build("dn-deformable-detr").to(device)
+    if kind == "eager":
+        return detectors.make_step(model)
+    return detectors.make_step(model, kind=GraphedStep, say=said.append)
+
+
+def steps_on_two_shapes(step, count: int = 20) -> torch.Tensor:
+    """Losses and gradient norms of steps on batches that change their content every time and their shape often."""
+    found = []
+    for number in range(count):
+        canvas, slots = ((96, 128), 8) if number % 3 else ((64, 96), 16)
+        batch = detectors.make_batch([3 + number % 4, 5 - number % 3], slots, canvas=canvas)
+        losses, norm = step(batch)
+        found.append(torch.stack((losses.total, norm)).clone())
+    return torch.stack(found)
+
+
+def test_captured_steps_are_the_eager_ones(python_graphs):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said))
+    step = make("graph", said)
+    found = steps_on_two_shapes(step)
+    assert torch.equal(found, expected)
+    assert not said and Graph.made == len(step._captured) == 2
+    assert sum(captured.graph.replays for captured in step._captured.values()) == 18  # all but the first of each shape
+    assert all(captured.graph.generator is step.noise_generator for captured in step._captured.values())
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(python_graphs):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said))
+    python_graphs.append(True)
+    found = steps_on_two_shapes(make("graph", said))
+    assert torch.equal(found, expected)
+    why = "run without a CUDA graph: operation not permitted when stream is capturing"
+    assert sorted(said) == [f"batches of 2x3x64x96 {why}", f"batches of 2x3x96x128 {why}"]
+
+
+def test_there_are_only_so_many_graphs(python_graphs, monkeypatch):
+    monkeypatch.setattr(graphs, "_MOST", 1)
+    said = []
+    step = make("graph", said)
+    steps_on_two_shapes(step, 9)
+    assert len(step._captured) == 1 and len(said) == 1 and "there are 1 shapes already" in said[0]
+
+
+def test_a_checkpoint_of_one_mode_continues_in_the_other(python_graphs):
+    ends = {}
+    for first, second in (("eager", "eager"), ("eager", "graph"), ("graph", "eager"), ("graph", "graph")):
+        one = make(first, [])
+        steps_on_two_shapes(one, 6)
+        state = {"step": one.state(), "model": one.model.state_dict(), "noise": one.noise_generator.get_state()}
+        assert all(isinstance(group["lr"], float) for group in state["step"]["optimizer"]["param_groups"])
+        other = make(second, [])
+        other.model.load_state_dict(state["model"])
+        other.restore(state["step"])
+        other.noise_generator.set_state(state["noise"])
+        ends[first, second] = steps_on_two_shapes(other, 6)
+    for found in ends.values():
+        assert torch.equal(found, ends["eager", "eager"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_on_a_gpu_give_the_losses_of_eager_steps():
+    said = []
+    expected = steps_on_two_shapes(make("eager", said, "cuda"))
+    step = make("graph", said, "cuda")
+    found = steps_on_two_shapes(step)
+    assert not said and len(step._captured) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
