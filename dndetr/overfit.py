@@ -12,7 +12,7 @@ def overfitting(config: Config, count: int) -> Config:
     """The preset as it learns ``count`` images by heart: no augmentation, a steady learning rate, short memory."""
     return replace(
         config,
-        epochs=16,
+        epochs=12,
         batch_size=min(config.batch_size, count),
         evaluate_every=4,
         images=replace(config.images, augment=False),

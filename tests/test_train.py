@@ -1,5 +1,7 @@
 """The train command, end to end on a few images."""
 
+import ast
+import inspect
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr import train
+from dndetr import config, train
 from dndetr.config import Config, from_dict, to_dict
 from dndetr.console import Console
 from dndetr.criterion import Criterion
@@ -250,6 +252,19 @@ def test_presets_survive_the_file(name):
     config = PRESETS[name]()
     assert isinstance(config, Config) and config.preset == name
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_flag_has_one_line_of_help():
+    """tyro takes the help from the string under each field."""
+    tree = ast.parse(inspect.getsource(config))
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        fields = [(place, node) for place, node in enumerate(kind.body) if isinstance(node, ast.AnnAssign)]
+        for place, field in fields:
+            if ast.unparse(field.annotation).endswith("Config"):
+                continue  # a group of flags, which has its class's docstring
+            below = kind.body[place + 1] if place + 1 < len(kind.body) else None
+            text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
+            assert text.endswith(".") and "\n" not in text, f"{kind.name}.{field.target.id} has no line of help"
 
 
 def test_help_names_every_flag(capsys):

@@ -1,14 +1,20 @@
 """The order of batches: by seed and epoch, from any step on, whatever reads them."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from short_runs import write_pictures
 
 from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
 from dndetr.data.loader import build_loader
 from dndetr.data.shapes import ShapesDataset
+from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, Unresized
+from dndetr.presets import PRESETS
 
 
 class Recorder(ShapesDataset):
@@ -110,3 +116,18 @@ def test_images_with_too_many_objects_are_counted(make_document, make_folder):
     with pytest.warns(UserWarning, match=r"2 images hold more than 8 objects \(up to 9\)"):
         loader = build_loader(dataset, 2, training=True, slots=8)
     assert next(loader.epoch()).targets.counts.tolist() == [8, 8]
+
+
+def test_a_crowd_is_cut_in_training_but_never_in_the_ground_truth(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures")
+    for split in ("train", "val"):
+        path = pictures / "annotations" / f"instances_{split}.json"
+        document = json.loads(path.read_text())
+        like = document["annotations"][0]
+        document["annotations"] += [like | {"id": 1000 + n, "bbox": [1, 1, 2 + n / 100, 3]} for n in range(600)]
+        path.write_text(json.dumps(document))
+    with pytest.warns(UserWarning, match=r"1 images hold more than 512 objects \(up to 603\)"):
+        data = TrainingData(replace(PRESETS["small"](), data=str(pictures), batch_size=8, init="weights.pth"))
+    (batch,) = data.training(0)
+    assert batch.targets.counts.max() == 512
+    assert len(data.ground_truth["annotations"]) == 600 + 3 * 6
