@@ -9,7 +9,7 @@ STEPS = 50  # of an epoch
 
 
 def overfitting(config: Config, count: int) -> Config:
-    """The preset as it learns ``count`` images by heart: no augmentation, a steady learning rate, short memory."""
+    """The preset as it learns ``count`` images by heart: no augmentation, an average with a short memory."""
     return replace(
         config,
         epochs=12,
