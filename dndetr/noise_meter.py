@@ -4,43 +4,39 @@ import torch
 from torch import Tensor
 
 from .batch import Targets
-from .boxes import cxcywh_to_xyxy, iou_and_union
 from .denoising import NoisedQueries
 
 
 def noise_sums(noised: NoisedQueries, targets: Targets) -> Tensor:
-    """Sums over all live slots: flipped labels, shift, IoU with the original, and their number -> [4] float64.
+    """Sums over all live slots: flipped labels, shift, and their number -> [3] float64.
 
     The shift is the mean distance of centre, width and height from the original's, in the units of ``box_noise``: half
     the box's size for the centre, the whole size for width and height. Its expectation is half of ``box_noise``.
     """
-    live = noised.live[:, None].expand(noised.labels.shape).float()
-    clean = targets.boxes[:, None].float()
-    boxes = noised.boxes.float()
-    flipped = noised.labels != targets.labels[:, None]
+    live = noised.live[:, None]
+    clean = targets.boxes[:, None]
+    flipped = (noised.labels != targets.labels[:, None]) & live
     reach = torch.cat((clean[..., 2:] * 0.5, clean[..., 2:]), dim=-1).clamp(min=1e-6)
-    shift = ((boxes - clean).abs() / reach).mean(-1)
-    iou, _ = iou_and_union(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(clean).expand(boxes.shape))
-    return torch.stack(
-        [(value * live).sum(dtype=torch.float64) for value in (flipped.float(), shift, iou, torch.ones_like(live))]
-    )
+    shift = ((noised.boxes - clean).abs() / reach).mean(-1) * live
+    slots = noised.live.sum() * noised.labels.shape[1]
+    return torch.stack((flipped.sum().double(), shift.sum(dtype=torch.float64), slots.double()))
 
 
 class NoiseMeter:
     """Sums of the noise over many steps, in place on the device; asked once in a while."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, noised: NoisedQueries, targets: Targets) -> None:
         """One more step."""
         self.sums += noise_sums(noised, targets)
 
     def read(self) -> dict:
-        """dn_flip_rate, dn_box_shift, dn_iou since the last reading (nothing if there was no noise); starts anew."""
-        flips, shift, iou, slots = self.sums.tolist()
+        """dn_flip_rate, dn_box_shift since the last reading (nothing if there was no noise); starts anew."""
+        flips, shift, slots = self.sums.tolist()
         self.sums.zero_()
         if slots == 0:
             return {}
-        values = {"dn_flip_rate": flips, "dn_box_shift": shift, "dn_iou": iou}
+        values = {"dn_flip_rate": flips, "dn_box_shift": shift}
         return {name: round(value / slots, 5) for name, value in values.items()}
