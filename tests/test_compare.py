@@ -51,6 +51,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
         if len(steps) == 7:  # 4 of the first run, 3 of the second
             os.kill(os.getpid(), signal.SIGTERM)
 
+    run, trained = compare.train.run, []
+    monkeypatch.setattr(compare.train, "run", lambda flags: trained.append(flags[0]) or run(flags))
     monkeypatch.setattr(Console, "advance", signal_in_the_second_run)
     with pytest.raises(SystemExit):
         compare.main([*FEW, "--output", "both", "--seeds", "1", "--quiet"])
@@ -58,7 +60,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
     assert json.loads(Path("both/verdict.json").read_text())["comparisons"] == []
     before = Path("both/groups-5-seed-42/checkpoint.pt").stat().st_mtime_ns
     assert compare.main(["--resume", "both", "--quiet"]) == 0
-    assert steps == [1, 2, 3, 4, 1, 2, 3, 4], "finished runs are reused, the other is continued"
+    assert steps == [1, 2, 3, 4, 1, 2, 3, 4] and len(trained) == 3, "finished runs are reused, the other is continued"
     assert Path("both/groups-5-seed-42/checkpoint.pt").stat().st_mtime_ns == before
     assert len(json.loads(Path("both/verdict.json").read_text())["comparisons"]) == 1
     # A run folder that was killed before its first checkpoint is made anew; more seeds are added.
@@ -66,7 +68,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
     Path("both/groups-0-seed-43/config.json").write_text("{}")
     assert compare.main(["--resume", "both", "--seeds", "2", "--quiet"]) == 0
     told = json.loads(Path("both/verdict.json").read_text())
-    assert told["seeds"] == [42, 43] and len(steps) == 16
+    assert told["seeds"] == [42, 43] and len(steps) == 16 and len(trained) == 5
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def draw(counts, slots=8, groups=400, label_noise=0.2, box_noise=0.4):
 
 def test_the_meter_reads_what_a_loop_over_objects_finds():
     targets, noised = draw(COUNTS, groups=3)
+    targets.boxes[0, 3:], targets.labels[0, 3:] = 0.5, 1  # what is in slots without an object must not count
     meter = NoiseMeter()
     meter.add(noised, targets)
     flips, shifts = [], []
