@@ -80,7 +80,7 @@ def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[floa
     seconds: tuple[list[float], list[float]] = ([], [])
     batches = _repeated(data)
     for number in range(steps + 2):
-        batch = next(batches).to(trainers[0].device)
+        batch = next(batches)
         for trainer, times in zip(trainers, seconds, strict=True):
             started = time.perf_counter()
             _, norm = trainer.step(batch)
