@@ -28,12 +28,17 @@ using Pointer = std::pair<std::uintptr_t, int>;
 
 dndetr::Array array_at(Pointer p) { return {reinterpret_cast<void*>(p.first), static_cast<dndetr::Dtype>(p.second)}; }
 
+dndetr::AssignProblems assign_problems(std::uintptr_t cost, bool is_double, std::array<int, 3> shape,
+                                       std::array<std::int64_t, 3> strides, std::uintptr_t counts,
+                                       std::uintptr_t query_of) {
+  return {reinterpret_cast<const void*>(cost),           is_double,  shape[0],   shape[1],
+          shape[2],                                      strides[0], strides[1], strides[2],
+          reinterpret_cast<const std::int32_t*>(counts), reinterpret_cast<std::int32_t*>(query_of)};
+}
+
 void assign(std::uintptr_t cost, bool is_double, std::array<int, 3> shape, std::array<std::int64_t, 3> strides,
             std::uintptr_t counts, std::uintptr_t query_of, int threads, const std::string& simd) {
-  const dndetr::AssignProblems problems{
-      reinterpret_cast<const void*>(cost),       is_double,  shape[0],   shape[1],
-      shape[2],                                  strides[0], strides[1], strides[2],
-      reinterpret_cast<const std::int32_t*>(counts), reinterpret_cast<std::int32_t*>(query_of)};
+  const auto problems = assign_problems(cost, is_double, shape, strides, counts, query_of);
   const dndetr::Simd chosen = simd_named(simd);
   py::gil_scoped_release release;
   dndetr::assign(problems, threads, chosen);
@@ -57,8 +62,8 @@ dndetr::MatchInputs match_inputs(std::array<int, 5> shape, Pointer logits, std::
           shape[4],
           array_at(logits),
           array_at(boxes),
-          logits_strides,
-          boxes_strides,
+          {logits_strides[0], logits_strides[1], logits_strides[2]},
+          {boxes_strides[0], boxes_strides[1], boxes_strides[2]},
           reinterpret_cast<const std::int64_t*>(labels),
           array_at(target_boxes),
           reinterpret_cast<const std::int32_t*>(counts),
@@ -70,6 +75,27 @@ dndetr::MatchOutputs match_outputs(int sets, std::array<std::uintptr_t, 3> outpu
   return {sets, reinterpret_cast<std::int32_t*>(outputs[0]), reinterpret_cast<std::int32_t*>(outputs[1]),
           reinterpret_cast<bool*>(outputs[2])};
 }
+
+#ifdef WITH_CUDA
+void assign_cuda(std::uintptr_t cost, bool is_double, std::array<int, 3> shape, std::array<std::int64_t, 3> strides,
+                 std::uintptr_t counts, std::uintptr_t query_of, bool exact, std::uintptr_t workspace,
+                 StreamHandle stream) {
+  const auto problems = assign_problems(cost, is_double, shape, strides, counts, query_of);
+  py::gil_scoped_release release;
+  dndetr::assign_cuda(problems, exact, reinterpret_cast<void*>(workspace), stream_at(stream));
+}
+
+void match_cuda(const dndetr::MatchInputs& inputs, int sets, std::array<std::uintptr_t, 3> outputs, bool exact,
+                std::uintptr_t workspace, StreamHandle stream) {
+  py::gil_scoped_release release;
+  dndetr::match_cuda(inputs, match_outputs(sets, outputs), exact, reinterpret_cast<void*>(workspace),
+                     stream_at(stream));
+}
+
+std::int64_t match_workspace(int queries, int slots, bool is_double, StreamHandle stream) {
+  return dndetr::match_workspace(queries, slots, is_double, stream_at(stream));
+}
+#endif
 
 void match_cost(const dndetr::MatchInputs& inputs, std::uintptr_t cost, int threads, const std::string& simd) {
   const dndetr::Simd chosen = simd_named(simd);
@@ -193,6 +219,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("match", &match, py::arg("inputs"), py::arg("sets"), py::arg("outputs"), py::arg("threads") = 1,
         py::arg("simd") = "",
         "Cost and assignment: -> query [Y, B, sets, T] int32, target [Y, B, N] int32, finite [Y, B, sets] bool.");
+#ifdef WITH_CUDA
+  m.def("assign_cuda", &assign_cuda, py::arg("cost"), py::arg("is_double"), py::arg("shape"), py::arg("strides"),
+        py::arg("counts"), py::arg("query_of"), py::arg("exact"), py::arg("workspace"), py::arg("stream"),
+        "Assignment on a GPU, as on the CPU; `exact`: sums in double.");
+  m.def("match_cuda", &match_cuda, py::arg("inputs"), py::arg("sets"), py::arg("outputs"), py::arg("exact"),
+        py::arg("workspace"), py::arg("stream"), "Cost and assignment on a GPU, as on the CPU.");
+  m.def("match_workspace", &match_workspace, py::arg("queries"), py::arg("slots"), py::arg("is_double"),
+        py::arg("stream"), "Costs of workspace that a problem of this size needs: 0 where shared memory holds them.");
+#endif
   py::class_<DeformAttnArguments>(m, "DeformAttn", "Inputs of deformable attention; whoever makes one keeps them alive.")
       .def(py::init<std::array<int, 6>, std::vector<int>, Pointer, std::array<std::int64_t, 3>, Pointer, Pointer, Pointer,
                     std::uintptr_t>(),

@@ -29,12 +29,9 @@ class Launch {
   Launch& operator=(const Launch&) = delete;
 
   cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const {
-    int device = 0, count = 0;
-    raise(cudaGetDevice(&device));
-    raise(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  // Bytes of shared memory that a block may ask for.
+  std::int64_t most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
   // After each launch, and around each call of the runtime.
   void check() const { raise(cudaGetLastError()); }
@@ -45,6 +42,13 @@ class Launch {
   }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int device = 0, value = 0;
+    raise(cudaGetDevice(&device));
+    raise(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  }
+
   const char* op_;
   cudaStream_t stream_;
   int previous_ = 0;

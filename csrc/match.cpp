@@ -34,7 +34,7 @@ bool is_sound(Cost c) {
 template <class Cost>
 Cost worst_cost(Cost worst) {
   if (worst == -kLargest<Cost>) return 1;
-  return std::min(worst + std::fabs(worst) + 1, kLargest<Cost>);
+  return std::min(worst + std::fabs(worst) + 1, std::numeric_limits<Cost>::max());
 }
 
 // Four numbers of an array of any float type.
@@ -86,9 +86,9 @@ struct Queries {
   void load_boxes(const MatchInputs& m, int layer, int from_image, int set) {
     image = from_image;
     const std::int64_t first = set * std::int64_t(count);
-    first_logit_ = layer * m.logits_strides[0] + image * m.logits_strides[1] + first * m.logits_strides[2];
-    std::int64_t from = layer * m.boxes_strides[0] + image * m.boxes_strides[1] + first * m.boxes_strides[2];
-    for (int q = 0; q < count; ++q, from += m.boxes_strides[2]) {
+    first_logit_ = layer * m.logits_strides.layer + image * m.logits_strides.image + first * m.logits_strides.query;
+    std::int64_t from = layer * m.boxes_strides.layer + image * m.boxes_strides.image + first * m.boxes_strides.query;
+    for (int q = 0; q < count; ++q, from += m.boxes_strides.query) {
       Cost box[4];
       load_box(m.boxes, from, box);
       x[q] = box[0];
@@ -106,7 +106,7 @@ struct Queries {
     }
     DNDETR_WITH_ELEMENT(m.logits.dtype, {
       const Element* from = static_cast<const Element*>(m.logits.data) + first_logit_ + label;
-      for (int q = 0; q < count; ++q) logit[q] = static_cast<Cost>(widen(from[q * m.logits_strides[2]]));
+      for (int q = 0; q < count; ++q) logit[q] = static_cast<Cost>(widen(from[q * m.logits_strides.query]));
     })
   }
 

@@ -1,7 +1,6 @@
 // What the bindings call: launchers that take raw pointers, sizes and strides (in elements), and never see torch.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 namespace dndetr {
@@ -47,11 +46,15 @@ struct CostWeights {
   }
 };
 
+struct Strides {
+  std::int64_t layer, image, query;
+};
+
 // What a matching cost is made of. Costs are double for float64 logits, else float.
 struct MatchInputs {
   int layers, batch, queries, classes, slots;
   Array logits, boxes;                                   // [Y, B, N, K] and [Y, B, N, 4], the last dimension contiguous
-  std::array<std::int64_t, 3> logits_strides, boxes_strides;
+  Strides logits_strides, boxes_strides;
   const std::int64_t* labels;                            // [B, T]
   Array target_boxes;                                    // [B, T, 4]
   const std::int32_t* counts;                            // [B]
@@ -69,6 +72,12 @@ struct MatchOutputs {
 // cost [Y, B, T, N], infinite where padded.
 void match_cost(const MatchInputs& inputs, void* cost, int threads, Simd simd);
 void match(const MatchInputs& inputs, const MatchOutputs& outputs, int threads, Simd simd);
+
+// The same on a GPU, up to 2048 queries (of a set) and targets, boxes of the type of the costs. `exact`: sums in double, as on the CPU, else in float for
+// float costs. workspace: match_workspace() costs for each problem.
+void assign_cuda(const AssignProblems& problems, bool exact, void* workspace, Stream stream);
+void match_cuda(const MatchInputs& inputs, const MatchOutputs& outputs, bool exact, void* workspace, Stream stream);
+std::int64_t match_workspace(int queries, int slots, bool is_double, Stream stream);
 
 // Multi-scale deformable attention. Contiguous, except for value [B, S, H, D], whose width D alone must be.
 struct DeformAttn {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..batch import Targets
 from . import _backend
-from .assign import assign
+from .assign import assign, workspace
 from .match_cost import CostWeights, compiled_inputs, make_case, match_cost, validate
 
 
@@ -60,13 +60,13 @@ def invert(query: Tensor, queries: int) -> Tensor:
 
 torch.library.define(
     "dndetr::match",
-    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, int sets)"
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, int sets, bool exact)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("dndetr::match", "cpu")
-def _match_cpu(logits, boxes, labels, target_boxes, counts, weights, sets):
+def _match_cpu(logits, boxes, labels, target_boxes, counts, weights, sets, exact):
     query, target, finite = _empty_matches(logits, labels, sets)
     module = _backend.compiled()
     with compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights) as inputs:
@@ -75,8 +75,22 @@ def _match_cpu(logits, boxes, labels, target_boxes, counts, weights, sets):
     return query, target, finite
 
 
+@torch.library.impl("dndetr::match", "cuda")
+def _match_cuda(logits, boxes, labels, target_boxes, counts, weights, sets, exact):
+    query, target, finite = _empty_matches(logits, labels, sets)
+    module = _backend.compiled()
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    stream = _backend.cuda_stream(logits)
+    room = workspace(module, logits, finite.numel(), logits.shape[2] // sets, labels.shape[1], precise, stream)
+    boxes, target_boxes = boxes.to(precise), target_boxes.to(precise)
+    with compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights) as inputs:
+        outputs = (query.data_ptr(), target.data_ptr(), finite.data_ptr())
+        module.match_cuda(inputs, sets, outputs, exact, room.data_ptr(), stream)
+    return query, target, finite
+
+
 @torch.library.register_fake("dndetr::match")
-def _match_fake(logits, boxes, labels, target_boxes, counts, weights, sets):
+def _match_fake(logits, boxes, labels, target_boxes, counts, weights, sets, exact):
     return _empty_matches(logits, labels, sets)
 
 
@@ -97,10 +111,12 @@ def match(
     weights: CostWeights = CostWeights(),
     sets: int = 1,
     backend: str | None = None,
+    exact: bool = True,
 ) -> Matches:
     """The cheapest matching of every (layer, image), by ``match_cost``.
 
     logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, N a multiple of ``sets`` -> Matches.
+    exact: as in ``assign``.
     """
     validate("match", logits, boxes, targets)
     if sets < 1 or logits.shape[2] % sets:
@@ -108,8 +124,9 @@ def match(
     name, _ = _backend.choose("match", backend, logits.device.type)
     if name == "reference":
         return match_reference(logits, boxes, targets, weights, sets, backend)
+    weights = [float(weight) for weight in weights]
     query, target, finite = torch.ops.dndetr.match(
-        logits, boxes, targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights], sets
+        logits, boxes, targets.labels, targets.boxes, targets.counts, weights, sets, exact
     )
     return Matches(query, target, finite.squeeze(2) if sets == 1 else finite.all(2))
 
@@ -117,7 +134,7 @@ def match(
 def _self_test(device_type: str) -> float:
     logits, boxes, targets = make_case("tiny", device_type)
     weights = CostWeights()
-    given = torch.ops.dndetr.match(logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights), 1)
+    given = torch.ops.dndetr.match(logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights), 1, True)
     expected = match_reference(logits, boxes, targets, weights, 1, "reference")
     return float(sum((a.squeeze() != b.squeeze()).sum() for a, b in zip(given, expected, strict=True)))
 
@@ -126,4 +143,12 @@ def _cpp_obstacle(device_type: str) -> str | None:
     return _backend.extension_obstacle("match") if device_type == "cpu" else "it works on CPU tensors"
 
 
-_backend.register("match", _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=0.0))
+def _cuda_obstacle(device_type: str) -> str | None:
+    return _backend.cuda_obstacle("match_cuda") if device_type == "cuda" else "it works on CUDA tensors"
+
+
+_backend.register(
+    "match",
+    _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test, tolerance=0.0),
+    _backend.Backend("cuda", ("cuda",), _cuda_obstacle, _self_test, tolerance=0.0),
+)

@@ -163,7 +163,7 @@ def test_wrong_input_is_an_error(cost, counts):
 def test_opcheck(extension):
     for name in ("tiny", "more-targets", "no-queries"):
         cost, counts = make_case(name)
-        torch.library.opcheck(torch.ops.dndetr.assign.default, (cost, counts, "cpp"))
+        torch.library.opcheck(torch.ops.dndetr.assign.default, (cost, counts, "cpp", True))
 
 
 def test_compiles_without_a_graph_break():

@@ -139,7 +139,7 @@ def test_equal_predictions_go_to_the_lowest_queries():
 
 def test_opcheck(extension):
     logits, boxes, targets = make_case("uneven")
-    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()), 1)
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()), 1, True)
     torch.library.opcheck(torch.ops.dndetr.match.default, inputs)
 
 
