@@ -60,8 +60,8 @@ def invert(query: Tensor, queries: int) -> Tensor:
 
 torch.library.define(
     "dndetr::match",
-    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, int sets, bool exact)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor counts, float[] weights, int sets,"
+    " bool exact) -> (Tensor, Tensor, Tensor)",
 )
 
 
