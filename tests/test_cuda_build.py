@@ -7,6 +7,7 @@ import sass
 
 from dndetr.ops import _backend
 
+MATCH = r"dndetr8matching12match_kernel"
 MSDA = r"dndetr6deform(7forward|8backward)"
 
 
@@ -93,3 +94,26 @@ def test_deform_attn_spreads_gradients_in_vectors_and_never_waits_for_them(defor
         else:
             quads = 8 if dtype == "float" or width == 0 else 16
             assert kernel.count(r"REDG\.E\.ADD\.F32x4.*") == kernel.count(r"RED.*") == quads, kernel.name
+
+
+@pytest.fixture(scope="module")
+def match(on_hopper):
+    """Kernels of matching."""
+    return on_hopper(MATCH)
+
+
+def test_match_kernels_are_all_there(match):
+    # Costs given or computed, float costs with sums in float or double, double costs; one warp that searches, or all.
+    assert len(match) == 2 * 3 * 2
+
+
+def test_match_stays_in_its_registers(match):
+    for kernel in match:
+        assert kernel.registers <= 128, kernel.name  # two blocks of 256 threads on a multiprocessor
+        assert kernel.stack == 0 and kernel.count(r"(LDL|STL)\b.*") == 0, kernel.name
+
+
+def test_match_takes_minima_of_warps_in_one_instruction(match):
+    for kernel in match:
+        assert kernel.count(r"REDUX\.MIN.*") >= 6, kernel.name
+        assert kernel.count(r"SHFL.*") == 0, kernel.name

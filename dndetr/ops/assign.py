@@ -50,7 +50,6 @@ def _finite(matrix: np.ndarray) -> np.ndarray:
 torch.library.define("dndetr::assign", "(Tensor cost, Tensor counts, str backend, bool exact) -> Tensor")
 
 
-@torch.library.impl("dndetr::assign", ("cpu", "cuda"))
 def _assign(cost, counts, backend, exact):
     if backend == "reference":
         return assign_reference(cost, counts)
@@ -66,6 +65,9 @@ def _assign(cost, counts, backend, exact):
         room = workspace(module, cost, *cost.shape, cost.dtype, stream)
         module.assign_cuda(*problems, exact, room.data_ptr(), stream)
     return query
+
+
+torch.library.impl("dndetr::assign", ("cpu", "cuda"), _assign)
 
 
 def workspace(module, like: Tensor, problems: int, queries: int, slots: int, dtype: torch.dtype, stream) -> Tensor:

@@ -75,7 +75,6 @@ def _match_cpu(logits, boxes, labels, target_boxes, counts, weights, sets, exact
     return query, target, finite
 
 
-@torch.library.impl("dndetr::match", "cuda")
 def _match_cuda(logits, boxes, labels, target_boxes, counts, weights, sets, exact):
     query, target, finite = _empty_matches(logits, labels, sets)
     module = _backend.compiled()
@@ -87,6 +86,9 @@ def _match_cuda(logits, boxes, labels, target_boxes, counts, weights, sets, exac
         outputs = (query.data_ptr(), target.data_ptr(), finite.data_ptr())
         module.match_cuda(inputs, sets, outputs, exact, room.data_ptr(), stream)
     return query, target, finite
+
+
+torch.library.impl("dndetr::match", "cuda", _match_cuda)
 
 
 @torch.library.register_fake("dndetr::match")

@@ -1,12 +1,12 @@
-// CUDA kernels as ordinary C++: each warp's 32 threads are fibres that take turns, and meet at shuffles and barriers.
+// CUDA kernels as ordinary C++: a block's threads are fibres that take turns, and meet at shuffles and barriers.
 //
-// Enough of CUDA for kernels without block-wide barriers. It reports what a GPU would not: a warp whose threads do not
-// all come to a shuffle, and a read outside the memory that was declared readable. Threads may take turns in either
-// order: results that differ betray a missing barrier.
+// It reports what a GPU would not: threads that do not all come to a shuffle or a barrier, and a read outside the memory
+// that was declared readable. Threads may take turns in either order: results that differ betray a missing barrier.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -36,81 +36,131 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, blockDim;
 
+using std::max;
+using std::min;
+
 namespace emulator {
 
-constexpr int kWarpSize = 32;
+constexpr unsigned kWarpSize = 32;
+constexpr std::size_t kStack = 64 * 1024;
 
-struct Warp {
-  ucontext_t scheduler, fibre[kWarpSize];
-  std::vector<char> stacks = std::vector<char>(kWarpSize * kStack);
-  static constexpr std::size_t kStack = 64 * 1024;
-  bool done[kWarpSize];
-  int meetings[kWarpSize];
-  float exchange[2][kWarpSize];  // by turns, so that a thread ahead does not overwrite what others still read
-  int running = 0;
-  std::function<void()> body;
+enum class Stop { warp, block, end };
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStack);
+  Stop stop;
+  int meetings;
+  std::uint64_t exchange[2];  // by turns, so that a thread ahead does not overwrite what others still read
 };
-inline Warp warp;
+
+inline ucontext_t scheduler;
+inline std::vector<Fibre> fibres;
+inline unsigned running = 0;
+inline bool any_thread[2];
+inline int barriers = 0;
+inline std::function<void()> body;
 inline std::vector<std::pair<std::uintptr_t, std::uintptr_t>> readable;
-inline bool descending = false;
+inline bool descending = false, reads_outside = false;
 
 inline void enter() {
-  warp.body();
-  warp.done[warp.running] = true;
+  body();
+  fibres[running].stop = Stop::end;
 }
 
-inline void meet() {
-  ++warp.meetings[warp.running];
-  swapcontext(&warp.fibre[warp.running], &warp.scheduler);
+inline void meet(Stop stop) {
+  fibres[running].stop = stop;
+  ++fibres[running].meetings;
+  swapcontext(&fibres[running].context, &scheduler);
 }
 
-inline void run_warp(unsigned first_thread) {
-  for (int i = 0; i < kWarpSize; ++i) {
-    warp.done[i] = false;
-    warp.meetings[i] = 0;
-    getcontext(&warp.fibre[i]);
-    warp.fibre[i].uc_stack.ss_sp = warp.stacks.data() + i * Warp::kStack;
-    warp.fibre[i].uc_stack.ss_size = Warp::kStack;
-    warp.fibre[i].uc_link = &warp.scheduler;
-    makecontext(&warp.fibre[i], enter, 0);
+// Lets a warp's threads run to their next meeting -> where that is.
+inline Stop run_warp(unsigned first) {
+  for (unsigned turn = 0; turn < kWarpSize; ++turn) {
+    running = first + (descending ? kWarpSize - 1 - turn : turn);
+    threadIdx.x = running;
+    swapcontext(&scheduler, &fibres[running].context);
   }
-  for (bool more = true; more;) {
-    for (int turn = 0; turn < kWarpSize; ++turn) {
-      const int i = descending ? kWarpSize - 1 - turn : turn;
-      warp.running = i;
-      threadIdx.x = first_thread + i;
-      swapcontext(&warp.scheduler, &warp.fibre[i]);
+  for (unsigned i = first; i < first + kWarpSize; ++i) {
+    if (fibres[i].stop != fibres[first].stop || fibres[i].meetings != fibres[first].meetings) {
+      throw std::runtime_error("threads of a warp went apart at a shuffle or barrier");
     }
-    for (int i = 0; i < kWarpSize; ++i) {
-      if (warp.done[i] != warp.done[0] || warp.meetings[i] != warp.meetings[0]) {
-        throw std::runtime_error("threads of a warp went apart at a shuffle or barrier");
-      }
+  }
+  return fibres[first].stop;
+}
+
+inline void run_block(unsigned threads) {
+  if (fibres.size() < threads) fibres.resize(threads);
+  any_thread[0] = any_thread[1] = false;
+  barriers = 0;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fibre& fibre = fibres[i];
+    fibre.meetings = 0;
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.data();
+    fibre.context.uc_stack.ss_size = kStack;
+    fibre.context.uc_link = &scheduler;
+    makecontext(&fibre.context, enter, 0);
+  }
+  const unsigned warps = threads / kWarpSize;
+  for (bool more = true; more; ++barriers) {
+    unsigned ended = 0;
+    for (unsigned turn = 0; turn < warps; ++turn) {
+      const unsigned first = (descending ? warps - 1 - turn : turn) * kWarpSize;
+      Stop stop;
+      do stop = run_warp(first);
+      while (stop == Stop::warp);
+      ended += stop == Stop::end;
     }
-    more = !warp.done[0];
+    if (ended != 0 && ended != warps) throw std::runtime_error("a warp ended while others wait at a barrier");
+    more = ended == 0;
+    any_thread[(barriers + 1) % 2] = false;
   }
 }
 
 template <class Body>
-void launch(unsigned blocks, unsigned threads, const Body& body) {
+void launch(unsigned blocks, unsigned threads, const Body& kernel) {
   blockDim.x = threads;
-  warp.body = body;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (unsigned first = 0; first < threads; first += kWarpSize) run_warp(first);
-  }
+  body = kernel;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
 }
 
-inline bool reads_outside = false;
+// Every lane's word, given to read(array of the warp's fibres, turn) once all have come.
+template <class Read>
+auto exchange(std::uint64_t word, const Read& read) {
+  const unsigned self = running;
+  const int turn = fibres[self].meetings % 2;
+  fibres[self].exchange[turn] = word;
+  meet(Stop::warp);
+  return read(fibres.data() + self / kWarpSize * kWarpSize, self % kWarpSize, turn);
+}
 
 }  // namespace emulator
 
 inline float __shfl_xor_sync(unsigned, float x, int step) {
-  using emulator::warp;
-  const int lane = warp.running, turn = warp.meetings[lane] % 2;
-  warp.exchange[turn][lane] = x;
-  emulator::meet();
-  return warp.exchange[turn][lane ^ step];
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof x);
+  bits = emulator::exchange(bits, [=](const emulator::Fibre* warp, unsigned lane, int turn) {
+    return static_cast<std::uint32_t>(warp[lane ^ step].exchange[turn]);
+  });
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
-inline void __syncwarp() { emulator::meet(); }
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+  return emulator::exchange(x, [](const emulator::Fibre* warp, unsigned, int turn) {
+    auto low = warp[0].exchange[turn];
+    for (unsigned i = 1; i < emulator::kWarpSize; ++i) low = std::min(low, warp[i].exchange[turn]);
+    return static_cast<unsigned>(low);
+  });
+}
+inline void __syncwarp() { emulator::meet(emulator::Stop::warp); }
+inline void __syncthreads() { emulator::meet(emulator::Stop::block); }
+inline int __syncthreads_or(int x) {
+  const int turn = emulator::barriers % 2;
+  if (x) emulator::any_thread[turn] = true;
+  emulator::meet(emulator::Stop::block);
+  return emulator::any_thread[turn];
+}
 
 template <class T>
 T __ldg(const T* from) {
@@ -132,5 +182,9 @@ T __ldg(const T* from) {
 template <class T>
 void atomicAdd(T* to, T x) {
   *to += x;
+}
+template <class T>
+void atomicMin(T* to, T x) {
+  *to = std::min(*to, x);
 }
 inline long long __float2ll_rn(float x) { return std::llrint(x); }
