@@ -131,11 +131,70 @@ def test_counts_out_of_range_are_clamped(extension):
     assert torch.equal(high, exact)
 
 
-def test_permuting_targets_permutes_the_result(extension):
-    cost, _ = make_case("small")
-    counts = torch.full((48,), 8, dtype=torch.int32)
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(assign(cost, counts)[:, order], assign(cost[:, :, order], counts))
+def full(cost):
+    """Counts that make every target real."""
+    return torch.full(cost.shape[:1], cost.shape[2], dtype=torch.int32)
+
+
+def drawn(seed, queries, slots):
+    """Random costs, whose optimum is unique; in eighths, so that sums of them are exact."""
+    cost = torch.randint(2**22, (4, queries, slots), generator=torch.Generator().manual_seed(seed)).double() / 8
+    return cost, assign(cost, full(cost), backend="cpp")
+
+
+SIZES = {"seed": st.integers(0, 2**31), "queries": st.integers(1, 24), "slots": st.integers(1, 24)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES)
+def test_order_does_not_matter(extension, seed, queries, slots):
+    cost, query = drawn(seed, queries, slots)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(slots, generator=draw)
+    assert torch.equal(assign(cost[:, :, order], full(cost), backend="cpp"), query[:, order])
+    order = torch.randperm(queries, generator=draw)
+    turned = assign(cost[:, order], full(cost), backend="cpp")
+    assert torch.equal(torch.where(turned < 0, -1, order[turned.long()].int()), query)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES)
+def test_a_constant_on_a_fully_matched_side_does_not_matter(extension, seed, queries, slots):
+    cost, query = drawn(seed, queries, slots)
+    constant = (
+        torch.randint(2**22, (4, max(queries, slots)), generator=torch.Generator().manual_seed(seed)).double() / 8
+    )
+    if slots <= queries:
+        assert torch.equal(assign(cost + constant[:, None, :slots], full(cost), backend="cpp"), query)
+    if queries <= slots:
+        assert torch.equal(assign(cost + constant[:, :queries, None], full(cost), backend="cpp"), query)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES)
+def test_transposition_inverts(extension, seed, queries, slots):
+    cost, query = drawn(seed, queries, slots)
+    target = assign(cost.mT, full(cost.mT), backend="cpp")
+    pairs = {(m, q, t) for (m, t), q in np.ndenumerate(query.numpy()) if q >= 0}
+    assert pairs == {(m, q, t) for (m, q), t in np.ndenumerate(target.numpy()) if t >= 0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES, more=st.integers(1, 40))
+def test_padding_does_not_matter_to_ties(extension, seed, queries, slots, more):
+    cost = torch.randint(3, (4, queries, slots), generator=torch.Generator().manual_seed(seed)).float()
+    wide = torch.nn.functional.pad(cost, (0, more), value=float("nan"))
+    query = assign(cost, full(cost), backend="cpp")
+    assert torch.equal(assign(wide, full(cost), backend="cpp")[:, :slots], query)
+    assert torch.equal(assign(cost.flip(0), full(cost), backend="cpp"), query.flip(0))
+
+
+@pytest.mark.parametrize("size", [(200, 200), (300, 120), (120, 300)], ids=str)
+def test_adversarial(extension, size):
+    """Row minima all at one column, and every search passes through all that are matched already."""
+    rows, columns = (torch.arange(1, n + 1, dtype=torch.float64) for n in size)
+    cost = (rows[:, None] * columns)[None].expand(2, -1, -1)
+    check(cost, full(cost), assign(cost, full(cost), backend="cpp"))
 
 
 def test_threads_do_not_change_the_answer(extension):
