@@ -9,33 +9,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .assemble import build_step
 from .batch import Batch
 from .board import demand_tensorboard
 from .checkpoint import save_checkpoint, write_json_atomic
 from .config import Config, to_dict
 from .console import Console
-from .criterion import Criterion
 from .data.training import TrainingData
 from .denoising import NoisedQueries
 from .device import pick_device, pick_mode, pick_precision
 from .drawing import draw_training, draw_validation
 from .evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
-from .graphs import GraphedStep
 from .health import write_denoising
 from .instability import PROBED, MatchingProbe
 from .journal import Journal
 from .memory import explain_memory
 from .models.build import build_model
 from .models.dn_detr import Predictions
-from .noise_meter import NoiseMeter
-from .ops import PARTS, CostWeights, LossWeights
-from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from .ops import PARTS
 from .pictures import draw_curves
 from .processes import Processes
 from .readback import Readback
 from .runlog import RunLog
-from .step import TrainStep
-from .window import LossWindow, Record, demand_finite
+from .window import LossWindow, demand_finite
 
 
 class Stopped(Exception):
@@ -99,56 +95,21 @@ class Trainer:
 
     def prepare(self) -> None:
         """Move the model to the device and make what surrounds it; restore all of it from the checkpoint, if any."""
-        config, model = self.config, self.model.to(self.device, memory_format=torch.channels_last)
-        optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
-        schedule = Schedule(optimizer, self._factor())
-        self.average = WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None
-        loss = config.loss
-        criterion = Criterion(
-            CostWeights(loss.cost_label, loss.cost_l1, loss.cost_giou, loss.alpha),
-            LossWeights(loss.label, loss.l1, loss.giou, loss.alpha),
+        self.step = build_step(
+            self.config,
+            self.model.to(self.device, memory_format=torch.channels_last),
+            len(self.data.classes),
+            self.steps_per_epoch,
+            self.precision,
+            self.mode,
+            self.processes,
+            say=lambda text: self.console.message(text),
         )
-        record = Record(config.log_every, config.model.decoder_layers, self.device)
-        self._window = LossWindow(record)
-        kind, options = TrainStep, {}
-        if self.mode == "graph":
-            kind, options = GraphedStep, {"say": lambda text: self.console.message(text)}
-        self.step = kind(
-            model,
-            criterion,
-            optimizer,
-            schedule,
-            self.average,
-            record,
-            classes=len(self.data.classes),
-            groups=config.denoising.groups,
-            label_noise=config.denoising.label_noise,
-            box_noise=config.denoising.box_noise,
-            batch_active=config.denoising.padding == "official",
-            max_queries=config.denoising.max_queries,
-            clip_norm=config.optimizer.clip_norm,
-            precision=self.precision,
-            # A distance that users' own series of seeds do not have.
-            noise_generator=torch.Generator(self.device).manual_seed(config.seed + 1_000_003 * self.processes.rank),
-            processes=self.processes,
-            noise_meter=NoiseMeter(self.device),
-            **options,
-        )
-        self.matching = MatchingProbe(criterion.cost, PROBED // self.processes.world)
+        self.average = self.step.average
+        self._window = LossWindow(self.step.record)
+        self.matching = MatchingProbe(self.step.criterion.cost, PROBED // self.processes.world)
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
-
-    def _factor(self):
-        optimizer, epochs = self.config.optimizer, self.config.epochs
-        drops = optimizer.drops[:1] if optimizer.schedule == "step" else optimizer.drops
-        return schedule_factor(
-            optimizer.schedule,
-            self.total_steps,
-            round(optimizer.warmup * self.total_steps),
-            tuple(round(share * epochs) * self.steps_per_epoch for share in drops),
-            optimizer.gamma,
-            optimizer.floor,
-        )
 
     def fit(self, folder: Path) -> dict:
         """Train to the configured end, writing into ``folder`` -> the last evaluation's metrics.

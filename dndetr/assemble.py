@@ -1,0 +1,77 @@
+"""A training step put together as a configuration says."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .config import Config
+from .criterion import Criterion
+from .graphs import GraphedStep
+from .noise_meter import NoiseMeter
+from .ops import CostWeights, LossWeights
+from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from .processes import Processes
+from .step import TrainStep
+from .window import Record
+
+
+def build_step(
+    config: Config,
+    model: nn.Module,
+    classes: int,
+    steps_per_epoch: int,
+    precision: torch.dtype,
+    mode: str,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> TrainStep:
+    """Everything around a model that is on its device; mode: "eager" or "graph"; say: is told what users should know."""
+    device = next(model.parameters()).device
+    optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
+    options = {}
+    if mode == "graph":
+        options["say"] = say
+    return (GraphedStep if mode == "graph" else TrainStep)(
+        model,
+        _criterion(config),
+        optimizer,
+        Schedule(optimizer, _factor(config, steps_per_epoch)),
+        WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None,
+        Record(config.log_every, config.model.decoder_layers, device),
+        classes=classes,
+        groups=config.denoising.groups,
+        label_noise=config.denoising.label_noise,
+        box_noise=config.denoising.box_noise,
+        batch_active=config.denoising.padding == "official",
+        max_queries=config.denoising.max_queries,
+        clip_norm=config.optimizer.clip_norm,
+        precision=precision,
+        # A distance that users' own series of seeds do not have.
+        noise_generator=torch.Generator(device).manual_seed(config.seed + 1_000_003 * processes.rank),
+        processes=processes,
+        noise_meter=NoiseMeter(device),
+        **options,
+    )
+
+
+def _criterion(config: Config) -> Criterion:
+    """Matching and losses with the configured weights."""
+    loss = config.loss
+    return Criterion(
+        CostWeights(loss.cost_label, loss.cost_l1, loss.cost_giou, loss.alpha),
+        LossWeights(loss.label, loss.l1, loss.giou, loss.alpha),
+    )
+
+
+def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
+    optimizer, total_steps = config.optimizer, config.epochs * steps_per_epoch
+    drops = optimizer.drops[:1] if optimizer.schedule == "step" else optimizer.drops
+    return schedule_factor(
+        optimizer.schedule,
+        total_steps,
+        round(optimizer.warmup * total_steps),
+        tuple(round(share * config.epochs) * steps_per_epoch for share in drops),
+        optimizer.gamma,
+        optimizer.floor,
+    )
