@@ -1,7 +1,8 @@
-"""Multi-scale deformable attention on the CPU: compiled against the grid_sample composite, timed alternately.
+"""Multi-scale deformable attention against the grid_sample composite and whatever peer can be imported.
 
-``pytest benchmarks/bench_ms_deform_attn.py -s``; ratios of medians are printed and stored in ``extra_info``. Offsets,
-logits and value get gradients, as in the models; reference points do not.
+``pytest benchmarks/bench_ms_deform_attn.py -s``; ratios of medians are printed and stored in ``extra_info``, with bytes
+and their share of what this machine's memory does at best. Value, offsets and logits get gradients, as in the models;
+reference points do not. CPU results are always deterministic; on a GPU the deterministic backward has its own row.
 """
 
 import importlib
@@ -9,6 +10,8 @@ import statistics
 import time
 from functools import partial
 
+import ceilings
+import deform_attn_peers
 import pytest
 import torch
 
@@ -16,37 +19,142 @@ from dndetr.ops import ms_deform_attn_fused
 
 op = importlib.import_module("dndetr.ops.ms_deform_attn")
 
-TIMED = [name for name in op.CASES if name.startswith("train") or name in ("quarter-encoder", "decoder")]
+FULL = ((100, 167), (50, 84), (25, 42), (13, 21))  # the levels of an image of 800 x 1333
+PIXELS = sum(h * w for h, w in FULL)
+DECODERS = {f"decoder-{queries}": (1, queries, 8, 32, FULL, 4, 4, True) for queries in (300, 500, 1100)}
+TRAINING = {name: case for name, case in op.CASES.items() if name.startswith("train")}
+ON_CPU = {**TRAINING, "quarter-encoder": op.CASES["quarter-encoder"], **DECODERS}
+ON_GPU = {
+    f"{name}, {batch} images": (batch, *case[1:])
+    for name, case in {"encoder": (1, PIXELS, 8, 32, FULL, 4, 2, True), **DECODERS}.items()
+    for batch in (1, 2, 4, 16)
+}
+# What the CPU path must reach, with AVX-512 and with AVX2: forward, forward and backward.
+GOALS = {"quarter-encoder": {"avx512": (10, 8), "avx2": (6, 5)}, "decoder-500": {"avx512": (8, 8), "avx2": (5, 5)}}
 
 
-def timed(backend, arguments, grad_out) -> tuple[float, float]:
+def traffic(arguments) -> dict[str, int]:
+    """Bytes that a forward pass gathers, and that each pass has to move to and from memory once."""
+    value, _, reference, offsets, logits, _ = arguments
+    size, width = value.element_size(), value.shape[3]
+    gathered = logits.numel() * 4 * width * size
+    out = offsets.shape[0] * offsets.shape[1] * offsets.shape[2] * width * size
+    inputs = sum(x.nbytes for x in (value, reference, offsets, logits))
+    grads = offsets.nbytes + logits.nbytes + value.numel() * (4 + (0 if size >= 4 else size))
+    return {"gathered": gathered, "forward": inputs + out, "backward": inputs + out + grads}
+
+
+@pytest.fixture(scope="module")
+def best(request):
+    """Ceilings of the device whose benchmark runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = ceilings.measure(device)
+    print("\n" + ", ".join(f"{kind} {rate / 1e9:.0f} GB/s" for kind, rate in found.items()))
+    return found
+
+
+def functions(arguments, device) -> tuple[dict, dict]:
+    """Every implementation as a function without arguments, on inputs that want gradients, and what is missing."""
+    value, shapes, reference, offsets, logits, _ = arguments
+    for x in (value, offsets, logits):
+        x.requires_grad_()
+    fast = {"cpu": "cpp", "cuda": "cuda"}[device]
+    runs = {
+        "grid_sample": (partial(ms_deform_attn_fused, *arguments, backend="reference"), (value, offsets, logits)),
+        "dndetr": (partial(ms_deform_attn_fused, *arguments, backend=fast), (value, offsets, logits)),
+    }
+    peers, missing = deform_attn_peers.importable(device)
+    with torch.no_grad():
+        locations = op.sampling_locations(reference.to(offsets.dtype), offsets, shapes)
+        weights = logits.softmax(-1).view(offsets.shape[:-1])
+    inputs = (value, locations.requires_grad_(), weights.requires_grad_())
+    for name, peer in peers.items():
+        runs[name] = (partial(peer, value, shapes, *inputs[1:]), inputs)
+    return runs, missing
+
+
+def timed(run, inputs, grad_out) -> tuple[float, float]:
     """Seconds of the forward pass, and of both passes."""
-    value, _, _, offsets, logits, _ = arguments
     start = time.perf_counter()
-    out = ms_deform_attn_fused(*arguments, backend=backend)
+    out = run()
     middle = time.perf_counter()
-    torch.autograd.grad(out, (value, offsets, logits), grad_out)
+    torch.autograd.grad(out, inputs, grad_out)
     return middle - start, time.perf_counter() - start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", TIMED)
-def bench_ms_deform_attn(benchmark, provenance, name, dtype, seconds=1.5):
-    arguments = op.make_case(name, dtype)
-    for index in (0, 3, 4):
-        arguments[index].requires_grad_()
-    grad_out = torch.randn_like(ms_deform_attn_fused(*arguments).detach())
-    run = {backend: partial(timed, backend, arguments, grad_out) for backend in ("reference", "cpp")}
-    times = {backend: [] for backend in run}
+@pytest.mark.parametrize("name", ON_CPU)
+def bench_ms_deform_attn(benchmark, provenance, best, name, dtype, seconds=1.5):
+    arguments = op.make_inputs(ON_CPU[name], dtype)
+    runs, missing = functions(arguments, "cpu")
+    grad_out = torch.randn_like(runs["dndetr"][0]().detach())
+    times = {peer: [] for peer in runs}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["cpp"]) < 5:
-        for backend, function in run.items():
-            times[backend].append(function())
-    median = {
-        backend: [statistics.median(column) for column in zip(*rows, strict=True)] for backend, rows in times.items()
+    while time.perf_counter() < end or len(times["dndetr"]) < 5:
+        for peer, (run, inputs) in runs.items():
+            times[peer].append(timed(run, inputs, grad_out))
+    median = {peer: [statistics.median(column) for column in zip(*rows, strict=True)] for peer, rows in times.items()}
+    report(benchmark, provenance, name, dtype, arguments, median, best, missing)
+    goal = GOALS.get(name, {}).get(provenance["simd"])
+    if goal and dtype == torch.float32:
+        ratios = [slow / fast for slow, fast in zip(median["grid_sample"], median["dndetr"], strict=True)]
+        reached = all(ratio >= wanted for ratio, wanted in zip(ratios, goal, strict=True))
+        benchmark.extra_info.update(goal=goal, goal_reached=reached)
+        print(f"  goal {goal[0]}x forward, {goal[1]}x both: {'reached' if reached else 'NOT REACHED'}")
+    benchmark(timed, *runs["dndetr"], grad_out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ON_GPU)
+def bench_ms_deform_attn_on_gpu(benchmark, provenance, best, name, dtype):
+    arguments = op.make_inputs(ON_GPU[name], dtype, "cuda")
+    runs, missing = functions(arguments, "cuda")
+    grad_out = torch.randn_like(runs["dndetr"][0]().detach())
+    median = {}
+    for peer, (run, inputs) in runs.items():
+        try:
+            median[peer] = gpu_times(run, inputs, grad_out)
+        except RuntimeError as failure:  # also out of memory: the composite keeps every sample
+            missing[peer] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            torch.cuda.empty_cache()
+    torch.use_deterministic_algorithms(True)
+    try:
+        median["dndetr, deterministic"] = gpu_times(*runs["dndetr"], grad_out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    report(benchmark, provenance, name, dtype, arguments, median, best, missing)
+    benchmark(lambda: (runs["dndetr"][0](), torch.cuda.synchronize()))
+
+
+def gpu_times(run, inputs, grad_out) -> list[float]:
+    """Seconds of GPU time of the forward pass, and of both passes."""
+    both = partial(lambda: torch.autograd.grad(run(), inputs, grad_out))
+    with torch.no_grad():
+        forward = ceilings.gpu_seconds(run)
+    return [forward, ceilings.gpu_seconds(both)]
+
+
+def report(benchmark, provenance, name, dtype, arguments, median, best, missing) -> None:
+    """Print and store seconds, ratios, and shares of the ceilings."""
+    ours, moved = median["dndetr"], traffic(arguments)
+    ratios = {
+        peer: [slow / fast for slow, fast in zip(times, ours, strict=True)]
+        for peer, times in median.items()
+        if peer != "dndetr"
     }
-    forward, both = (slow / fast for slow, fast in zip(median["reference"], median["cpp"], strict=True))
-    benchmark.extra_info.update(provenance, seconds=median, forward_ratio=forward, both_ratio=both)
-    ours, plain = ("/".join(f"{x * 1e3:.2f}" for x in median[backend]) for backend in ("cpp", "reference"))
-    print(f"\n{name} {dtype}: grid_sample {plain} ms, ours {ours} ms, forward {forward:.1f}x, both {both:.1f}x")
-    benchmark(run["cpp"])
+    shares = {kind: moved["gathered"] / ours[0] / rate for kind, rate in best.items() if kind.startswith("gather")}
+    shares["copy"] = moved["forward"] / ours[0] / best["copy"]
+    backward = max(ours[1] - ours[0], 1e-9)
+    if "reductions in L2" in best:  # float32 sums, whatever the dtype of value
+        reduced = moved["gathered"] * 4 // arguments[0].element_size()
+        shares["reductions in L2"] = reduced / backward / best["reductions in L2"]
+    benchmark.extra_info.update(
+        provenance, seconds=median, ratios=ratios, bytes=moved, ceilings=best, shares=shares, missing=missing
+    )
+    print(f"\n{name} {dtype}: forward {ours[0] * 1e3:.3f} ms, both {ours[1] * 1e3:.3f} ms")
+    for peer, (forward, both) in ratios.items():
+        print(f"  {peer}: {forward:.1f}x forward, {both:.1f}x both")
+    print("  of the ceiling: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    for peer, reason in missing.items():
+        print(f"  not measured: {peer}, {reason}")

@@ -239,13 +239,14 @@ constexpr double kCostWork = 8;  // of computing a cost, in terms of reading one
 
 Simd best_simd() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return Simd::avx512;
-  }
-  if (__builtin_cpu_supports("avx2")) return Simd::avx2;
-#endif
+  // Kernels of both are compiled with fused multiply-add, which is a feature of its own.
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Simd::plain;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return wide ? Simd::avx512 : Simd::avx2;
+#else
   return Simd::plain;
+#endif
 }
 
 void assign(const AssignProblems& p, int threads, Simd simd) {

@@ -11,8 +11,10 @@ The fused form takes what the projections produce: raw offsets and logits. It ap
 together, and turns offsets into locations: with 2-d reference points  ref + offset / (W_l, H_l),  with 4-d ones (boxes)
 ref_xy + offset / P * ref_wh / 2.
 
-Everything is computed in at least float32 and rounded once, to the dtype of ``value``. The C++ path (csrc/
-ms_deform_attn_kernel.h) keeps nothing for the backward pass but the inputs, where the reference keeps every sample.
+Everything is computed in at least float32 and rounded once, to the dtype of ``value``. The compiled paths (csrc/
+ms_deform_attn*, described in docs/ops.md) keep nothing for the backward pass but the inputs, where the reference keeps
+every sample. On a GPU the sums of grad_value depend on the order of threads, in their last bits; under
+``torch.use_deterministic_algorithms(True)`` they are sums of 64-bit integers, which do not.
 """
 
 import math
@@ -373,18 +375,29 @@ CASES = {
 
 
 def make_case(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
-    """Arguments of :func:`ms_deform_attn_fused` for a case; some points lie off the image.
+    """Arguments of :func:`ms_deform_attn_fused` for a case, as :func:`make_inputs` draws them."""
+    return make_inputs(CASES[name], dtype, device, seed)
 
-    dtype is that of value, offsets and logits; reference points are in at least float32.
+
+def make_inputs(case: tuple, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
+    """Arguments of :func:`ms_deform_attn_fused` for sizes as in ``CASES``; some points lie off the image.
+
+    As many queries as pixels stand for those pixels, others lie anywhere. dtype is that of value, offsets and logits;
+    reference points are in at least float32.
     """
-    batch, queries, heads, width, shapes, points, form, padded = CASES[name]
+    batch, queries, heads, width, shapes, points, form, padded = case
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*size):
         return torch.randn(*size, generator=draw, dtype=torch.float64)
 
     levels, pixels = len(shapes), sum(h * w for h, w in shapes)
-    reference = torch.rand(batch, queries, 1, form, generator=draw, dtype=torch.float64).expand(-1, -1, levels, -1)
+    reference = torch.rand(batch, queries, 1, form, generator=draw, dtype=torch.float64)
+    if queries == pixels:
+        # A little off the centre, where an offset of whole pixels would put the sample on a kink.
+        sides = [((torch.arange(h) + 0.51) / h, (torch.arange(w) + 0.51) / w) for h, w in shapes]
+        centres = torch.cat([torch.cartesian_prod(y, x).flip(-1) for y, x in sides]).double()
+        reference[..., :2] = centres[None, :, None]
     valid = None
     if padded:
         share = 0.5 + 0.5 * torch.rand(batch, 1, 2, generator=draw)
@@ -393,7 +406,7 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
     return (
         normal(batch, pixels, heads, width).to(device, dtype),
         shapes,
-        reference.contiguous().to(device, precise),
+        reference.expand(-1, -1, levels, -1).contiguous().to(device, precise),
         (2 * normal(batch, queries, heads, levels, points, 2)).to(device, dtype),
         normal(batch, queries, heads, levels * points).to(device, dtype),
         valid,

@@ -1,0 +1,167 @@
+// Points of a block of queries, one query per vector lane: cells and weights of their corners, and gradients. Included once
+// per instruction set.
+//
+// Coordinates are clamped to the border of the cells, so that a point off the image reads zeros, never out of range.
+
+// rows x columns elements -> to[column * kBlock + row]; missing rows become zero.
+template <class Element, class Real>
+DNDETR_KERNEL void load_columns(const Element* from, std::int64_t row_stride, int rows, int columns, Real* to) {
+  for (int q = 0; q < rows; ++q) {
+    const Element* row = from + q * row_stride;
+    for (int k = 0; k < columns; ++k) to[k * kBlock + q] = static_cast<Real>(widen(row[k]));
+  }
+  for (int q = rows; q < kBlock; ++q) {
+    for (int k = 0; k < columns; ++k) to[k * kBlock + q] = 0;
+  }
+}
+template <class Element, class Real>
+DNDETR_KERNEL void store_columns(const Real* from, std::int64_t row_stride, int rows, int columns, Element* to) {
+  for (int q = 0; q < rows; ++q) {
+    Element* row = to + q * row_stride;
+    for (int k = 0; k < columns; ++k) row[k] = narrow<Element>(from[k * kBlock + q]);
+  }
+}
+
+// One coordinate in pixels -> the cell before it, and the part of the way to the next one; in (-1, size), or clamped.
+template <class Real>
+DNDETR_KERNEL void split(Reals<Real> x, int size, Indices<Real>& before, Reals<Real>& part) {
+  const Reals<Real> low = Reals<Real>{} - 1, high = Reals<Real>{} + static_cast<Real>(size);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Reals<Real> safe = x > low ? x : low;  // a NaN goes on in `part`, but not into an address
+  before = __builtin_convertvector(safe, Indices<Real>);
+  before += __builtin_convertvector(before, Reals<Real>) > safe;
+  const Indices<Real> last = Indices<Real>{} + (size - 1);
+  before = before > last ? last : before;
+  part = x - __builtin_convertvector(before, Reals<Real>);
+}
+
+// Offset -> pixel coordinate is  start + scale * offset,  for one of x, y.
+template <class Real>
+struct Affine {
+  Reals<Real> start, scale;
+};
+template <class Real>
+DNDETR_KERNEL Affine<Real> affine(const DeformAttn& p, const Workspace<Real>& s, int l, int axis, int q, int size) {
+  const Reals<Real> one = Reals<Real>{} + 1, side = one * static_cast<Real>(size);
+  const Real* reference = s.reference + l * p.reference_width * kBlock + q;
+  if (p.reference_width == 0) return {one * Real(-0.5), side};
+  const Reals<Real> start = at(reference + axis * kBlock) * side - Real(0.5);
+  if (p.reference_width == 2) return {start, one};
+  return {start, at(reference + (2 + axis) * kBlock) * side * (Real(0.5) / p.points)};
+}
+
+// Softmax over all levels and points, or the given weights.
+template <class Real>
+DNDETR_KERNEL void weigh(const DeformAttn& p, const Workspace<Real>& s) {
+  if (p.reference_width == 0) return;
+  const int samples = p.levels * p.points;
+  for (int q = 0; q < kBlock; q += Registers<Real>::lanes) {
+    Reals<Real> most = at(s.weight + q), sum{};
+    for (int k = 1; k < samples; ++k) {
+      const Reals<Real> x = at(s.weight + k * kBlock + q);
+      most = x > most ? x : most;
+    }
+    for (int k = 0; k < samples; ++k) {
+      Reals<Real>& x = at(s.weight + k * kBlock + q);
+      x = exp_of_negative(x - most);
+      sum += x;
+    }
+    for (int k = 0; k < samples; ++k) at(s.weight + k * kBlock + q) /= sum;
+  }
+}
+
+// Queries first..first + rows - 1 -> cells, parts and corner weights of all their samples.
+template <class Real>
+DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int rows, const Workspace<Real>& s) {
+  const int samples = p.levels * p.points;
+  const std::int64_t row = (std::int64_t(b) * p.queries + first) * p.heads + head;
+  DNDETR_WITH_ELEMENT(p.offsets.dtype, load_columns(static_cast<const Element*>(p.offsets.data) + row * samples * 2,
+                                                    std::int64_t(p.heads) * samples * 2, rows, samples * 2, s.offset))
+  DNDETR_WITH_ELEMENT(p.logits.dtype, load_columns(static_cast<const Element*>(p.logits.data) + row * samples,
+                                                   std::int64_t(p.heads) * samples, rows, samples, s.weight))
+  if (p.reference_width > 0) {
+    const int columns = p.levels * p.reference_width;
+    const std::int64_t start = (std::int64_t(b) * p.queries + first) * columns;
+    DNDETR_WITH_ELEMENT(p.reference.dtype, load_columns(static_cast<const Element*>(p.reference.data) + start, columns,
+                                                        rows, columns, s.reference))
+  }
+  weigh(p, s);
+  for (int l = 0, k = 0; l < p.levels; ++l) {
+    const Level& level = s.levels[l];
+    for (int q = 0; q < kBlock; q += Registers<Real>::lanes) {
+      const Affine<Real> x_of = affine(p, s, l, 0, q, level.width), y_of = affine(p, s, l, 1, q, level.height);
+      const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
+      for (int point = 0; point < p.points; ++point) {
+        const int i = (k + point) * kBlock + q;
+        const Reals<Real> x = x_of.start + x_of.scale * at(s.offset + 2 * i - q);
+        const Reals<Real> y = y_of.start + y_of.scale * at(s.offset + 2 * i - q + kBlock);
+        Indices<Real> column, line;
+        Reals<Real> right, down;
+        split<Real>(x, level.width, column, right);
+        split<Real>(y, level.height, line, down);
+        *reinterpret_cast<Indices<Real>*>(s.cell + i) =
+            (line + 1) * level.row + column + (1 + static_cast<typename Workspace<Real>::Index>(level.first));
+        const Reals<Real> zero{}, one = zero + 1, weight = at(s.weight + i);
+        const auto out = (x <= -one) | (x >= width) | (y <= -one) | (y >= height);
+        at(s.seen + i) = out ? zero : one;
+        at(s.right + i) = right;
+        at(s.down + i) = down;
+        const Reals<Real> low = weight * down, high = weight - low, low_right = low * right, high_right = high * right;
+        Real* corner = s.corner + (k + point) * 4 * kBlock + q;
+        at(corner) = high - high_right;
+        at(corner + kBlock) = high_right;
+        at(corner + 2 * kBlock) = low - low_right;
+        at(corner + 3 * kBlock) = low_right;
+      }
+    }
+    k += p.points;
+  }
+}
+
+// From the dots of a block to the gradients of its offsets, logits (in place of both) and reference points.
+template <class Real>
+DNDETR_KERNEL void differentiate(const DeformAttn& p, const Workspace<Real>& s) {
+  const int samples = p.levels * p.points;
+  for (int q = 0; q < kBlock; q += Registers<Real>::lanes) {
+    Reals<Real> mean{};
+    for (int l = 0, k = 0; l < p.levels; ++l) {
+      const Level& level = s.levels[l];
+      const Affine<Real> x_of = affine(p, s, l, 0, q, level.width), y_of = affine(p, s, l, 1, q, level.height);
+      Reals<Real> moved_x{}, moved_y{}, grown_x{}, grown_y{};
+      for (const int end = k + p.points; k < end; ++k) {
+        const int i = k * kBlock + q;
+        const Real* dot = s.dot + k * 4 * kBlock + q;
+        const Reals<Real> d00 = at(dot), d01 = at(dot + kBlock), d10 = at(dot + 2 * kBlock), d11 = at(dot + 3 * kBlock);
+        const Reals<Real> right = at(s.right + i), down = at(s.down + i), weight = at(s.weight + i), zero{};
+        const auto seen = at(s.seen + i) > zero;
+        const Reals<Real> above = d00 + right * (d01 - d00), below = d10 + right * (d11 - d10);
+        const Reals<Real> left_side = d00 + down * (d10 - d00), right_side = d01 + down * (d11 - d01);
+        const Reals<Real> grad_x = seen ? weight * (right_side - left_side) : zero;
+        const Reals<Real> grad_y = seen ? weight * (below - above) : zero;
+        const Reals<Real> grad_weight = above + down * (below - above);
+        Reals<Real>&offset_x = at(s.offset + 2 * i - q), &offset_y = at(s.offset + 2 * i - q + kBlock);
+        moved_x += grad_x, moved_y += grad_y;
+        grown_x += grad_x * offset_x, grown_y += grad_y * offset_y;
+        offset_x = grad_x * x_of.scale, offset_y = grad_y * y_of.scale;
+        at(s.right + i) = grad_weight;
+        mean += weight * grad_weight;
+      }
+      Real* reference = s.reference + l * p.reference_width * kBlock + q;
+      const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
+      if (p.reference_width > 0) {
+        at(reference) = moved_x * width;
+        at(reference + kBlock) = moved_y * height;
+      }
+      if (p.reference_width == 4) {
+        at(reference + 2 * kBlock) = grown_x * (width * (Real(0.5) / p.points));
+        at(reference + 3 * kBlock) = grown_y * (height * (Real(0.5) / p.points));
+      }
+    }
+    for (int k = 0; k < samples; ++k) {
+      Reals<Real>& weight = at(s.weight + k * kBlock + q);
+      const Reals<Real> grad_weight = at(s.right + k * kBlock + q);
+      weight = p.reference_width > 0 ? weight * (grad_weight - mean) : grad_weight;
+    }
+  }
+}
