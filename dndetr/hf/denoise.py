@@ -118,9 +118,9 @@ class Denoising(nn.Module):
 
     def before_attention(self, attention, args, kwargs):
         # Looks at the shape, not at ``active``: a checkpointed layer runs again long after the forward pass.
-        step = self.step
-        if attention.training and step is not None and kwargs["hidden_states"].shape[1] == step.mask.shape[-1]:
-            kwargs["attention_mask"] = step.mask.to(kwargs["hidden_states"].dtype)
+        queries, mask = kwargs["hidden_states"], self.step and self.step.mask
+        if attention.training and mask is not None and queries.shape[1] == mask.shape[-1]:
+            kwargs["attention_mask"] = mask.to(queries.dtype)
         return args, kwargs
 
     def after_replaced(self, rows: Rows, module, args, output):

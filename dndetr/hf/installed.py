@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-OLDEST, FIRST_UNTESTED = (5, 23), (6, 0)
+OLDEST, FIRST_UNTESTED = (5, 20), (6, 0)
 TESTED = "5.23.*"
 
 

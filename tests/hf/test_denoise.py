@@ -118,6 +118,23 @@ def test_matching_queries_do_not_see_the_ground_truth(name, attention):
 
 
 @every_model
+def test_noised_queries_start_at_their_boxes(name):
+    model = dndetr.denoise(hf_models.build(name).train(), groups=2)
+    captured = []
+    model.model.register_forward_hook(lambda module, args, output: captured.append(output))
+    run(model, labels(*COUNTS))
+    (output,), noised = captured, model.denoising.step.noised
+    points = {
+        "dab": lambda: output.reference_points[0],
+        "conditional": lambda: output.reference_points.transpose(0, 1),
+    }.get(name, lambda: output.init_reference_points)()
+    live = noised.live[:, None].expand(-1, 2, -1).flatten(1)
+    expected = noised.boxes.flatten(1, 2)[live][:, : points.shape[-1]]
+    assert points.shape[-1] == {"conditional": 2, "deformable": 2}.get(name, 4)
+    torch.testing.assert_close(points[:, : live.shape[1]][live], expected, rtol=0, atol=1e-3)
+
+
+@every_model
 def test_every_added_parameter_is_trained(name):
     model = dndetr.denoise(hf_models.build(name).train())
     run(model, labels(*COUNTS)).loss.backward()
@@ -157,6 +174,7 @@ def test_a_copy_denoises_by_itself(name, clone):
     model = dndetr.denoise(hf_models.build(name).train(), groups=2)
     run(model, labels(*COUNTS)).loss.backward()
     other = clone(model)
+    assert model.denoising.step is not None and other.denoising.step is None  # a step's tensors are not copied
     assert torch.equal(run(model, labels(*COUNTS)).loss, run(other, labels(*COUNTS)).loss)
     dndetr.denoise(model, groups=0)
     assert "dn_loss_ce" in run(other, labels(*COUNTS)).loss_dict
@@ -228,7 +246,20 @@ def test_a_forward_that_raises_leaves_a_usable_model():
     with pytest.raises(ValueError, match="channel"):
         model(pixels(2)[:, :2], labels=labels(2, 1))
     assert not model.denoising.active
+    assert run(model).logits.isfinite().all()
     assert run(model, labels(*COUNTS)).loss.isfinite()
+
+
+@every_model
+def test_settings_may_change_between_steps(name):
+    plain, model = hf_models.build(name).train(), dndetr.denoise(hf_models.build(name).train())
+    model.denoising.groups, model.denoising.box_noise = 2, 0.0
+    run(model, labels(*COUNTS))
+    noised = model.denoising.step.noised
+    assert noised.labels.shape[1] == 2
+    torch.testing.assert_close(noised.boxes[0, 0], labels(*COUNTS)[0]["boxes"])
+    model.denoising.groups = 0
+    torch.testing.assert_close(run(model, labels(*COUNTS)).loss, run(plain, labels(*COUNTS)).loss)
 
 
 def test_mistakes_are_named():
