@@ -1,5 +1,6 @@
 """Provenance of every benchmark result: machine, versions, commit; written to the JSON's ``extra_info``."""
 
+import json
 import os
 import platform
 import subprocess
@@ -36,3 +37,28 @@ def provenance() -> dict:
         "simd": None if _backend.extension_obstacle("simd") else _backend.compiled().simd(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="write what was measured to this JSON file")
+    parser.addoption("--rounds", type=int, default=3, help="how often bench_step times each whole step")
+
+
+@pytest.fixture(scope="session")
+def record(request, provenance):
+    """record(name, seconds, **counted): keep a result, ``seconds`` by implementation, for ``--results``."""
+    results = {}
+
+    def keep(name: str, seconds: dict[str, float], **counted) -> None:
+        results[name] = {"seconds": seconds, **counted}
+
+    yield keep
+    path = request.config.getoption("--results")
+    if path and results:
+        content = {"provenance": provenance, "results": {}}
+        if path.is_file():  # other benchmarks may have been run on their own
+            before = json.loads(path.read_text())
+            if before["provenance"] == provenance:
+                content["results"] = before["results"]
+        content["results"] |= results
+        path.write_text(json.dumps(content, indent=1) + "\n")

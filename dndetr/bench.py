@@ -1,0 +1,157 @@
+"""``python -m dndetr.bench``: compares benchmark results, and writes the README's table from the committed ones.
+
+    pytest benchmarks/ --results FILE.json     measures
+    python -m dndetr.bench compare A.json B.json
+    python -m dndetr.bench readme              rewrites the table (--check: only says whether it is stale)
+
+A result file holds ``provenance`` (device, versions, commit) and ``results``: name -> ``seconds``, the median of each
+implementation that was timed, ours under "ours", and whatever else was counted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- performance: python -m dndetr.bench readme -->", "<!-- end of performance -->"
+DEVICE = ("gpu", "cpu", "cores", "threads", "simd")
+
+
+def read(path: Path) -> dict:
+    """A result file; ValueError, in one line, for anything else."""
+    try:
+        content = json.loads(path.read_text())
+        content["provenance"], content["results"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; measure with: pytest benchmarks/ --results {path}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a result file; measure with: pytest benchmarks/ --results {path}") from None
+    return content
+
+
+def device(provenance: dict) -> dict:
+    """What must agree for times to be comparable."""
+    return {key: provenance.get(key) for key in DEVICE}
+
+
+def device_name(provenance: dict) -> str:
+    """The device in words."""
+    if provenance.get("gpu"):
+        return provenance["gpu"]
+    return f"{provenance['cpu']}, {provenance['threads']} threads, {provenance['simd']}"
+
+
+def compare(first: dict, second: dict, across_devices: bool = False) -> str:
+    """A table of ratios: how many times as fast ``second`` is, by name and implementation.
+
+    Raises ValueError where the devices differ, unless ``across_devices``, or nothing was measured in both.
+    """
+    a, b = device(first["provenance"]), device(second["provenance"])
+    differing = [f"{key} {a[key]} and {b[key]}" for key in DEVICE if a[key] != b[key]]
+    if differing and not across_devices:
+        raise ValueError(f"measured on different devices ({'; '.join(differing)}); compare anyway: --across-devices")
+    rows, ours = [], []
+    for name, result in first["results"].items():
+        other = second["results"].get(name, {"seconds": {}})["seconds"]
+        for who, seconds in result["seconds"].items():
+            if who in other:
+                ratio = seconds / other[who]
+                rows.append((name, who, milliseconds(seconds), milliseconds(other[who]), f"{ratio:.2f}x"))
+                ours += [ratio] * (who == "ours")
+    if not rows:
+        raise ValueError("the two files have no measurement in common")
+    commits = (f"A {first['provenance'].get('commit')}", f"B {second['provenance'].get('commit')}")
+    lines = aligned([("measured", "of", *commits, "B is"), *rows])
+    if ours:
+        lines.append(f"geometric mean of ours: {statistics.geometric_mean(ours):.2f}x over {len(ours)}")
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, in the unit that fits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines of columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def table(results: Sequence[dict]) -> str:
+    """Markdown: what was timed beside something else, one table per device."""
+    blocks = []
+    for content in results:
+        rows = []
+        for name, result in content["results"].items():
+            seconds = dict(result["seconds"])
+            ours = seconds.pop("ours", None)
+            for who, theirs in seconds.items() if ours else ():
+                rows.append(
+                    f"| {name} | {milliseconds(ours)} | {who} | {milliseconds(theirs)} | {theirs / ours:.1f}x |"
+                )
+        provenance = content["provenance"]
+        if rows:
+            about = f"{device_name(provenance)}; torch {provenance['torch']}, commit {provenance['commit']}:"
+            header = "| | ours | compared with | | ratio |\n| --- | --- | --- | --- | --- |"
+            blocks.append("\n".join((about, "", header, *rows)))
+    return "\n\n".join(blocks) or "No result has been committed yet."
+
+
+def renewed(readme: str, results: Sequence[dict]) -> str:
+    """The README with its performance table made anew."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must hold {BEGIN!r} and {END!r} once")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
+
+
+def committed(root: Path = ROOT) -> list[dict]:
+    """The result files of the repository, by name."""
+    return [read(path) for path in sorted((root / "benchmarks" / "results").glob("*.json"))]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m dndetr.bench", description=__doc__.partition("\n")[0])
+    commands = made.add_subparsers(dest="command", required=True)
+    comparing = commands.add_parser("compare", help="ratios between two result files")
+    comparing.add_argument("first", type=Path, metavar="A.json")
+    comparing.add_argument("second", type=Path, metavar="B.json")
+    comparing.add_argument("--across-devices", action="store_true", help="compare even where the devices differ")
+    writing = commands.add_parser("readme", help="write the README's performance table from benchmarks/results")
+    writing.add_argument("--check", action="store_true", help="change nothing; exit status 1 where it is stale")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status of the command line."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.command == "compare":
+            print(compare(read(given.first), read(given.second), given.across_devices))
+            return 0
+        path = ROOT / "README.md"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: this command works in a clone of the repository")
+        old = path.read_text()
+        new = renewed(old, committed())
+    except ValueError as mistake:
+        print(f"dndetr.bench: {mistake}", file=sys.stderr)
+        return 2
+    if old == new:
+        print("README.md is up to date")
+    elif given.check:
+        print("README.md is stale; type: python -m dndetr.bench readme", file=sys.stderr)
+        return 1
+    else:
+        path.write_text(new)
+        print("README.md has a new performance table")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

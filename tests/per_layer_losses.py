@@ -1,0 +1,88 @@
+"""Matching and losses the way DETR-like detectors usually compute them: layer by layer, image by image, on the host.
+
+What the whole criterion of this package is compared with, in numbers of operations and in time.
+"""
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dndetr.batch import Targets
+from dndetr.boxes import cxcywh_to_xyxy, generalized_iou
+from dndetr.models.dn_detr import Predictions
+from dndetr.ops import CostWeights, LossWeights
+
+
+def matched(logits: Tensor, boxes: Tensor, labels: list[Tensor], truths: list[Tensor], weights: CostWeights):
+    """logits [B, N, K], boxes [B, N, 4] of one layer, ground truth per image -> pairs (queries, targets) per image."""
+    p, flat = logits.flatten(0, 1).sigmoid(), boxes.flatten(0, 1)
+    label, truth = torch.cat(labels), torch.cat(truths)
+    negative = (1 - weights.alpha) * p**2 * -(1 - p + 1e-8).log()
+    positive = weights.alpha * (1 - p) ** 2 * -(p + 1e-8).log()
+    cost = weights.label * (positive[:, label] - negative[:, label]) + weights.l1 * torch.cdist(flat, truth, p=1)
+    cost = cost - weights.giou * generalized_iou(cxcywh_to_xyxy(flat)[:, None], cxcywh_to_xyxy(truth)[None])
+    cost = cost.view(*boxes.shape[:2], -1).cpu()
+    parts = cost.split([len(boxes) for boxes in truths], -1)
+    pairs = [linear_sum_assignment(part[image]) for image, part in enumerate(parts)]
+    return [(torch.as_tensor(queries), torch.as_tensor(found)) for queries, found in pairs]
+
+
+def focal(logits: Tensor, onehot: Tensor, objects: float, alpha: float) -> Tensor:
+    """Sigmoid focal loss of one layer."""
+    p = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
+    seen = p * onehot + (1 - p) * (1 - onehot)
+    loss = entropy * (1 - seen) ** 2
+    loss = (alpha * onehot + (1 - alpha) * (1 - onehot)) * loss
+    return loss.mean(1).sum() / objects * logits.shape[1]
+
+
+def paired_losses(boxes: Tensor, truth: Tensor, objects: float) -> tuple[Tensor, Tensor]:
+    """L1 and GIoU losses of paired boxes."""
+    l1 = F.l1_loss(boxes, truth, reduction="none").sum() / objects
+    overlap = torch.diag(generalized_iou(cxcywh_to_xyxy(boxes)[:, None], cxcywh_to_xyxy(truth)[None]))
+    return l1, (1 - overlap).sum() / objects
+
+
+def per_layer_losses(
+    predictions: Predictions, targets: Targets, cost: CostWeights, weights: LossWeights
+) -> tuple[Tensor, Tensor]:
+    """Total loss and parts [Y, 6], as :func:`dndetr.ops.set_loss` gives them."""
+    logits, boxes, layout = predictions
+    counts = targets.counts.tolist()
+    labels = [row[:count] for row, count in zip(targets.labels, counts, strict=True)]
+    truths = [row[:count] for row, count in zip(targets.boxes, counts, strict=True)]
+    objects = torch.as_tensor([sum(counts)], dtype=torch.float).clamp(min=1).item()
+    in_image = [torch.arange(count) + layout.slots * g for count in counts for g in range(layout.groups)]
+    image = torch.cat([torch.full((count * layout.groups,), b) for b, count in enumerate(counts)])
+    rows = []
+    for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
+        noised_logits, own_logits = layer_logits.split([layout.denoising, layout.matching], 1)
+        noised_boxes, own_boxes = layer_boxes.split([layout.denoising, layout.matching], 1)
+        with torch.no_grad():
+            pairs = matched(own_logits.detach(), own_boxes.detach(), labels, truths, cost)
+        batch = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(pairs)])
+        queries = torch.cat([queries for queries, _ in pairs])
+        classes = torch.full(own_logits.shape[:2], own_logits.shape[2])
+        classes[batch, queries] = torch.cat([label[found] for label, (_, found) in zip(labels, pairs, strict=True)])
+        onehot = torch.zeros(*own_logits.shape[:2], own_logits.shape[2] + 1, dtype=own_logits.dtype)
+        onehot = onehot.scatter_(2, classes[..., None], 1)[..., :-1]
+        label_loss = focal(own_logits, onehot, objects, weights.alpha)
+        truth = torch.cat([boxes[found] for boxes, (_, found) in zip(truths, pairs, strict=True)])
+        l1, giou = paired_losses(own_boxes[batch, queries], truth, objects)
+        if layout.groups:
+            slots = torch.cat(in_image)
+            picked = noised_logits[image, slots]
+            known = torch.cat([label for label in labels for _ in range(layout.groups)])
+            onehot = torch.zeros(len(known), picked.shape[1] + 1).scatter_(1, known[:, None], 1)[None, :, :-1]
+            noised_objects = objects * layout.groups
+            dn_label = focal(picked[None], onehot, noised_objects, weights.alpha)
+            truth = torch.cat([boxes for boxes in truths for _ in range(layout.groups)])
+            dn_l1, dn_giou = paired_losses(noised_boxes[image, slots], truth, noised_objects)
+        else:
+            dn_label = dn_l1 = dn_giou = torch.as_tensor(0.0)
+        rows.append(torch.stack((label_loss, l1, giou, dn_label, dn_l1, dn_giou)))
+    parts = torch.stack(rows)
+    coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
+    return (parts * coefficients).sum(), parts

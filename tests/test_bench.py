@@ -1,0 +1,65 @@
+"""Comparing benchmark results, and the README's table, which must be what the committed results say."""
+
+import json
+
+import pytest
+
+from dndetr import bench
+
+
+def content(seconds: dict, **provenance) -> dict:
+    about = {"commit": "c0ffee", "torch": "2.13", "cpu": "Some CPU", "cores": 2, "threads": 2, "simd": "avx2"}
+    return {"provenance": about | {"gpu": None} | provenance, "results": {"the step": {"seconds": seconds}}}
+
+
+def write(path, what):
+    path.write_text(json.dumps(what))
+    return str(path)
+
+
+def test_readme_is_not_stale(root):
+    readme = (root / "README.md").read_text()
+    assert bench.renewed(readme, bench.committed(root)) == readme, "type: python -m dndetr.bench readme"
+
+
+def test_a_stale_table_is_noticed_and_renewed():
+    page = f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n"
+    new = bench.renewed(page, [content({"ours": 0.5, "theirs": 1.5})])
+    assert "| the step | 500 ms | theirs | 1.5 s | 3.0x |" in new and "Some CPU" in new
+    assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
+    assert bench.renewed(new, [content({"ours": 0.5, "theirs": 1.5})]) == new
+    with pytest.raises(ValueError, match="must hold"):
+        bench.renewed("no markers", [])
+
+
+def test_comparison(tmp_path, capsys):
+    a = write(tmp_path / "a.json", content({"ours": 0.4, "theirs": 1.0}))
+    b = write(tmp_path / "b.json", content({"ours": 0.1, "theirs": 2.0}))
+    assert bench.main(["compare", a, b]) == 0
+    told = capsys.readouterr().out
+    assert "4.00x" in told and "0.50x" in told and "geometric mean of ours: 4.00x" in told
+
+
+def test_other_devices_need_a_flag(tmp_path, capsys):
+    a = write(tmp_path / "a.json", content({"ours": 0.4}))
+    b = write(tmp_path / "b.json", content({"ours": 0.1}, gpu="Some GPU"))
+    assert bench.main(["compare", a, b]) == 2
+    assert "different devices (gpu None and Some GPU)" in capsys.readouterr().err
+    assert bench.main(["compare", a, b, "--across-devices"]) == 0
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"results": {}}'])
+def test_what_is_no_result_file_is_told_in_one_line(tmp_path, capsys, text):
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    good = write(tmp_path / "a.json", content({"ours": 0.4}))
+    assert bench.main(["compare", good, str(path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "pytest benchmarks/ --results" in told
+
+
+def test_nothing_in_common(tmp_path, capsys):
+    a, b = (write(tmp_path / f"{name}.json", content({name: 1.0})) for name in ("ours", "theirs"))
+    assert bench.main(["compare", a, b]) == 2
+    assert "no measurement in common" in capsys.readouterr().err
