@@ -26,7 +26,7 @@ def build_step(
     processes: Processes,
     say: Callable[[str], None],
 ) -> TrainStep:
-    """Everything around a model that is on its device; mode: "eager" or "graph"; say: is told what users should know."""
+    """Everything around a model on its device; mode: "eager" or "graph"; say: is told what users should know."""
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
     options = {}
