@@ -103,6 +103,7 @@ template <class Cost>
 DNDETR_INLINE Shortest<Cost> smallest(const Cost* row, int stride) {
   Lowest<Cost> lowest;
   for (int j = 0; j < stride; j += 2 * kLanes<Cost>) {
+#pragma GCC unroll 2
     for (int chain = 0; chain < 2; ++chain) lowest.see(chain, at<const Reals<Cost>>(row, j + chain * kLanes<Cost>));
   }
   return lowest.find();
@@ -153,30 +154,32 @@ struct VectorColumns {
     const Cost* const costs = row(i);
     const Indices from = static_cast<std::int64_t>(i) - Indices{};
     Lowest<double> lowest;
-    for (int j = 0; j < p.stride; j += kLanes<double>) {
-      const Values c = __builtin_convertvector(at<const typename Registers<Cost>::PerDouble>(costs, j), Values);
-      const Values through = base + c + at<Values>(p.rise, j);
-      const Values old = at<Values>(p.length, j);
-      const Indices shorter = through < old;
-      const Values now = shorter ? through : old;
-      at<Values>(p.length, j) = now;
-      at<Indices>(p.before, j) = shorter ? from : at<Indices>(p.before, j);
-      lowest.see(j / kLanes<double> % 2, now);
+    Values free[2] = {kInfinity - Values{}, kInfinity - Values{}};  // the smallest of columns without a row
+    for (int first = 0; first < p.stride; first += 2 * kLanes<double>) {
+#pragma GCC unroll 2
+      for (int chain = 0; chain < 2; ++chain) {
+        const int j = first + chain * kLanes<double>;
+        const Values c = __builtin_convertvector(at<const typename Registers<Cost>::PerDouble>(costs, j), Values);
+        const Values through = base + c + at<Values>(p.rise, j);
+        const Values old = at<Values>(p.length, j);
+        const Indices shorter = through < old;
+        const Values now = shorter ? through : old;
+        at<Values>(p.length, j) = now;
+        at<Indices>(p.before, j) = shorter ? from : at<Indices>(p.before, j);
+        lowest.see(chain, now);
+        free[chain] = smaller(free[chain], now + at<Values>(p.taken, j));
+      }
     }
     const Shortest<double> best = lowest.find();
-    return {best.length, p.row_of[best.column] < 0 ? best.column : free_column(best.length, best.column)};
+    if (p.row_of[best.column] < 0 || least_lane<double>(smaller(free[0], free[1])) != best.length) return best;
+    return {best.length, free_column(best.length)};
   }
 
-  // The lowest column without a row at exactly this length, or else the given one.
-  DNDETR_INLINE int free_column(double length, int otherwise) const {
-    const Indices none = Indices{} + p.stride;
-    Indices here = lane_numbers<double>(), lowest = none;
-    for (int j = 0; j < p.stride; j += kLanes<double>, here += kLanes<double>) {
-      const Indices hit = at<Values>(p.length, j) + at<Values>(p.taken, j) == length;
-      lowest = hit & (here < lowest) ? here : lowest;
-    }
-    const int column = static_cast<int>(least_lane<std::int64_t>(lowest));
-    return column == p.stride ? otherwise : column;
+  // The lowest column without a row at exactly this length; there is one.
+  DNDETR_INLINE int free_column(double length) const {
+    int j = 0;
+    while (p.length[j] != length || p.row_of[j] >= 0) ++j;
+    return j;
   }
 
   DNDETR_INLINE int row_of(int j) const { return p.row_of[j]; }
