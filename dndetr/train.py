@@ -81,7 +81,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
     from .console import Console
     from .data.training import TrainingData
     from .initialise import initialise
-    from .runlog import claim_output, new_run_folder
+    from .runlog import claim_output, new_run_folder, read_rows
     from .trainer import Stopped, Trainer
 
     data = TrainingData(config, processes.rank, processes.world)
@@ -91,7 +91,8 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
         folder = Path(config.resume) if Path(config.resume).is_dir() else Path(config.resume).parent
-        if checkpoint["step"] >= trainer.total_steps:
+        rows = read_rows(folder / "metrics.jsonl")
+        if processes.from_first(any(row["event"] == "end" for row in rows)):
             if processes.first:
                 print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
             return folder

@@ -142,7 +142,8 @@ class Trainer:
                 left_by_a_kill.unlink()
             RunLog(folder).truncate_to(self.done)
         started = time.perf_counter()
-        metrics: dict = {}
+        # Killed after the last step, a run has only its pictures left to draw.
+        metrics = next(iter(reversed(RunLog(folder).rows("eval"))), {}) if first else {}
         with Console(config.epochs, self.steps_per_epoch, self.done, config.quiet or not first) as self.console:
             if first:
                 self.journal = Journal(folder, config, self.total_steps, self.console.message)
@@ -155,13 +156,13 @@ class Trainer:
                 if stop is not None and not last:
                     raise Stopped(stop, self.done)
             if first:
-                seconds = round(time.perf_counter() - started, 1)
-                self.journal.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
-                self.journal.close()
                 picture, batches = folder / "predictions.png", self.data.validation()
                 draw_validation(picture, self._predict, batches, self._names, metrics)
                 write_denoising(folder, self._infer, self.data, config, self.device)
                 draw_curves(folder / "metrics.jsonl", folder / "curves.png", title=f"{config.preset} on {config.data}")
+                seconds = round(time.perf_counter() - started, 1)
+                self.journal.write("end", self.done, epoch=config.epochs, seconds=seconds, AP=metrics.get("AP"))
+                self.journal.close()
         return metrics
 
     def _train_epoch(self, epoch: int) -> int | None:

@@ -19,33 +19,11 @@ from dndetr.runlog import read_rows
 
 DATA, WEIGHTS = goldens.SHARED / "data" / "bccd", goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"
 PROGRAM = [sys.executable, "-m", "dndetr.train"]
-FULL = [
-    "--init",
-    str(WEIGHTS),
-    "--epochs",
-    "2",
-    "--max-steps-per-epoch",
-    "12",
-    "--checkpoint-every",
-    "4",
-    "--log-every",
-    "3",
-]
-SHORT = ["--epochs", "2", "--max-steps-per-epoch", "6", "--checkpoint-every", "2", "--log-every", "2"]
-SHORT += [
-    "--images.canvas",
-    "32",
-    "32",
-    "--model.backbone.blocks",
-    "1",
-    "1",
-    "1",
-    "--model.backbone.planes",
-    "8",
-    "8",
-    "8",
-]
-SHORT += ["--model.width", "32", "--model.hidden", "32", "--model.decoder-layers", "1", "--model.queries", "8"]
+FULL = ["--init", str(WEIGHTS)]
+FULL += "--epochs 3 --max-steps-per-epoch 16 --checkpoint-every 2 --log-every 3".split()
+SHORT = "--epochs 2 --max-steps-per-epoch 6 --checkpoint-every 2 --log-every 2 --images.canvas 32 32".split()
+SHORT += "--model.backbone.blocks 1 1 1 --model.backbone.planes 8 8 8 --model.width 32 --model.hidden 32".split()
+SHORT += "--model.decoder-layers 1 --model.queries 8".split()
 
 
 def trained(folder: Path) -> dict:
@@ -85,16 +63,14 @@ def test_small_on_real_data_loses_nothing_in_kills_at_random_moments(tmp_path, c
     environment = {**os.environ, "PYTHONPATH": str(goldens.ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     options = {"cwd": tmp_path, "env": environment, "stderr": subprocess.PIPE, "text": True}
 
-    started = time.monotonic()
-    subprocess.run([*PROGRAM, *flags, "--output", "whole"], check=True, **options)
-    length = time.monotonic() - started
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin, length = timed(flags, whole, options)
     seed = time.time_ns() % 10_000
     draw = random.Random(seed)
     moments, steps, finished = [], [], False
-    for number in range(kills or 3):
-        # Drawn one by one from equal shares of a run's length, so that early, middle and late moments all come.
-        moments.append((draw.random() + number % 4) / 4 * length)
+    for _ in range(kills or 3):
+        # Each takes its share of the run forward, or none where it comes before the first step.
+        moments.append(draw.uniform(0.8 * begin, begin + 1.7 * (length - begin) / (kills or 3)))
         done, finished = launch(flags, killed, options, moments[-1])
         if finished:
             break
@@ -109,6 +85,18 @@ def test_small_on_real_data_loses_nothing_in_kills_at_random_moments(tmp_path, c
     assert log_of(whole) == log_of(killed)
     names = [{path.name for path in folder.iterdir()} for folder in (whole, killed)]
     assert names[0] == names[1]
+
+
+def timed(flags: list[str], folder: Path, options: dict) -> tuple[float, float]:
+    """An undisturbed run -> the seconds until its first checkpoint, and until its end."""
+    started, begin = time.monotonic(), None
+    process = subprocess.Popen([*PROGRAM, *flags, "--output", folder.name], **options)
+    while process.poll() is None:
+        if begin is None and (folder / "checkpoint.pt").exists():
+            begin = time.monotonic() - started
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stderr.read()
+    return begin, time.monotonic() - started
 
 
 def launch(flags: list[str], folder: Path, options: dict, seconds: float | None) -> tuple[int, bool]:

@@ -142,6 +142,19 @@ def test_kills_at_any_moment_lose_nothing(tmp_path):
     assert [row["epoch"] for row in rows(Path("killed"), "eval")] == [1, 2]
 
 
+@pytest.mark.parametrize("part", ["draw_validation", "draw_curves"])
+def test_a_run_that_dies_over_its_last_pictures_can_be_resumed(monkeypatch, part):
+    whole = train.run([*FEW, "--output", "whole"])
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(f"dndetr.trainer.{part}", lambda *_, **__: 1 / 0)
+        train.run([*FEW, "--output", "died"])
+    died = train.run(["--resume", "died", "--quiet"])
+    assert {path.name for path in died.iterdir()} == {path.name for path in whole.iterdir()}
+    (ended,) = rows(died, "end")
+    assert ended["AP"] == rows(whole, "end")[0]["AP"]
+    assert [row["step"] for row in rows(died, "eval")] == [row["step"] for row in rows(whole, "eval")]
+
+
 def test_resuming_a_finished_run_says_so(capsys):
     train.run([*FEW, "--output", "done"])
     assert train.main(["--resume", "done"]) == 0
