@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _backend
 from ._attention import checked_precision, choose, empty_heads, float32_products, gradients, one_dtype
+from ._split_attention import split_attention
 
 
 class GroupLayout(NamedTuple):
@@ -76,42 +77,6 @@ def group_attention_reference(
 def _silence(out: Tensor, layout: GroupLayout, active: Tensor) -> Tensor:
     alive = torch.nn.functional.pad(layout.slot_alive(active), (0, layout.matching), value=True)
     return out.masked_fill(~alive[:, None, :, None], 0)
-
-
-def _attend(scores: Tensor, v: Tensor) -> Tensor:
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-def _group_attention_split(
-    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, active: Tensor | None, scale: float
-) -> Tensor:
-    """The matching part as one attention, each group as one over its own keys and the matching ones."""
-    groups, slots, matching = layout
-    noised = layout.denoising
-    if noised == 0:
-        return _attend(q @ (k * scale).transpose(-1, -2), v)
-    batch, heads = q.shape[:2]
-    k = k * scale
-
-    def by_group(x):
-        return x[:, :, :noised].reshape(batch, heads, groups, slots, -1)
-
-    q_own, k_own, v_own = by_group(q), by_group(k), by_group(v)
-    k_matching, v_matching = k[:, :, noised:], v[:, :, noised:]
-    own = q_own @ k_own.transpose(-1, -2)
-    if active is not None:
-        slot = torch.arange(slots, device=active.device)
-        own = own.masked_fill((slot >= active[:, None])[:, None, None, None, :], -math.inf)
-    shared = q @ k_matching.transpose(-1, -2)
-    both = torch.cat((own, by_group(shared)), dim=-1)
-    if matching == 0:
-        # A group without live slots has nothing at all to see.
-        both = both.masked_fill((both == -math.inf).all(-1, keepdim=True), 0)
-    weights = both.softmax(-1).to(v.dtype)
-    from_own = (weights[..., :slots] @ v_own).reshape(batch, heads, noised, -1)
-    from_matching = weights[..., slots:].reshape(batch, heads, noised, matching) @ v_matching
-    out = torch.cat((from_own + from_matching, _attend(shared[:, :, noised:], v_matching)), dim=2)
-    return out if active is None else _silence(out, layout, active)
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? active"
@@ -197,7 +162,7 @@ def group_attention(
     chosen = choose("group_attention", backend, q.device.type, q.dtype, q.shape[3], v.shape[3])
     if chosen == "triton":
         return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, checked_precision(precision))[0]
-    attend = group_attention_reference if chosen == "reference" else _group_attention_split
+    attend = group_attention_reference if chosen == "reference" else split_attention
     return attend(q, k, v, layout, active, scale)
 
 
@@ -243,5 +208,5 @@ _backend.register(
     _backend.Backend(
         "triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, _group_attention_triton), tolerance=1e-4
     ),
-    _backend.Backend("torch", (), lambda _: None, partial(_self_test, _group_attention_split), tolerance=1e-5),
+    _backend.Backend("torch", (), lambda _: None, partial(_self_test, split_attention), tolerance=1e-5),
 )

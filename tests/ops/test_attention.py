@@ -135,3 +135,29 @@ def test_triton_in_the_interpreter(root):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, f"after {done.stdout.split()}: {done.stderr[-3000:]}"
     assert done.stdout.split() == checks
+
+
+def test_portions_do_not_matter(monkeypatch):
+    """Images and heads one by one, or all at once."""
+    q, k, v, layout, active = group_case("demo")
+    whole = outputs(group_attention, (q, k, v), "qkv", layout, active)
+    for bytes_of_scores in (1, 3 * 4 * (40 * 38 + 900)):
+        monkeypatch.setattr("dndetr.ops._split_attention.CACHE", bytes_of_scores)
+        portioned = outputs(group_attention, (q, k, v), "qkv", layout, active)
+        for name, expected in whole.items():
+            torch.testing.assert_close(portioned[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_training_under_autocast():
+    """Backward outside autocast, as training does it, in the dtype of the forward."""
+    q, k, v, layout, active = group_case("demo")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = group_attention(*leaves, layout, active)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    exact = [x.detach().requires_grad_() for x in (q, k, v)]
+    group_attention_reference(*exact, layout, active).square().sum().backward()
+    for leaf, truth in zip(leaves, exact, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        torch.testing.assert_close(leaf.grad, truth.grad, rtol=0.05, atol=0.02 * truth.grad.abs().max().item())
