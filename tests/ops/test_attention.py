@@ -26,7 +26,9 @@ def outputs(function, inputs, names, *rest):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*leaves, *rest)
     if out.numel():
-        (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
+        (
+            out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view(out.shape)
+        ).sum().backward()
     found = {"out": out.detach().double()}
     for name, leaf in zip(names, leaves, strict=True):
         found[name] = torch.zeros_like(leaf).double() if leaf.grad is None else leaf.grad.double()
