@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import goldens  # noqa: E402
-from test_attention import compare, outputs  # noqa: E402
+from gradients import compare, outputs  # noqa: E402
 
 from dndetr.kernels import attention_tiles  # noqa: E402
 from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from test_attention import DTYPES, compare
+from gradients import DTYPES, compare
 
 from dndetr.ops import GroupLayout, conditional_attention, group_attention
 
