@@ -5,6 +5,7 @@ done.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
+import detectors  # noqa: E402
 import goldens  # noqa: E402
 from gradients import compare, outputs  # noqa: E402
 
+from dndetr.batch import Targets  # noqa: E402
+from dndetr.denoising import Noise, draw_noise, noised_queries  # noqa: E402
 from dndetr.kernels import attention_tiles  # noqa: E402
 from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402
 from dndetr.kernels.attention_tiles import Tile  # noqa: E402
-from dndetr.ops import GroupLayout, conditional_attention, group_attention  # noqa: E402
+from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention  # noqa: E402
 
 group = importlib.import_module("dndetr.ops.group_attention")
 conditional = importlib.import_module("dndetr.ops.conditional_attention")
@@ -226,7 +230,29 @@ def check_what_the_kernels_do_not_take():
             raise AssertionError("taken")
 
 
+def check_leaks():
+    """In whole models: matching queries never feel the targets, and permuted groups give permuted outputs."""
+    order = torch.tensor([1, 0])
+    for name in ("dn-detr", "dn-deformable-detr"):
+        model, batch = detectors.build(name).eval(), detectors.make_batch([3, 1], 8)
+        other = Targets((batch.targets.labels + 1) % detectors.CLASSES, 1 - batch.targets.boxes, batch.targets.counts)
+        noise = draw_noise(batch.targets, 2, detectors.CLASSES, torch.Generator().manual_seed(0))
+        turned = Noise(*(part[:, order] for part in noise))
+        plain, changed, permuted = (
+            model(batch.images, batch.sizes, noised_queries(targets, draws))
+            for targets, draws in ((batch.targets, noise), (other, noise), (batch.targets, turned))
+        )
+        for given, of_others, of_turned in zip(plain[:2], changed[:2], permuted[:2], strict=True):
+            assert torch.equal(given[:, :, 16:], of_others[:, :, 16:]), name
+            assert not torch.equal(given[:, :, :16], of_others[:, :, :16]), name
+            grouped = given[:, :, :16].unflatten(2, (2, 8))[:, :, order].flatten(2, 3)
+            torch.testing.assert_close(of_turned[:, :, :16], grouped, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(of_turned[:, :, 16:], given[:, :, 16:], rtol=1e-4, atol=1e-5)
+    assert _backend.choose("group_attention")[0] == _backend.choose("conditional_attention")[0] == "triton"
+
+
 if __name__ == "__main__":
+    os.environ |= {"DNDETR_BACKEND_GROUP_ATTENTION": "triton", "DNDETR_BACKEND_CONDITIONAL_ATTENTION": "triton"}
     for name in sys.argv[1:]:
         torch.manual_seed(0)
         use(None)
