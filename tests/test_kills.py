@@ -20,10 +20,35 @@ from dndetr.runlog import read_rows
 DATA, WEIGHTS = goldens.SHARED / "data" / "bccd", goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"
 PROGRAM = [sys.executable, "-m", "dndetr.train"]
 FULL = ["--init", str(WEIGHTS)]
-FULL += "--epochs 3 --max-steps-per-epoch 16 --checkpoint-every 2 --log-every 3".split()
-SHORT = "--epochs 2 --max-steps-per-epoch 6 --checkpoint-every 2 --log-every 2 --images.canvas 32 32".split()
-SHORT += "--model.backbone.blocks 1 1 1 --model.backbone.planes 8 8 8 --model.width 32 --model.hidden 32".split()
-SHORT += "--model.decoder-layers 1 --model.queries 8".split()
+FULL += ["--epochs", "3", "--max-steps-per-epoch", "16", "--checkpoint-every", "2", "--log-every", "3"]
+SHORT = [
+    "--epochs",
+    "2",
+    "--max-steps-per-epoch",
+    "6",
+    "--checkpoint-every",
+    "2",
+    "--log-every",
+    "2",
+    "--images.canvas",
+    "32",
+    "32",
+]
+SHORT += [
+    "--model.backbone.blocks",
+    "1",
+    "1",
+    "1",
+    "--model.backbone.planes",
+    "8",
+    "8",
+    "8",
+    "--model.width",
+    "32",
+    "--model.hidden",
+    "32",
+]
+SHORT += ["--model.decoder-layers", "1", "--model.queries", "8"]
 
 
 def trained(folder: Path) -> dict:
