@@ -5,6 +5,7 @@ DNDETR_KILLS=10 runs the full version (sizes as in the preset); without it a few
 
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,36 +20,12 @@ from dndetr.runlog import read_rows
 
 DATA, WEIGHTS = goldens.SHARED / "data" / "bccd", goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"
 PROGRAM = [sys.executable, "-m", "dndetr.train"]
-FULL = ["--init", str(WEIGHTS)]
-FULL += ["--epochs", "3", "--max-steps-per-epoch", "16", "--checkpoint-every", "2", "--log-every", "3"]
-SHORT = [
-    "--epochs",
-    "2",
-    "--max-steps-per-epoch",
-    "6",
-    "--checkpoint-every",
-    "2",
-    "--log-every",
-    "2",
-    "--images.canvas",
-    "32",
-    "32",
-]
-SHORT += [
-    "--model.backbone.blocks",
-    "1",
-    "1",
-    "1",
-    "--model.backbone.planes",
-    "8",
-    "8",
-    "8",
-    "--model.width",
-    "32",
-    "--model.hidden",
-    "32",
-]
-SHORT += ["--model.decoder-layers", "1", "--model.queries", "8"]
+FULL = shlex.split(f"--init '{WEIGHTS}' --epochs 3 --max-steps-per-epoch 16 --checkpoint-every 2 --log-every 3")
+SHORT = shlex.split(
+    "--epochs 2 --max-steps-per-epoch 6 --checkpoint-every 2 --log-every 2 --images.canvas 32 32 "
+    "--model.backbone.blocks 1 1 1 --model.backbone.planes 8 8 8 --model.width 32 --model.hidden 32 "
+    "--model.decoder-layers 1 --model.queries 8"
+)
 
 
 def trained(folder: Path) -> dict:
