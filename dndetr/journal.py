@@ -28,8 +28,12 @@ class Journal:
         if self._board is not None:
             self._board.write(row)
         if (warning := self._watch.see(row)) is not None:
-            self.log.write("warning", step, message=warning)
-            self._say(f"warning: {warning}")
+            self.warn(step, warning)
+
+    def warn(self, step: int, message: str) -> None:
+        """Show a warning and keep it in the log."""
+        self.log.write("warning", step, message=message)
+        self._say(f"warning: {message}")
 
     def close(self) -> None:
         """Finish TensorBoard's file."""

@@ -112,19 +112,20 @@ class TrainStep:
     def compute(self, batches: Sequence[Batch], share: float | Tensor) -> tuple[Losses, Tensor]:
         """All that happens on the device; share: of the model's weights in the average."""
         objects = self._objects(batches)
-        totals, parts = [], []
+        totals, parts, finite = [], [], []
         for number, batch in enumerate(batches, start=1):
             with self._unshared() if number < len(batches) else contextlib.nullcontext():
                 losses = self._backward(batch, objects)
             totals.append(losses.total.detach())
             parts.append(losses.parts.detach())
+            finite.append(losses.matches.finite)
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model, share)
         losses = Losses(sum(totals), sum(parts), losses.matches)
-        self.record.write(losses, norm)
+        self.record.write(losses, norm, torch.cat(finite, dim=1))
         return losses, norm
 
     def state(self) -> dict:

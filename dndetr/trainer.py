@@ -31,7 +31,7 @@ from .pictures import draw_curves
 from .processes import Processes
 from .readback import Readback
 from .runlog import RunLog
-from .window import LossWindow, demand_finite
+from .window import LossWindow, demand_finite, taken_apart
 
 
 class Stopped(Exception):
@@ -233,17 +233,19 @@ class Trainer:
         row = None
         for values, (ids, about) in self.readback.receive(wait):
             for process_values, process_ids in zip(values, ids, strict=True):
-                demand_finite(process_values, process_ids, about["step"])
+                warning = demand_finite(process_values, process_ids, about["step"])
+                if warning is not None and self.processes.first:
+                    self.journal.warn(about["step"], warning)
             mean = values.mean((0, 1))
-            total, norm, parts = mean[0].item(), mean[1].item(), mean[2:].view(-1, len(PARTS))
+            total, norm, parts, _ = taken_apart(mean)
             terms = (parts * coefficients).sum(0)
             row = {
-                "loss": total,
+                "loss": total.item(),
                 "matching": terms[:3].sum().item(),
                 "denoising": (denoising := terms[3:].sum().item()),
-                "dn_share": denoising / total if total else 0.0,
+                "dn_share": denoising / total.item() if total else 0.0,
                 **dict(zip(PARTS, terms.tolist(), strict=True)),
-                "grad_norm": norm,
+                "grad_norm": norm.item(),
             }
             row = {name: round(value, 6) for name, value in row.items()} | about
             self._loss = row["loss"]

@@ -16,21 +16,26 @@ class Diverged(RuntimeError):
 class Record:
     """What each of the last steps found, on the device; the step itself writes it, so that a captured one can too.
 
-    steps: how many are kept; layers Y. A row is total loss, gradient norm and the terms of each layer: [2 + Y * 6].
+    steps: how many are kept; layers Y. A row is total loss, gradient norm, the terms of each layer, and the first image
+    of each layer whose matching costs were not finite (-1: none): [2 + Y * 6 + Y].
     """
 
     def __init__(self, steps: int, layers: int, device: torch.device | str):
-        self._rows = torch.zeros(steps, 2 + layers * len(PARTS), device=device)
+        self._rows = torch.zeros(steps, 2 + layers * (len(PARTS) + 1), device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def write(self, losses: Losses, norm: Tensor) -> None:
-        """Add a step; the oldest goes when the record is full."""
-        row = torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten()))
+    def write(self, losses: Losses, norm: Tensor, finite: Tensor) -> None:
+        """Add a step; the oldest goes when the record is full.
+
+        finite [Y, images] bool: whose matching costs were finite, of all images of the step.
+        """
+        bad = torch.where(finite.all(1), -1, finite.int().argmin(1))
+        row = torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten(), bad))
         self._rows.index_copy_(0, self._place, row.to(self._rows.dtype)[None])
         self._place.add_(1).remainder_(len(self._rows))
 
     def first(self, steps: int) -> Tensor:
-        """A copy of the rows of the first steps since the last restart: [steps, 2 + Y * 6]."""
+        """A copy of the rows of the first steps since the last restart: [steps, 2 + Y * 6 + Y]."""
         return self._rows[:steps].clone()
 
     def restart(self, rows: Tensor | None = None) -> None:
@@ -94,16 +99,35 @@ class LossWindow:
         self._before = state["seconds"]
 
 
-def demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> None:
-    """Diverged, with step, terms, layers and images, if a loss or gradient norm [steps, 2 + Y * 6] is not finite."""
-    bad = ~values[:, :2].isfinite().all(1)
-    if not bad.any():
-        return
-    row = int(bad.nonzero()[0])
-    parts = values[row, 2:].view(-1, len(PARTS))
-    terms = [f"{PARTS[term]} of layer {layer + 1}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
-    raise Diverged(
-        f"the loss is not finite at step {last_step - len(values) + 1 + row}: {', '.join(terms[:6]) or 'the gradient'} "
-        f"(image ids {', '.join(map(str, ids[row][:16]))}); the last checkpoint is intact; "
-        "try a lower --lr, a longer --optimizer.warmup or --precision float32"
-    )
+def taken_apart(row: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """A record's row, or a mean of rows -> total loss, gradient norm, terms [Y, 6], first bad image of each layer."""
+    layers = (len(row) - 2) // (len(PARTS) + 1)
+    terms = row[2 : 2 + layers * len(PARTS)].view(layers, len(PARTS))
+    return row[0], row[1], terms, row[2 + layers * len(PARTS) :].int().tolist()
+
+
+def demand_finite(values: Tensor, ids: list[list[int]], last_step: int) -> str | None:
+    """Diverged, with step, terms, layers and images, if a loss or gradient norm in ``values`` is not finite.
+
+    values: rows of a record; ids: of the images of each. -> a sentence where the losses are finite but costs of the
+    matching were not, else None.
+    """
+    first = last_step - len(values) + 1
+    found = None
+    for number, (row, images) in enumerate(zip(values, ids, strict=True)):
+        total, norm, parts, bad = taken_apart(row)
+        unmatched = ", ".join(
+            f"layer {layer + 1} in image id {images[image]}" for layer, image in enumerate(bad) if image >= 0
+        )
+        if total.isfinite() and norm.isfinite():
+            if unmatched and found is None:
+                found = f"predictions are not finite at step {first + number}: {unmatched}"
+            continue
+        terms = [f"{PARTS[term]} of layer {layer + 1}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
+        where = f"; predictions of {unmatched}" if unmatched else ""
+        raise Diverged(
+            f"the loss is not finite at step {first + number}: {', '.join(terms[:6]) or 'the gradient'} "
+            f"(image ids {', '.join(map(str, images[:16]))}{where}); the last checkpoint is intact; "
+            "try a lower --lr, a longer --optimizer.warmup or --precision float32"
+        )
+    return found

@@ -130,7 +130,7 @@ def make_step(
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
     device = next(model.parameters()).device
-    generator = torch.Generator(device if device.type == "cuda" else "cpu")
+    generator = torch.Generator(device if torch.cuda.is_available() else "cpu")
     return kind(
         model.train(),
         Criterion(),
