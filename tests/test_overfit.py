@@ -1,6 +1,7 @@
 """--overfit N: the same images for training and evaluation, every epoch, and a verdict at the end."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,3 +83,14 @@ def test_a_few_images_are_a_data_set():
     assert len(few) == len(few.sizes) == len(few.counts) == 6
     assert [few.sample(index, epoch=9).image_id for index in range(6)] == [0, 1, 0, 1, 0, 1]
     assert torch.equal(few.sample(0, epoch=9).image, few.sample(2).image)
+
+
+def test_images_with_tiny_objects_come_last(pictures):
+    path = pictures / "annotations" / "instances_train.json"
+    document = json.loads(path.read_text())
+    tiny = document["images"][0]["id"]
+    document["annotations"][0]["bbox"][2:] = [1.0, 1.0]
+    path.write_text(json.dumps(document))
+    config = train.parse(["--overfit", "7", "--preset", "small", "--data", str(pictures)])
+    assert document["annotations"][0]["image_id"] == tiny not in images_of(TrainingData(config).validation())
+    assert tiny in images_of(TrainingData(replace(config, overfit=8)).validation())

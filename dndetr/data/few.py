@@ -4,14 +4,23 @@ from dndetr.data.errors import DataError
 from dndetr.data.loader import Dataset
 from dndetr.data.sample import Sample
 
+# Objects whose shorter side is a smaller share of the image's have few pixels on small canvases, and learning them by
+# heart takes much longer than all others.
+_TINY = 1 / 30
+
 
 class FewImages:
-    """The first ``count`` images that have objects, ``repeats`` times, as epoch 0 sees them, as a data set."""
+    """The first ``count`` images that have objects, ``repeats`` times, as epoch 0 sees them, as a data set.
+
+    Images with tiny objects are taken only where there are too few others.
+    """
 
     def __init__(self, dataset: Dataset, count: int, repeats: int = 1):
-        chosen = [index for index, objects in enumerate(dataset.counts) if objects][:count]
-        if len(chosen) < count:
-            raise DataError(f"--overfit {count}: only {len(chosen)} training images have objects; give that many")
+        smallest = _smallest_objects(dataset.coco_dict())
+        usable = [index for index, share in enumerate(smallest) if share is not None and dataset.counts[index]]
+        if len(usable) < count:
+            raise DataError(f"--overfit {count}: only {len(usable)} training images have objects; give that many")
+        chosen = sorted(sorted(usable, key=lambda index: smallest[index] < _TINY)[:count])
         self._dataset, self._chosen = dataset, chosen
         self._indices = chosen * repeats
         self.classes, self.canvas = dataset.classes, dataset.canvas
@@ -32,3 +41,14 @@ class FewImages:
         kept = {image["id"] for image in images}
         annotations = [entry for entry in document["annotations"] if entry["image_id"] in kept]
         return document | {"images": images, "annotations": annotations}
+
+
+def _smallest_objects(document: dict) -> list[float | None]:
+    """For each image the smallest share of its height or width that one of its objects spans; None without objects."""
+    shares: dict[int, list[float]] = {image["id"]: [] for image in document["images"]}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in document["images"]}
+    for entry in document["annotations"]:
+        if not entry.get("iscrowd"):
+            spans = zip(entry["bbox"][2:], sizes[entry["image_id"]], strict=True)
+            shares[entry["image_id"]].append(min(span / side for span, side in spans))
+    return [min(found, default=None) for found in shares.values()]
