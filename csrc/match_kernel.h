@@ -264,9 +264,18 @@ DNDETR_INLINE bool load(const AssignProblems& a, int problem, const Problem<Cost
       for (; j < p.columns; ++j) odd |= -IntegerAs<Cost>(!is_sound(to[j] = from[j]));
     }
   } else {
-    for (int j = 0; j < p.columns; ++j, from += column_step) {
+    for (int j = 0; j < p.columns; j += kLanes<Cost>) {
+      const Cost* lanes[kLanes<Cost>];  // beyond the last column once more that one; padding replaces it
+      for (int l = 0; l < kLanes<Cost>; ++l) lanes[l] = from + std::min(j + l, p.columns - 1) * column_step;
+      for (int l = 0; l < kLanes<Cost>; ++l) {
+        const Cost* const next = lanes[l] + kLanes<Cost> * column_step;
+        for (int i = 0; i < p.rows; i += 64 / sizeof(Cost)) __builtin_prefetch(next + i * row_step);
+      }
       for (int i = 0; i < p.rows; ++i) {
-        odd |= -IntegerAs<Cost>(!is_sound(p.cost[std::int64_t(i) * p.stride + j] = from[i * row_step]));
+        Reals<Cost> c;
+        for (int l = 0; l < kLanes<Cost>; ++l) c[l] = lanes[l][i * row_step];
+        odd |= ~(larger(c, -c) <= kLargest<Cost>);
+        at<Reals<Cost>>(p.cost + std::int64_t(i) * p.stride, j) = c;
       }
     }
   }
