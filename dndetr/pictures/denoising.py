@@ -39,8 +39,8 @@ def draw_denoising(
     ]
     note = (
         "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
-        "line and dots: its way through the decoder layers    "
-        "solid: restored    tag: flipped label > restored class"
+        "line: its way through the layers    "
+        "solid: restored    tag: flipped > restored"
     )
     sheet = _sheet(blocks, _ACROSS, _CELL, title, note, class_names)
     panel = _panel(restoration.report, rows, box_noise, max(sheet.width, 1200))
