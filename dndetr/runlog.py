@@ -2,6 +2,7 @@
 
 import json
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .checkpoint import write_atomic
@@ -24,11 +25,14 @@ def new_run_folder(name: str, root: str | Path = "runs") -> Path:
 
 
 def claim_output(path: str | Path) -> Path:
-    """Make the folder a user asked for; FileExistsError if anything is in it already."""
+    """Make the folder a user asked for; FileExistsError if anything is in it already.
+
+    What a run that was killed in its first moments leaves, half a checkpoint, is nothing.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"--output {path} is a file: give a new folder")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not fnmatch(entry.name, ".*.tmp") for entry in path.iterdir()):
         advice = "choose another --output"
         if (path / "checkpoint.pt").exists():
             advice += f", or continue that run with --resume {path}"

@@ -133,14 +133,15 @@ class Trainer:
     def _fit(self, folder: Path) -> dict:
         config, first = self.config, self.processes.first
         self.folder, self.readback = folder, Readback()
-        if self._checkpoint is None:
-            if first:
-                write_json_atomic(folder / "config.json", to_dict(config), indent=2)
-            self._save(0)  # from here on the run can be resumed whatever happens
-        elif first:
+        if first:
             for left_by_a_kill in folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
+        if self._checkpoint is None:
+            self._save(0)  # from here on the run can be resumed whatever happens
+        elif first:
             RunLog(folder).truncate_to(self.done)
+        if first and not (folder / "config.json").exists():
+            write_json_atomic(folder / "config.json", to_dict(config), indent=2)
         started = time.perf_counter()
         # Killed after the last step, a run has only its pictures left to draw.
         metrics = next(iter(reversed(RunLog(folder).rows("eval"))), {}) if first else {}

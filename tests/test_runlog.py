@@ -201,3 +201,11 @@ def test_a_step_costs_microseconds():
 )
 def test_durations(seconds: float | None, text: str):
     assert duration(seconds) == text
+
+
+def test_half_a_first_checkpoint_does_not_keep_a_folder_from_being_used(tmp_path):
+    (tmp_path / ".checkpoint.pt.1.abcd.tmp").write_bytes(b"half")
+    assert claim_output(tmp_path) == tmp_path
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError):
+        claim_output(tmp_path)
