@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Targets
+from .denoising import normalizers
 from .models.dn_detr import Predictions
 from .ops import CostWeights, LossWeights, Matches, match, set_loss
 
@@ -26,18 +27,11 @@ class Criterion(nn.Module):
         self.cost, self.weights = cost, weights
 
     def forward(self, predictions: Predictions, targets: Targets, objects: Tensor | None = None) -> Losses:
-        """Loss of one batch.
-
-        objects: positive scalar tensor that normalises the loss, where it is not this batch's own number of objects (or
-        1 without any): several processes, accumulated gradients.
-        """
+        """Loss of one batch; objects: as of ``normalizers``, for several processes and accumulated gradients."""
         logits, boxes, layout = predictions
         noised = layout.denoising
         with torch.no_grad():
             matches = match(logits[:, :, noised:], boxes[:, :, noised:], targets, self.cost)
-            if objects is None:
-                objects = targets.counts.sum().clamp(min=1)
-            per_group = objects.to(torch.promote_types(boxes.dtype, torch.float32))
-            normalizers = torch.stack((per_group, per_group * max(layout.groups, 1)))
-        total, parts = set_loss(logits, boxes, matches, layout, targets, normalizers, self.weights)
+            divisors = normalizers(targets, layout.groups, boxes.dtype, objects)
+        total, parts = set_loss(logits, boxes, matches, layout, targets, divisors, self.weights)
         return Losses(total, parts, matches)

@@ -78,6 +78,18 @@ def noised_queries(
     return NoisedQueries(labels, boxes, targets.valid, active)
 
 
+def normalizers(targets: Targets, groups: int, dtype: torch.dtype, objects: Tensor | None = None) -> Tensor:
+    """What divides the losses of matching and of denoising queries: objects, and objects times groups -> [2].
+
+    objects: positive scalar tensor, where it is not this batch's own number of objects (or 1 without any); dtype: the
+    boxes'; the result is at least float32.
+    """
+    if objects is None:
+        objects = targets.counts.sum().clamp(min=1)
+    objects = objects.to(torch.promote_types(dtype, torch.float32))
+    return torch.stack((objects, objects * max(groups, 1)))
+
+
 def denoising_loss(
     logits: Tensor,
     boxes: Tensor,
@@ -89,7 +101,7 @@ def denoising_loss(
     """Loss of the denoising queries alone, for a detector that keeps its own loss for its matching queries.
 
     logits [Y, B, groups * T, K] and boxes [Y, B, groups * T, 4] cxcywh: the first rows of every decoder layer's output;
-    objects: scalar tensor, the number to divide by per group where it is not this batch's own
+    objects: scalar tensor, the number to divide by per group where it is not this batch's own; 1 where it is less
     -> total (scalar, weighted) and parts [Y, 3]: label, l1, giou, unweighted.
     """
     layers, batch = logits.shape[:2]
@@ -99,9 +111,6 @@ def denoising_loss(
         torch.empty(layers, batch, 0, dtype=torch.int32, device=logits.device),
         torch.ones(layers, batch, dtype=torch.bool, device=logits.device),
     )
-    if objects is None:
-        objects = targets.counts.sum()
-    per_group = objects.to(torch.promote_types(boxes.dtype, torch.float32))
-    normalizers = torch.stack((per_group, per_group * groups)).clamp(min=1)
-    total, parts = set_loss(logits, boxes, nobody, GroupLayout(groups, slots, 0), targets, normalizers, weights)
+    divisors = normalizers(targets, groups, boxes.dtype, None if objects is None else objects.clamp(min=1))
+    total, parts = set_loss(logits, boxes, nobody, GroupLayout(groups, slots, 0), targets, divisors, weights)
     return total, parts[:, 3:]

@@ -229,8 +229,6 @@ class Trainer:
 
     def _write_rows(self, wait: bool = False) -> dict | None:
         """Log what has arrived from the device -> the newest row's numbers for the console."""
-        weights = self.step.criterion.weights
-        coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
         row = None
         for values, (ids, about) in self.readback.receive(wait):
             for process_values, process_ids in zip(values, ids, strict=True):
@@ -239,7 +237,8 @@ class Trainer:
                     self.journal.warn(about["step"], warning)
             mean = values.mean((0, 1))
             total, norm, parts, _ = taken_apart(mean)
-            terms = (parts * coefficients).sum(0)
+            weights = self.step.criterion.weights
+            terms = (parts * torch.tensor((weights.label, weights.l1, weights.giou) * 2)).sum(0)
             row = {
                 "loss": total.item(),
                 "matching": terms[:3].sum().item(),

@@ -76,8 +76,14 @@ def _targets(target, labels, counts, problem, image, q, queries, noised, slots):
 
 
 @triton.jit
-def _column(array, row, k: tl.constexpr, mask, PRECISE: tl.constexpr):
-    return tl.load(array + row * 4 + k, mask=mask, other=0.0).to(PRECISE)
+def _pairs(boxes, row, target_boxes, truth, paired, PRECISE: tl.constexpr):
+    """Predicted boxes and their targets, x, y, w, h each; zeros where there is no pair."""
+    a, b = boxes + row * 4, target_boxes + truth * 4
+    ax, bx = tl.load(a, mask=paired, other=0.0).to(PRECISE), tl.load(b, mask=paired, other=0.0).to(PRECISE)
+    ay, by = tl.load(a + 1, mask=paired, other=0.0).to(PRECISE), tl.load(b + 1, mask=paired, other=0.0).to(PRECISE)
+    aw, bw = tl.load(a + 2, mask=paired, other=0.0).to(PRECISE), tl.load(b + 2, mask=paired, other=0.0).to(PRECISE)
+    ah, bh = tl.load(a + 3, mask=paired, other=0.0).to(PRECISE), tl.load(b + 3, mask=paired, other=0.0).to(PRECISE)
+    return ax, ay, aw, ah, bx, by, bw, bh
 
 
 @triton.jit
@@ -117,10 +123,7 @@ def set_loss_forward_kernel(
 
     paired = counted & (partner >= 0)
     truth = image * slots + partner
-    ax, ay = _column(boxes, row, 0, paired, PRECISE), _column(boxes, row, 1, paired, PRECISE)
-    aw, ah = _column(boxes, row, 2, paired, PRECISE), _column(boxes, row, 3, paired, PRECISE)
-    bx, by = _column(target_boxes, truth, 0, paired, PRECISE), _column(target_boxes, truth, 1, paired, PRECISE)
-    bw, bh = _column(target_boxes, truth, 2, paired, PRECISE), _column(target_boxes, truth, 3, paired, PRECISE)
+    ax, ay, aw, ah, bx, by, bw, bh = _pairs(boxes, row, target_boxes, truth, paired, PRECISE)
     l1 = tl.where(paired, tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh), 0.0)
     overlap, _x, _y, _w, _h = _giou(ax, ay, aw, ah, bx, by, bw, bh)
     giou = tl.where(paired, 1.0 - overlap, 0.0)
@@ -229,10 +232,7 @@ def set_loss_backward_kernel(
 
     paired = counted & (partner >= 0)
     truth = image * slots + partner
-    ax, ay = _column(boxes, row, 0, paired, PRECISE), _column(boxes, row, 1, paired, PRECISE)
-    aw, ah = _column(boxes, row, 2, paired, PRECISE), _column(boxes, row, 3, paired, PRECISE)
-    bx, by = _column(target_boxes, truth, 0, paired, PRECISE), _column(target_boxes, truth, 1, paired, PRECISE)
-    bw, bh = _column(target_boxes, truth, 2, paired, PRECISE), _column(target_boxes, truth, 3, paired, PRECISE)
+    ax, ay, aw, ah, bx, by, bw, bh = _pairs(boxes, row, target_boxes, truth, paired, PRECISE)
     _value, x, y, w, h = _giou(ax, ay, aw, ah, bx, by, bw, bh)
     # Twice the share of a maximum, less one, is the sign of the difference.
     x = by_l1 * (2.0 * _share(ax, bx) - 1.0) - by_giou * x

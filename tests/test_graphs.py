@@ -147,7 +147,6 @@ def test_a_checkpoint_of_one_mode_continues_in_the_other(python_graphs):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_graphs_on_a_gpu_give_the_losses_of_eager_steps():
     said = []
     expected = steps_on_two_shapes(make("eager", said, "cuda"))
