@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
-from . import _spinning, commandline, train  # noqa: F401
+from . import _process, commandline, train  # noqa: F401
 from .config import Config
 
 PROGRAM = "python -m dndetr.compare"

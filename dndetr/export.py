@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from . import __version__, _spinning  # noqa: F401
+from . import __version__, _process  # noqa: F401
 from .commandline import exit_status, parse
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from . import _spinning  # noqa: F401
+from . import _process  # noqa: F401
 from .commandline import exit_status, parse
 
 if TYPE_CHECKING:

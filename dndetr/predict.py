@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from PIL import Image
 
-from . import _spinning  # noqa: F401
+from . import _process  # noqa: F401
 from .commandline import exit_status, parse
 
 if TYPE_CHECKING:

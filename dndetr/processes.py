@@ -1,5 +1,6 @@
 """The processes that train one model together, as torchrun starts them; a single one has nobody to wait for."""
 
+import gc
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,9 @@ class Processes:
     def __exit__(self, kind, *_) -> None:
         # A process that failed must end, not wait for the others to say goodbye; torchrun then ends those.
         if self.world > 1 and kind is None:
+            # gloo's threads end with the last reference to the group, and the wrapped model, which is in cycles, holds
+            # one. Threads that live on may ask for the interpreter's lock while it shuts down, which aborts the process.
+            gc.collect()
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import _spinning, commandline, train  # noqa: F401
+from . import _process, commandline, train  # noqa: F401
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
 

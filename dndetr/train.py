@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _spinning, commandline  # noqa: F401
+from . import _process, commandline  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
 from .overfit import overfitting, verdict

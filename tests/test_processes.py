@@ -46,8 +46,9 @@ def rows(folder, event):
 
 
 def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
+    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
     command = ["-m", "dndetr.train", *FEW, *NO_BATCH_STATISTICS]
-    done = torchrun(*command, "--output", "whole", cwd=tmp_path)
+    done = torchrun(script, "end-alone", *command[2:], "--output", "whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run folder: whole") == 1
     whole = tmp_path / "whole"
