@@ -35,8 +35,8 @@ class Processes:
     def __exit__(self, kind, *_) -> None:
         # A process that failed must end, not wait for the others to say goodbye; torchrun then ends those.
         if self.world > 1 and kind is None:
-            # gloo's threads end with the last reference to the group, and the wrapped model, which is in cycles, holds
-            # one. Threads that live on may ask for the interpreter's lock while it shuts down, which aborts the process.
+            # gloo's threads end with the group's last reference; the wrapped model holds one, and may be in cycles.
+            # A thread that lives on may ask for the interpreter's lock while it shuts down, which aborts the process.
             gc.collect()
             dist.destroy_process_group()
 
