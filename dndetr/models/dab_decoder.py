@@ -10,6 +10,7 @@ from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, Recomputable, merge_heads, split_heads
+from .linear import Linear
 from .position import anchor_encoding
 
 
@@ -24,11 +25,11 @@ class DABDecoderLayer(Recomputable):
         super().__init__()
         self.heads = heads
         for name in ("qcontent", "qpos", "kcontent", "kpos", "v", "out"):
-            self.add_module(f"sa_{name}_proj", nn.Linear(width, width))
+            self.add_module(f"sa_{name}_proj", Linear(width, width))
         for name in ("qcontent", "kcontent", "kpos", "v", "qpos_sine", "out"):
-            self.add_module(f"ca_{name}_proj", nn.Linear(width, width))
-        self.ca_qpos_proj = nn.Linear(width, width) if first else None
-        self.level_gate = nn.Linear(width, levels) if levels > 1 else None
+            self.add_module(f"ca_{name}_proj", Linear(width, width))
+        self.ca_qpos_proj = Linear(width, width) if first else None
+        self.level_gate = Linear(width, levels) if levels > 1 else None
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = FeedForward(width, hidden, activation)
 

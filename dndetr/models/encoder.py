@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops.ms_deform_attn import ms_deform_attn_fused
 from .features import Features
 from .layers import MLP, FeedForward, PackedProjections, Recomputable, dense_attention, merge_heads
+from .linear import Linear
 
 
 class DenseEncoderLayer(Recomputable):
@@ -48,9 +49,9 @@ class MSDeformAttn(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.sampling_offsets = Linear(width, heads * levels * points * 2)
+        self.attention_weights = Linear(width, heads * levels * points)
+        self.value_proj, self.output_proj = Linear(width, width), Linear(width, width)
         self.initialise()
 
     def initialise(self) -> None:

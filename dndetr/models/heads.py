@@ -5,11 +5,12 @@ import math
 from torch import nn
 
 from .layers import MLP
+from .linear import Linear
 
 
-def class_head(width: int, classes: int) -> nn.Linear:
+def class_head(width: int, classes: int) -> Linear:
     """Class logits; the bias starts every class at probability 0.01, as the focal loss wants."""
-    head = nn.Linear(width, classes)
+    head = Linear(width, classes)
     nn.init.constant_(head.bias, -math.log(99))
     return head
 

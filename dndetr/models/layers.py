@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops._attention import hidden_softmax
+from .linear import Linear, linear
 
 
 class Recomputable(nn.Module):
@@ -30,7 +31,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
@@ -52,7 +53,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation_name: str):
         super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.linear1, self.linear2 = Linear(width, hidden), Linear(hidden, width)
         self.activation = activation(activation_name)
         self.norm = nn.LayerNorm(width)
 
@@ -78,15 +79,15 @@ class PackedProjections(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> three [B, H, Q, D]."""
         width = x.shape[-1]
-        both = F.linear(positioned, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        v = F.linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        both = linear(positioned, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
+        v = linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
         q, k = both.chunk(2, dim=-1)
         return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
 

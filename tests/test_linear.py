@@ -1,0 +1,68 @@
+"""Linear layers: oneDNN's float32 products against torch's own in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dndetr.models import linear as module
+from dndetr.models.linear import Linear, linear
+
+SHAPES = {"tokens": (2, 70, 24), "one-row": (24,), "nobody": (2, 0, 24), "wide-batch": (3, 2, 5, 24)}
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def gradients(function, x, weight, bias):
+    leaves = [value if value is None else value.detach().requires_grad_() for value in (x, weight, bias)]
+    out = function(*leaves)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+    return [out, *torch.autograd.grad(out, wanted, weighting)]
+
+
+@onednn
+@pytest.mark.parametrize("outputs", [1, 4, 40])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_is_the_sum_of_products(shape, with_bias, outputs):
+    torch.manual_seed(0)
+    x, weight = torch.randn(SHAPES[shape]), torch.randn(outputs, 24)
+    bias = torch.randn(outputs) if with_bias else None
+    found = gradients(linear, x, weight, bias)
+    expected = gradients(F.linear, x.double(), weight.double(), bias if bias is None else bias.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@onednn
+def test_any_strides_are_read_in_place():
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, 7, 3).permute(2, 1, 0), torch.randn(24, 40).t()
+    for a, b in zip(
+        gradients(linear, x, weight, None), gradients(F.linear, x.double(), weight.double(), None), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@onednn
+def test_nan_spreads_to_its_row_alone():
+    x, weight = torch.ones(4, 8), torch.ones(3, 8)
+    x[2, 5] = float("nan")
+    assert linear(x, weight).isnan().any(-1).tolist() == [False, False, True, False]
+
+
+@onednn
+def test_only_float32_outside_autocast_and_export_is_ours(monkeypatch):
+    calls = []
+    own = module._product
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(args) or own(*args))
+    layer, x = Linear(8, 8), torch.randn(2, 8)
+    layer(x)
+    assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.double()(x.double())
+    exported = torch.export.export(Linear(8, 8), (x,))
+    assert any("linear" in str(node.target) for node in exported.graph.nodes)
+    assert len(calls) == 1
+    torch.autograd.gradcheck(layer, x.double().requires_grad_())
