@@ -45,6 +45,16 @@ def test_any_strides_are_read_in_place():
 
 
 @onednn
+def test_the_result_can_be_changed_in_place():
+    """As Deformable DETR of transformers does with the corrections of boxes."""
+    layer, x = Linear(8, 4), torch.randn(2, 3, 8)
+    out = layer(x)
+    out[..., :2] = out[..., :2] + 1
+    out.sum().backward()
+    assert layer.bias.grad.tolist() == [6, 6, 6, 6]
+
+
+@onednn
 def test_nan_spreads_to_its_row_alone():
     x, weight = torch.ones(4, 8), torch.ones(3, 8)
     x[2, 5] = float("nan")

@@ -1,7 +1,11 @@
-"""Our deformable attention and matcher in place of those of a Hugging Face model, until ``undo``."""
+"""Our deformable attention, matcher and CPU products in place of those of a Hugging Face model, until ``undo``."""
 
+from functools import partial
+
+import torch
 from torch import nn
 
+from ..models.linear import Linear
 from .attention import replace_attention
 from .denoise import NAME, Denoising
 from .installed import require_transformers
@@ -10,11 +14,12 @@ from .rebind import set_loss_function
 
 
 class Acceleration:
-    """What was replaced in a model: names of attention modules, and of the matcher; ``print`` it, ``undo`` it."""
+    """What was replaced in a model: attention modules, linear layers, matcher, by name; ``print`` it, ``undo`` it."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.attention: list[str] = []
+        self.linear: list[str] = []
         self.matcher: str | None = None
         self._undo = []
         for name, module in model.named_modules():
@@ -25,11 +30,22 @@ class Acceleration:
         if loss is not None and (matcher := known_matcher(loss)):
             self.matcher = matcher
             _set_loss(model, MatchedLoss(loss))
+        if self.attention or self.matcher:
+            self._replace_products()
+
+    def _replace_products(self) -> None:
+        for name, module in self.model.named_modules():
+            if type(module) is nn.Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
+                self.linear.append(name)
+                module.__class__ = Linear
+                self._undo.append(partial(setattr, module, "__class__", nn.Linear))
 
     def __str__(self) -> str:
         layers = f"deformable attention in {len(self.attention)} layers"
+        if self.linear:
+            layers += f", float32 products of {len(self.linear)} linear layers"
         matcher = f"the matcher of {self.matcher}" if self.matcher else "no matcher"
-        return f"{type(self.model).__name__}: replaced {layers} and {matcher}"
+        return f"{type(self.model).__name__}: replaced {layers}, and {matcher}"
 
     def undo(self) -> None:
         """Make the model what it was; denoising, where there is any, stays."""
@@ -58,7 +74,7 @@ def _set_loss(model: nn.Module, loss) -> None:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Put a Hugging Face detector on our deformable attention and matcher, in place -> what was replaced.
+    """Put a Hugging Face detector on our attention, matcher and (on CPUs) products, in place -> what was replaced.
 
     Same outputs, losses and gradients up to rounding, same weights, ``state_dict`` and ``save_pretrained``. Attention:
     Deformable DETR, RT-DETR (v2), D-FINE, DEIMv2, LW-DETR, RF-DETR, Grounding DINO and every other model of

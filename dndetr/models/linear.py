@@ -30,7 +30,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    return _Linear.apply(x, weight, bias) if onednn else F.linear(x, weight, bias)
+    if not onednn:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,14 +44,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        return _product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad_out.reshape(-1, len(weight))
-        grad_x = _product(rows, weight.t()).view(x.shape) if needs_x else None
-        grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None
-        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+        grad_x = _product(grad_out, weight.t()) if needs_x else None
+        grad_weight = _product(grad_out.t(), x.t()) if needs_weight else None
+        return grad_x, grad_weight, grad_out.sum(0) if needs_bias else None

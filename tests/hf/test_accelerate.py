@@ -12,6 +12,7 @@ from hf_models import CLASSES, QUERIES, labels, pixels
 import dndetr
 from dndetr.hf.attention import sample_points
 from dndetr.hf.matching import MatchedLoss, Matcher
+from dndetr.models.linear import Linear
 
 _SMALL = {
     "d_model": 32,
@@ -96,7 +97,9 @@ def test_outputs_losses_and_gradients_are_equal(name):
     before = step(model)
     done = dndetr.accelerate(model)
     assert len(done.attention) == ATTENTION_LAYERS[name] and done.matcher is not None
-    assert f"deformable attention in {ATTENTION_LAYERS[name]} layers and the matcher of" in str(done)
+    assert len(done.linear) == sum(type(module) is Linear for module in model.modules()) > 0
+    assert f"deformable attention in {ATTENTION_LAYERS[name]} layers, float32 products of" in str(done)
+    assert f" {len(done.linear)} linear layers, and the matcher of" in str(done)
     assert_equal_steps(before, step(model))
 
 
