@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 // Products and sums may fuse here: results need not be the same on every instruction set, and are more precise.
 #if defined(__clang__)
 #pragma clang fp contract(fast)
@@ -26,59 +30,69 @@ namespace {
 constexpr int kBlock = 16;      // queries prepared together
 constexpr int kAlignment = 64;  // bytes, the widest register
 
+template <class Real>
+using Index = std::conditional_t<sizeof(Real) == 4, std::int32_t, std::int64_t>;
+
 struct Level {
-  int height, width, row;      // row: cells from one line of pixels to the next
-  std::int64_t first, pixel;   // its first cell and pixel
+  int height, width;
+  std::int64_t first;  // its first pixel
 };
+
+// Whether a head's pixels are copied, next to each other, before they are sampled: a copy reads and writes each of them
+// once, and is repaid by being close at hand where each is read many times. As measured; 16-bit elements are converted
+// with each read.
+bool worth_copying(const DeformAttn& p, std::int64_t pixels) {
+  const int reads = p.value.dtype == Dtype::bfloat16 || p.value.dtype == Dtype::float16 ? 4 : 8;
+  return 4.0 * p.queries * p.levels * p.points > double(reads) * pixels;
+}
 
 // Memory of one thread, laid out once per call.
 template <class Real>
 struct Workspace {
-  using Index = std::conditional_t<sizeof(Real) == 4, std::int32_t, std::int64_t>;
-
-  std::vector<Level> levels;  // and one more, where the last one ends
-  int stride;                 // channels of a cell
-  Real *cells, *grads;
-  Real *offset, *weight, *reference;         // [column, query of the block]
-  Real *right, *down, *seen, *corner, *dot;  // [sample (, corner), query of the block]
-  Index* cell;                               // upper left corner
-  Real *row, *partial;                       // one query's channels, and its dots, not yet summed
+  std::vector<Level> levels;
+  std::int64_t pixels;
+  int samples, stride;                      // stride: channels of a row
+  Real *copies = nullptr, *sums = nullptr;  // of pixels -1, 0, ...; null where the tensors themselves serve
+  Real *zeros, *nobody;                     // pixel -1 of the tensors
+  Real *offset, *weight, *reference;        // [column, query of the block]
+  Real *right, *down, *corner, *dot;        // [sample (, corner), query of the block]
+  Index<Real>* pixel;                       // of the corners, -1 for none
+  Real *row, *partial;                      // one query's channels, and its dots, not yet summed
   std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
 
-  Workspace(const DeformAttn& p, bool backward) {
-    std::int64_t first = 0, pixel = 0;
+  Workspace(const DeformAttn& p, bool backward) : samples(p.levels * p.points) {
+    pixels = 0;
     for (int l = 0; l < p.levels; ++l) {
-      const int h = p.shapes[2 * l], w = p.shapes[2 * l + 1];
-      levels.push_back({h, w, w + 1, first, pixel});
-      first += std::int64_t(h + 2) * (w + 1) + 1;
-      pixel += std::int64_t(h) * w;
+      levels.push_back({p.shapes[2 * l], p.shapes[2 * l + 1], pixels});
+      pixels += std::int64_t(p.shapes[2 * l]) * p.shapes[2 * l + 1];
     }
-    levels.push_back({0, 0, 0, first, pixel});
     constexpr int kLanes = kAlignment / sizeof(Real);
     stride = (p.width + kLanes - 1) / kLanes * kLanes;
-    const std::int64_t block = std::int64_t(p.levels) * p.points * kBlock, all = first * stride;
+    const bool copied = stride != p.width || worth_copying(p, pixels);
+    const bool summed = backward && (copied || p.value.dtype == Dtype::bfloat16 || p.value.dtype == Dtype::float16);
+    const std::int64_t block = std::int64_t(samples) * kBlock, all = (pixels + 1) * stride;
     const std::int64_t references = std::int64_t(p.levels) * p.reference_width * kBlock;
-    const std::int64_t total = all * (backward ? 2 : 1) + 16 * block + references + stride;
+    const std::int64_t total = all * (int(copied) + int(summed)) + 18 * block + references + 3 * stride;
     memory.reset(std::aligned_alloc(kAlignment, (total + 1) * sizeof(Real) / kAlignment * kAlignment + kAlignment));
     if (!memory) throw std::bad_alloc();
     Real* next = static_cast<Real*>(memory.get());
     const auto take = [&](std::int64_t count) { return std::exchange(next, next + count); };
-    cells = take(all);
-    grads = backward ? take(all) : nullptr;
+    zeros = take(stride);
+    nobody = take(stride);
+    row = take(stride);
+    dot = take(4 * block);
+    std::fill(static_cast<Real*>(memory.get()), next, Real(0));
     offset = take(2 * block);
     weight = take(block);
     reference = take(references);
     right = take(block);
     down = take(block);
-    seen = take(block);
     corner = take(4 * block);
-    dot = take(4 * block);
-    cell = reinterpret_cast<Index*>(take(block));
-    row = take(stride);
+    pixel = reinterpret_cast<Index<Real>*>(take(4 * block));
     partial = take(block);
-    std::fill_n(cells, all, Real(0));
-    std::fill_n(dot, 4 * block, Real(0));
-    std::fill_n(row, stride, Real(0));
+    if (copied) copies = take(all);
+    if (summed) sums = take(all);
+    if (copied) std::fill_n(copies, stride == p.width ? stride : all, Real(0));
   }
 };
 
@@ -123,16 +137,38 @@ Kernels<Real> kernels_for(Simd simd) {
   return {plain::forward<Real>, plain::backward<Real>};
 }
 
-// Calls run(image, head, workspace) for all of them, by a team of threads if it pays to wake one.
+// Memory of this size is new with each call, and touching it for the first time costs more than adding gradients to it,
+// unless it comes in huge pages.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = 4096;
+  constexpr std::int64_t kLarge = 4 << 20;
+  if (bytes < kLarge) return;
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(data), first = (start + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (start + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // a wish: may fail
+#endif
+}
+
+// Calls run(image, head, workspace) for all of them, by a team of threads if it pays to wake one. Where a workspace has no
+// sums of its own, `sums` [B, S, H, D] are zero by then.
 template <class Real, class Run>
-void for_each_head(const DeformAttn& p, bool backward, int threads, const Run& run) {
+void for_each_head(const DeformAttn& p, bool backward, int threads, Array sums, const Run& run) {
   constexpr double kWorkPerTeam = 8e6;  // about a millisecond of one thread
+  constexpr std::int64_t kChunk = 1 << 16;
   const int tasks = p.batch * p.heads;
   const double samples = double(tasks) * p.queries * p.levels * p.points;
   const int team = samples * 4 * p.width * (backward ? 3 : 1) > kWorkPerTeam ? std::min(threads, tasks) : 1;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const Workspace<Real> workspace(p, backward);
+    if (backward && !workspace.sums) {
+      Real* const from = static_cast<Real*>(sums.data);
+      const std::int64_t total = std::int64_t(tasks) * workspace.pixels * p.width;
+#pragma omp single
+      ask_for_huge_pages(from, total * sizeof(Real));
+#pragma omp for schedule(static)
+      for (std::int64_t i = 0; i < total; i += kChunk) std::fill_n(from + i, std::min(kChunk, total - i), Real(0));
+    }
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; ++task) run(task / p.heads, task % p.heads, workspace);
   }
@@ -141,14 +177,15 @@ void for_each_head(const DeformAttn& p, bool backward, int threads, const Run& r
 template <class Real>
 void run_forward(const DeformAttn& p, Array out, int threads, Simd simd) {
   const auto kernel = kernels_for<Real>(simd).forward;
-  for_each_head<Real>(p, false, threads,
-                      [&](int b, int head, const Workspace<Real>& workspace) { kernel(p, out, b, head, workspace); });
+  for_each_head<Real>(p, false, threads, {}, [&](int b, int head, const Workspace<Real>& workspace) {
+    kernel(p, out, b, head, workspace);
+  });
 }
 
 template <class Real>
 void run_backward(const DeformAttn& p, Array grad_out, const DeformAttnGrads& grads, int threads, Simd simd) {
   const auto kernel = kernels_for<Real>(simd).backward;
-  for_each_head<Real>(p, true, threads, [&](int b, int head, const Workspace<Real>& workspace) {
+  for_each_head<Real>(p, true, threads, grads.value, [&](int b, int head, const Workspace<Real>& workspace) {
     kernel(p, grad_out, grads, b, head, workspace);
   });
 }

@@ -1,7 +1,5 @@
-// Points of a block of queries, one query per vector lane: cells and weights of their corners, and gradients. Included once
-// per instruction set.
-//
-// Coordinates are clamped to the border of the cells, so that a point off the image reads zeros, never out of range.
+// Points of a block of queries, one query per vector lane: pixels and weights of their corners, and gradients. Included
+// once per instruction set.
 
 // rows x columns elements -> to[column * kBlock + row]; missing rows become zero.
 template <class Element, class Real>
@@ -22,7 +20,7 @@ DNDETR_KERNEL void store_columns(const Real* from, std::int64_t row_stride, int 
   }
 }
 
-// One coordinate in pixels -> the cell before it, and the part of the way to the next one; in (-1, size), or clamped.
+// One coordinate in pixels, clamped to [-1, size] -> the pixel before it, and the part of the way to the next one.
 template <class Real>
 DNDETR_KERNEL void split(Reals<Real> x, int size, Indices<Real>& before, Reals<Real>& part) {
   const Reals<Real> low = Reals<Real>{} - 1, high = Reals<Real>{} + static_cast<Real>(size);
@@ -34,6 +32,18 @@ DNDETR_KERNEL void split(Reals<Real> x, int size, Indices<Real>& before, Reals<R
   const Indices<Real> last = Indices<Real>{} + (size - 1);
   before = before > last ? last : before;
   part = x - __builtin_convertvector(before, Reals<Real>);
+}
+
+// The (height, width) of a level's pixels that count.
+struct Inside {
+  int height, width;
+};
+DNDETR_KERNEL Inside inside(const DeformAttn& p, int b, int l) {
+  const int h = p.shapes[2 * l], w = p.shapes[2 * l + 1];
+  if (!p.valid_sizes) return {h, w};
+  const std::int64_t* valid = p.valid_sizes + (std::int64_t(b) * p.levels + l) * 2;
+  return {static_cast<int>(std::clamp<std::int64_t>(valid[0], 0, h)),
+          static_cast<int>(std::clamp<std::int64_t>(valid[1], 0, w))};
 }
 
 // Offset -> pixel coordinate is  start + scale * offset,  for one of x, y.
@@ -71,7 +81,7 @@ DNDETR_KERNEL void weigh(const DeformAttn& p, const Workspace<Real>& s) {
   }
 }
 
-// Queries first..first + rows - 1 -> cells, parts and corner weights of all their samples.
+// Queries first..first + rows - 1 -> pixels and weights of the corners of all their samples.
 template <class Real>
 DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int rows, const Workspace<Real>& s) {
   const int samples = p.levels * p.points;
@@ -87,8 +97,9 @@ DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int 
                                                         rows, columns, s.reference))
   }
   weigh(p, s);
-  for (int l = 0, k = 0; l < p.levels; ++l) {
+  for (int l = 0, k = 0; l < p.levels; ++l, k += p.points) {
     const Level& level = s.levels[l];
+    const Inside valid = inside(p, b, l);
     for (int q = 0; q < kBlock; q += Registers<Real>::lanes) {
       const Affine<Real> x_of = affine(p, s, l, 0, q, level.width), y_of = affine(p, s, l, 1, q, level.height);
       const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
@@ -100,22 +111,28 @@ DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int 
         Reals<Real> right, down;
         split<Real>(x, level.width, column, right);
         split<Real>(y, level.height, line, down);
-        *reinterpret_cast<Indices<Real>*>(s.cell + i) =
-            (line + 1) * level.row + column + (1 + static_cast<typename Workspace<Real>::Index>(level.first));
-        const Reals<Real> zero{}, one = zero + 1, weight = at(s.weight + i);
-        const auto out = (x <= -one) | (x >= width) | (y <= -one) | (y >= height);
-        at(s.seen + i) = out ? zero : one;
         at(s.right + i) = right;
         at(s.down + i) = down;
+        const Reals<Real> weight = at(s.weight + i);
         const Reals<Real> low = weight * down, high = weight - low, low_right = low * right, high_right = high * right;
         Real* corner = s.corner + (k + point) * 4 * kBlock + q;
         at(corner) = high - high_right;
         at(corner + kBlock) = high_right;
         at(corner + 2 * kBlock) = low - low_right;
         at(corner + 3 * kBlock) = low_right;
+        // A NaN is not off: it goes on in the weights.
+        const Indices<Real> off = (x <= Real(-1)) | (x >= width) | (y <= Real(-1)) | (y >= height);
+        const Indices<Real> no_left = off | (column < 0) | (column >= valid.width);
+        const Indices<Real> no_right = off | (column + 1 >= valid.width);
+        const Indices<Real> no_upper = (line < 0) | (line >= valid.height), no_lower = line + 1 >= valid.height;
+        const Indices<Real> first = line * level.width + column + static_cast<Index<Real>>(level.first);
+        Index<Real>* pixel = s.pixel + (k + point) * 4 * kBlock + q;
+        at(pixel) = first | no_upper | no_left;
+        at(pixel + kBlock) = (first + 1) | no_upper | no_right;
+        at(pixel + 2 * kBlock) = (first + level.width) | no_lower | no_left;
+        at(pixel + 3 * kBlock) = (first + level.width + 1) | no_lower | no_right;
       }
     }
-    k += p.points;
   }
 }
 
@@ -133,12 +150,10 @@ DNDETR_KERNEL void differentiate(const DeformAttn& p, const Workspace<Real>& s) 
         const int i = k * kBlock + q;
         const Real* dot = s.dot + k * 4 * kBlock + q;
         const Reals<Real> d00 = at(dot), d01 = at(dot + kBlock), d10 = at(dot + 2 * kBlock), d11 = at(dot + 3 * kBlock);
-        const Reals<Real> right = at(s.right + i), down = at(s.down + i), weight = at(s.weight + i), zero{};
-        const auto seen = at(s.seen + i) > zero;
+        const Reals<Real> right = at(s.right + i), down = at(s.down + i), weight = at(s.weight + i);
         const Reals<Real> above = d00 + right * (d01 - d00), below = d10 + right * (d11 - d10);
         const Reals<Real> left_side = d00 + down * (d10 - d00), right_side = d01 + down * (d11 - d01);
-        const Reals<Real> grad_x = seen ? weight * (right_side - left_side) : zero;
-        const Reals<Real> grad_y = seen ? weight * (below - above) : zero;
+        const Reals<Real> grad_x = weight * (right_side - left_side), grad_y = weight * (below - above);
         const Reals<Real> grad_weight = above + down * (below - above);
         Reals<Real>&offset_x = at(s.offset + 2 * i - q), &offset_y = at(s.offset + 2 * i - q + kBlock);
         moved_x += grad_x, moved_y += grad_y;

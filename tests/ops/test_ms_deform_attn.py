@@ -119,6 +119,7 @@ def test_given_locations_and_weights(on, simd, dtype):
 @pytest.mark.parametrize("place", [1e4, -1e4, 1e30, -1e30, float("inf"), -float("inf")])
 def test_far_points_see_and_move_nothing(on, simd, place):
     value, shapes, reference, offsets, logits, _ = op.make_case("one-point")
+    value = torch.full_like(value, float("nan"))
     parts = run(on(simd), (value, shapes, reference, torch.full_like(offsets, place), logits, None))
     for name in ("out", "value", "reference_points", "offsets"):
         assert (parts[name] == 0).all(), name
@@ -162,12 +163,18 @@ def test_valid_sizes_out_of_range(extension, size):
         torch.testing.assert_close(given[part], expected[part], rtol=1e-12, atol=1e-12)
 
 
-def test_padded_pixels_do_not_matter(extension):
-    value, shapes, *points, valid = op.make_case("tiny")
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["tiny", "few-queries"])
+@pytest.mark.parametrize("empty", [(), (1,), (0, 1)], ids=str)
+def test_padded_pixels_do_not_matter(extension, name, empty, backend):
+    value, shapes, *points, valid = op.make_case(name)
+    for level in empty:
+        valid[0, level, level] = 0  # no pixel of it is valid
+    function = partial(ms_deform_attn_fused, backend=backend)
     padded = ~op.valid_pixels(valid, shapes)[:, :, None, None]
     assert padded.any()
-    given = run(ms_deform_attn_fused, (value.masked_fill(padded, float("nan")), shapes, *points, valid))
-    expected = run(ms_deform_attn_fused, (value, shapes, *points, valid))
+    given = run(function, (value.masked_fill(padded, float("nan")), shapes, *points, valid))
+    expected = run(function, (value, shapes, *points, valid))
     assert all(torch.equal(given[part], expected[part]) for part in NAMES)
     assert (given["value"].masked_select(padded) == 0).all()
 
@@ -189,7 +196,23 @@ def test_strides(extension):
     assert torch.equal(out, expected["out"])
 
 
-@pytest.mark.parametrize("name", ["train-tiny-encoder", "train-small-encoder"])
+@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_queries_get_in_place_what_many_get_from_a_copy(on, simd, dtype):
+    value, shapes, reference, offsets, logits, valid = op.make_inputs((2, 80, 2, 32, ((9, 9), (6, 5)), 4, 4, True), dtype)
+    grad_out = torch.randn(2, 80, 64).to(dtype)
+    grad_out[:, 5:] = 0  # only the few add to grad_value
+    parts = []
+    for queries in (80, 5):
+        inputs = [value, *(x[:, :queries] for x in (reference, offsets, logits))]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = on(simd)(inputs[0], shapes, *inputs[1:], valid)
+        parts.append((out.detach(), *torch.autograd.grad(out, inputs, grad_out[:, :queries])))
+    for name, many, few in zip(NAMES, *parts, strict=True):
+        assert torch.equal(few, many if name == "value" else many[:, :5]), name
+
+
+@pytest.mark.parametrize("name", ["train-tiny-encoder", "train-small-encoder", "decoder"])
 def test_threads_do_not_change_the_answer(on, name):
     arguments = op.make_case(name)
     one, three = run(on(threads=1), arguments), run(on(threads=3), arguments)
