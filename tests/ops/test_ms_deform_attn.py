@@ -199,7 +199,8 @@ def test_strides(extension):
 @pytest.mark.parametrize("simd", SIMD)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_few_queries_get_in_place_what_many_get_from_a_copy(on, simd, dtype):
-    value, shapes, reference, offsets, logits, valid = op.make_inputs((2, 80, 2, 32, ((9, 9), (6, 5)), 4, 4, True), dtype)
+    sizes = (2, 80, 2, 32, ((9, 9), (6, 5)), 4, 4, True)
+    value, shapes, reference, offsets, logits, valid = op.make_inputs(sizes, dtype)
     grad_out = torch.randn(2, 80, 64).to(dtype)
     grad_out[:, 5:] = 0  # only the few add to grad_value
     parts = []
