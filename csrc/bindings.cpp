@@ -172,6 +172,53 @@ void ms_deform_attn_backward_cuda(const DeformAttnArguments& arguments, Pointer 
 }
 #endif
 
+// Address, number of the dtype, strides of image, head and row, width.
+using HeadsArgument = std::array<std::int64_t, 6>;
+
+dndetr::Heads heads_at(const HeadsArgument& x) {
+  return {{reinterpret_cast<void*>(x[0]), static_cast<dndetr::Dtype>(x[1])}, x[2], x[3], x[4]};
+}
+
+// `sizes`: batch, heads, queries, keys, groups, slots; queries and keys in one part, or in two.
+dndetr::Attention attention_problem(std::array<int, 6> sizes, const std::vector<HeadsArgument>& q,
+                                    const std::vector<HeadsArgument>& k, const HeadsArgument& v, double scale,
+                                    std::uintptr_t active, std::uintptr_t valid) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          {static_cast<int>(q.front()[5]), q.size() > 1 ? static_cast<int>(q.back()[5]) : 0},
+          static_cast<int>(v[5]),
+          {heads_at(q.front()), heads_at(q.back())},
+          {heads_at(k.front()), heads_at(k.back())},
+          heads_at(v),
+          scale,
+          sizes[4],
+          sizes[5],
+          reinterpret_cast<const std::int32_t*>(active),
+          reinterpret_cast<const bool*>(valid)};
+}
+
+void attention(const dndetr::Attention& problem, const HeadsArgument& out, std::uintptr_t lse, int threads,
+               const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::attention(problem, heads_at(out), reinterpret_cast<void*>(lse), threads, chosen);
+}
+
+void attention_backward(const dndetr::Attention& problem, const HeadsArgument& grad_out, const HeadsArgument& out,
+                        std::uintptr_t lse, const std::vector<HeadsArgument>& grad_q,
+                        const std::vector<HeadsArgument>& grad_k, const HeadsArgument& grad_v, int threads,
+                        const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  const dndetr::AttentionGrads grads{{heads_at(grad_q.front()), heads_at(grad_q.back())},
+                                     {heads_at(grad_k.front()), heads_at(grad_k.back())},
+                                     heads_at(grad_v)};
+  py::gil_scoped_release release;
+  dndetr::attention_backward(problem, heads_at(grad_out), heads_at(out), reinterpret_cast<const void*>(lse), grads, threads,
+                             chosen);
+}
+
 dndetr::SetLoss set_loss_problem(std::array<int, 6> sizes, Pointer logits, Pointer boxes,
                                  std::array<std::uintptr_t, 5> others, std::array<double, 4> weights) {
   return {sizes[0],        sizes[1],
@@ -246,6 +293,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("fixed_point"), py::arg("stream"),
         "Its gradients: grad_value zeroed float32, or int64 in units of one by *fixed_point; the rest as on the CPU.");
 #endif
+  py::class_<dndetr::Attention>(m, "Attention", "Inputs of attention; whoever makes one keeps them alive.")
+      .def(py::init(&attention_problem), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
+           py::arg("active"), py::arg("valid"));
+  m.def("attention", &attention, py::arg("problem"), py::arg("out"), py::arg("lse"), py::arg("threads") = 1,
+        py::arg("simd") = "", "Attention in groups or past valid keys: -> out [B, H, Q, value width], lse [B, H, Q].");
+  m.def("attention_backward", &attention_backward, py::arg("problem"), py::arg("grad_out"), py::arg("out"), py::arg("lse"),
+        py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads") = 1, py::arg("simd") = "",
+        "Its gradients.");
   py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
       .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
            py::arg("weights"));

@@ -181,6 +181,7 @@ namespace plain {
 #include "match_kernel.h"
 }
 #undef DNDETR_INLINE
+#undef DNDETR_KERNEL
 #undef DNDETR_TARGET
 #undef DNDETR_VECTOR
 
@@ -191,6 +192,7 @@ namespace avx2 {
 #include "match_kernel.h"
 }
 #undef DNDETR_INLINE
+#undef DNDETR_KERNEL
 #undef DNDETR_TARGET
 #undef DNDETR_VECTOR
 
@@ -200,6 +202,7 @@ namespace avx512 {
 #include "match_kernel.h"
 }
 #undef DNDETR_INLINE
+#undef DNDETR_KERNEL
 #undef DNDETR_TARGET
 #undef DNDETR_VECTOR
 #endif

@@ -4,46 +4,23 @@
 // DNDETR_VECTOR (bytes of a register) were defined: each function must carry the target itself, or its vectors would be
 // taken apart before it is inlined.
 
-#define DNDETR_INLINE inline __attribute__((always_inline)) DNDETR_TARGET
+#include "vectors.h"
+
+#define DNDETR_INLINE DNDETR_KERNEL
 
 #include "assign.h"
 
-// Registers full of one type, and as many costs as there are doubles in a register.
-template <class Element>
-struct Registers;
-template <>
-struct Registers<float> {
-  typedef float Reals __attribute__((vector_size(DNDETR_VECTOR)));
-  typedef std::int32_t Bits __attribute__((vector_size(DNDETR_VECTOR)));
-  typedef float PerDouble __attribute__((vector_size(DNDETR_VECTOR / 2)));
-};
-template <>
-struct Registers<double> {
-  typedef double Reals __attribute__((vector_size(DNDETR_VECTOR)));
-  typedef std::int64_t Bits __attribute__((vector_size(DNDETR_VECTOR)));
-  typedef Reals PerDouble;
+// As many costs as there are doubles in a register.
+template <class Cost>
+struct PerDouble {
+  typedef Cost Costs __attribute__((vector_size(DNDETR_VECTOR / 8 * sizeof(Cost))));
 };
 template <class Real>
-using Reals = typename Registers<Real>::Reals;
+using Bits = Indices<Real>;
 template <class Real>
-using Bits = typename Registers<Real>::Bits;
+using IntegerAs = typename Registers<Real>::Index;
 template <class Real>
-using IntegerAs = std::conditional_t<sizeof(Real) == 4, std::int32_t, std::int64_t>;
-template <class Real>
-constexpr int kLanes = DNDETR_VECTOR / sizeof(Real);
-
-template <class Vector, class Element>
-DNDETR_INLINE auto& at(Element* array, int j) {
-  typedef Vector Aliasing __attribute__((may_alias));
-  return *reinterpret_cast<Aliasing*>(array + j);
-}
-
-template <class Real>
-DNDETR_INLINE Bits<Real> lane_numbers() {
-  Bits<Real> numbers{};
-  for (int l = 0; l < kLanes<Real>; ++l) numbers[l] = l;
-  return numbers;
-}
+constexpr int kLanes = Registers<Real>::lanes;
 
 template <class Element, class Vector>
 DNDETR_INLINE Element least_lane(const Vector& x) {
@@ -104,7 +81,7 @@ DNDETR_INLINE Shortest<Cost> smallest(const Cost* row, int stride) {
   Lowest<Cost> lowest;
   for (int j = 0; j < stride; j += 2 * kLanes<Cost>) {
 #pragma GCC unroll 2
-    for (int chain = 0; chain < 2; ++chain) lowest.see(chain, at<const Reals<Cost>>(row, j + chain * kLanes<Cost>));
+    for (int chain = 0; chain < 2; ++chain) lowest.see(chain, vector_at<Reals<Cost>>(row + j + chain * kLanes<Cost>));
   }
   return lowest.find();
 }
@@ -159,15 +136,15 @@ struct VectorColumns {
 #pragma GCC unroll 2
       for (int chain = 0; chain < 2; ++chain) {
         const int j = first + chain * kLanes<double>;
-        const Values c = __builtin_convertvector(at<const typename Registers<Cost>::PerDouble>(costs, j), Values);
-        const Values through = base + c + at<Values>(p.rise, j);
-        const Values old = at<Values>(p.length, j);
+        const Values c = __builtin_convertvector(vector_at<typename PerDouble<Cost>::Costs>(costs + j), Values);
+        const Values through = base + c + vector_at<Values>(p.rise + j);
+        const Values old = vector_at<Values>(p.length + j);
         const Indices shorter = through < old;
         const Values now = shorter ? through : old;
-        at<Values>(p.length, j) = now;
-        at<Indices>(p.before, j) = shorter ? from : at<Indices>(p.before, j);
+        vector_at<Values>(p.length + j) = now;
+        vector_at<Indices>(p.before + j) = shorter ? from : vector_at<Indices>(p.before + j);
         lowest.see(chain, now);
-        free[chain] = smaller(free[chain], now + at<Values>(p.taken, j));
+        free[chain] = smaller(free[chain], now + vector_at<Values>(p.taken + j));
       }
     }
     const Shortest<double> best = lowest.find();
@@ -259,7 +236,7 @@ DNDETR_INLINE bool load(const AssignProblems& a, int problem, const Problem<Cost
         std::memcpy(&c, from + j, sizeof c);
         __builtin_prefetch(from + row_step + j);
         odd |= ~(larger(c, -c) <= kLargest<Cost>);
-        at<Reals<Cost>>(to, j) = c;
+        vector_at<Reals<Cost>>(to + j) = c;
       }
       for (; j < p.columns; ++j) odd |= -IntegerAs<Cost>(!is_sound(to[j] = from[j]));
     }
@@ -275,7 +252,7 @@ DNDETR_INLINE bool load(const AssignProblems& a, int problem, const Problem<Cost
         Reals<Cost> c;
         for (int l = 0; l < kLanes<Cost>; ++l) c[l] = lanes[l][i * row_step];
         odd |= ~(larger(c, -c) <= kLargest<Cost>);
-        at<Reals<Cost>>(p.cost + std::int64_t(i) * p.stride, j) = c;
+        vector_at<Reals<Cost>>(p.cost + std::int64_t(i) * p.stride + j) = c;
       }
     }
   }
@@ -318,11 +295,11 @@ DNDETR_INLINE bool cost_rows(const MatchInputs& m, const Queries<Cost>& queries,
     load_box(m.target_boxes, slot * 4, box);
     const Corners<Value> b = corners(none + box[0], none + box[1], none + box[2], none + box[3]);
     for (int q = 0; q < queries.stride; q += kLanes<Cost>) {
-      const auto part = [&](const Cost* array) DNDETR_TARGET -> Value { return at<const Value>(array, q); };
+      const auto part = [&](const Cost* array) DNDETR_TARGET -> Value { return vector_at<Value>(array + q); };
       const Corners<Value> a = corners(part(queries.x), part(queries.y), part(queries.w), part(queries.h));
       const Value c = pair_cost(part(queries.logit), a, b, weights);
       odd |= ~(larger(c, -c) <= kLargest<Cost>);
-      at<Value>(cost, q) = c;
+      vector_at<Value>(cost + q) = c;
     }
   }
   return !any_lane(odd);

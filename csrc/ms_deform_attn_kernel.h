@@ -6,6 +6,8 @@
 
 #include "vectors.h"
 
+#include "vector_math.h"
+
 static_assert(kBlock % Registers<float>::lanes == 0);
 
 #include "ms_deform_attn_pixels.h"

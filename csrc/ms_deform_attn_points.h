@@ -74,7 +74,7 @@ DNDETR_KERNEL void weigh(const DeformAttn& p, const Workspace<Real>& s) {
     }
     for (int k = 0; k < samples; ++k) {
       Reals<Real>& x = at(s.weight + k * kBlock + q);
-      x = exp_of_negative(x - most);
+      x = exp_of(x - most);
       sum += x;
     }
     for (int k = 0; k < samples; ++k) at(s.weight + k * kBlock + q) /= sum;

@@ -108,6 +108,35 @@ void ms_deform_attn_cuda(const DeformAttn& problem, Array out, Stream stream);
 void ms_deform_attn_backward_cuda(const DeformAttn& problem, Array grad_out, const DeformAttnGrads& grads,
                                   const float* fixed_point, Stream stream);
 
+// An array [B, H, rows, width] whose rows are contiguous; strides in elements.
+struct Heads {
+  Array array;
+  std::int64_t image, head, row;
+};
+
+// Softmax attention; all arrays have one dtype. Queries and keys have two parts, whose products are added; the second
+// may be of width 0. The first groups * slots keys are each seen by the queries of their own group only, which are at
+// the same places; the others are seen by all queries.
+struct Attention {
+  int batch, heads, queries, keys;
+  int widths[2], value_width;
+  Heads q[2], k[2], v;
+  double scale;
+  int groups, slots;
+  const std::int32_t* active;  // [B] live slots of each group, or null: all; the others see and are seen by nobody
+  const bool* valid;           // [B, S] keys that are seen at all, or null: all
+};
+
+struct AttentionGrads {
+  Heads q[2], k[2], v;
+};
+
+// out [B, H, Q, value width] and lse [B, H, Q], the logarithm of each row's sum of exponentials, +inf for rows that see
+// nothing, which give zeros. Computed in double for float64, else in float; lse has that type.
+void attention(const Attention& problem, Heads out, void* lse, int threads, Simd simd);
+void attention_backward(const Attention& problem, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
+                        int threads, Simd simd);
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
 // logits or boxes are, else float.
 struct SetLoss {

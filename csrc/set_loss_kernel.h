@@ -2,6 +2,8 @@
 
 #include "vectors.h"
 
+#include "vector_math.h"
+
 // ln(1 + e) for e in [0, 1], by the series of 2 artanh(e / (2 + e)).
 DNDETR_KERNEL Reals<float> log_of_one_plus(Reals<float> e) {
   const Reals<float> t = e / (e + 2.0f), s = t * t;
@@ -26,7 +28,7 @@ struct Logistic {
   DNDETR_KERNEL explicit Logistic(Reals<Real> z) {
     const Reals<Real> zero{}, one = zero + 1;
     const auto below = z < zero;
-    const Reals<Real> e = exp_of_negative(below ? z : -z), high = one / (one + e), low = e * high;
+    const Reals<Real> e = exp_of(below ? z : -z), high = one / (one + e), low = e * high;
     p = below ? low : high;
     rest = below ? high : low;
     softplus = log_of_one_plus(e) + (below ? zero : z);

@@ -8,9 +8,9 @@
 
 template <class Real>
 struct Registers {
-  typedef Real Reals __attribute__((vector_size(DNDETR_VECTOR), may_alias));
+  typedef Real Reals __attribute__((vector_size(DNDETR_VECTOR)));
   typedef std::conditional_t<sizeof(Real) == 4, std::int32_t, std::int64_t> Index;
-  typedef Index Indices __attribute__((vector_size(DNDETR_VECTOR), may_alias));
+  typedef Index Indices __attribute__((vector_size(DNDETR_VECTOR)));
   static constexpr int lanes = DNDETR_VECTOR / sizeof(Real);
 };
 template <class Real>
@@ -18,33 +18,30 @@ using Reals = typename Registers<Real>::Reals;
 template <class Real>
 using Indices = typename Registers<Real>::Indices;
 
-template <class Real>
-DNDETR_KERNEL Reals<Real>& at(Real* p) {
-  return *reinterpret_cast<Reals<Real>*>(p);
+// The register, or another vector, that begins at an address.
+template <class Vector, class Element>
+DNDETR_KERNEL auto& vector_at(Element* p) {
+  typedef Vector Aliasing __attribute__((may_alias));
+  return *reinterpret_cast<std::conditional_t<std::is_const_v<Element>, const Aliasing, Aliasing>*>(p);
 }
 template <class Real>
-DNDETR_KERNEL const Reals<Real>& at(const Real* p) {
-  return *reinterpret_cast<const Reals<Real>*>(p);
+DNDETR_KERNEL auto& at(Real* p) {
+  return vector_at<Reals<std::remove_const_t<Real>>>(p);
 }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 below float's normal numbers.
-DNDETR_KERNEL Reals<float> exp_of_negative(Reals<float> x) {
-  constexpr float kRound = 0x1.8p23f;  // adding and subtracting it rounds to an integer
-  const Reals<float> n = (x * 0x1.715476p+0f + kRound) - kRound;
-  const Reals<float> r = (x - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f;  // ln 2 in two parts, the first times n exact
-  Reals<float> y = r * (1.0f / 5040) + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  const auto vanishes = x < -87.0f;
-  const Indices<float> power = (__builtin_convertvector(vanishes ? x - x : n, Indices<float>) + 127) << 23;
-  y *= reinterpret_cast<const Reals<float>&>(power);
-  return vanishes ? Reals<float>{} : y;
+template <class Real>
+DNDETR_KERNEL Indices<Real> lane_numbers() {
+  Indices<Real> numbers{};
+  for (int l = 0; l < Registers<Real>::lanes; ++l) numbers[l] = l;
+  return numbers;
 }
-DNDETR_KERNEL Reals<double> exp_of_negative(Reals<double> x) {
-  for (int l = 0; l < Registers<double>::lanes; ++l) x[l] = std::exp(x[l]);
-  return x;
+
+// One row, from and to the computing type.
+template <class Element, class Real>
+DNDETR_KERNEL void load_row(const Element* from, int width, Real* to) {
+  for (int d = 0; d < width; ++d) to[d] = static_cast<Real>(widen(from[d]));
+}
+template <class Element, class Real>
+DNDETR_KERNEL void store_row(const Real* from, int width, Element* to) {
+  for (int d = 0; d < width; ++d) to[d] = narrow<Element>(from[d]);
 }

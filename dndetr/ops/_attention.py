@@ -1,4 +1,4 @@
-"""What both attention ops ask of their kernels and of plain torch: number formats, layouts, hidden keys."""
+"""What both attention ops ask of their kernels and of plain torch: number formats, layouts, hidden keys, the C++ calls."""
 
 import math
 
@@ -37,14 +37,14 @@ def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def choose(op: str, requested: str | None, device_type: str, dtype: torch.dtype, *widths: int) -> str:
-    """The backend of a call: plain torch where the kernels do not take its heads, ValueError if they were asked for."""
+    """The backend of a call: the reference where Triton does not take its heads, ValueError if it was asked for."""
     chosen, reason = _backend.choose(op, requested, device_type)
     if chosen != "triton" or (dtype in KERNEL_DTYPES and 0 < max(widths) <= WIDEST):
         return chosen
     if reason.startswith("asked for"):
         takes = f"float32, bfloat16 and float16 heads up to {WIDEST} wide"
         raise ValueError(f"{op}: triton takes {takes}, got {dtype}, {max(widths)} wide; leave the backend to auto")
-    return "torch"
+    return "reference"
 
 
 def checked_precision(precision: str | None) -> str:
@@ -69,6 +69,57 @@ def empty_heads(like: Tensor, width: int | None = None) -> Tensor:
     """Uninitialised [B, H, Q, D] whose memory is [B, Q, H, D], so that merging the heads is a view."""
     batch, heads, queries, own = like.shape
     return like.new_empty((batch, queries, heads, own if width is None else width)).transpose(1, 2)
+
+
+def cpp_obstacle(device_type: str) -> str | None:
+    """Why the compiled module cannot attend to tensors of this device type, or None."""
+    return _backend.extension_obstacle("attention") if device_type == "cpu" else "it works on CPU tensors"
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What sums of exponentials are computed and kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor, or a copy, with contiguous rows."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> tuple[int, ...]:
+    """A tensor [B, H, n, width] with contiguous rows as the compiled module takes it."""
+    image, head, row, _ = x.stride()
+    return x.data_ptr(), _backend.DTYPES[x.dtype], image, head, row, x.shape[3]
+
+
+def _problem(module, q, k, v, scale, groups, slots, active, valid):
+    """Inputs as the compiled module takes them -> (problem, the tensors to keep alive meanwhile)."""
+    q, k, v = [_rows(x) for x in q], [_rows(x) for x in k], _rows(v)
+    active = None if active is None else active.to(torch.int32).contiguous()
+    valid = None if valid is None else valid.contiguous()
+    flags = (0 if x is None else x.data_ptr() for x in (active, valid))
+    sizes = (*q[0].shape[:3], v.shape[2], groups, slots)
+    return module.Attention(sizes, [*map(_heads, q)], [*map(_heads, k)], _heads(v), scale, *flags), (q, k, v, active, valid)
+
+
+def forward_cpp(q, k, v, scale, out, lse, groups=0, slots=0, active=None, valid=None) -> None:
+    """Fill out and lse. q and k: parts whose products are added; the first groups * slots keys are groups."""
+    module = _backend.compiled()
+    problem, _alive = _problem(module, q, k, v, scale, groups, slots, active, valid)
+    module.attention(problem, _heads(out), lse.data_ptr(), torch.get_num_threads())
+
+
+def backward_cpp(grad_out, q, k, v, scale, out, lse, grads, groups=0, slots=0, active=None, valid=None) -> None:
+    """Fill grads, one for each part of q, of k, and for v."""
+    module = _backend.compiled()
+    problem, _alive = _problem(module, q, k, v, scale, groups, slots, active, valid)
+    grad_out = _rows(grad_out)
+    *grad_q, grad_v = map(_heads, grads)
+    grad_q, grad_k = grad_q[: len(q)], grad_q[len(q) :]
+    threads = torch.get_num_threads()
+    module.attention_backward(
+        problem, _heads(grad_out), _heads(out), lse.data_ptr(), grad_q, grad_k, grad_v, threads
+    )
 
 
 def gradients(attend, inputs, *rest) -> tuple[Tensor, ...]:

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._attention import checked_precision, choose, empty_heads, float32_products, gradients, hidden_softmax, one_dtype
+from ._attention import (
+    backward_cpp,
+    checked_precision,
+    choose,
+    cpp_obstacle,
+    empty_heads,
+    float32_products,
+    forward_cpp,
+    gradients,
+    hidden_softmax,
+    one_dtype,
+    precise,
+)
 
 
 def conditional_attention_reference(
@@ -33,22 +45,8 @@ def conditional_attention_reference(
     return hidden_softmax(scores, valid).to(v.dtype) @ v
 
 
-def _conditional_attention_summed(
-    q_content: Tensor,
-    q_position: Tensor,
-    k_content: Tensor,
-    k_position: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Two products into one score, without concatenating."""
-    scores = (q_content * scale) @ k_content.transpose(-1, -2) + (q_position * scale) @ k_position.transpose(-1, -2)
-    return hidden_softmax(scores, valid).to(v.dtype) @ v
-
-
 _INPUTS = "Tensor q_content, Tensor q_position, Tensor k_content, Tensor k_position, Tensor v, Tensor? valid"
-_SETTINGS = "float scale, str precision"
+_SETTINGS = "float scale, str precision, str backend"
 torch.library.define("dndetr::conditional_attention", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
 torch.library.define(
     "dndetr::conditional_attention_backward",
@@ -57,47 +55,55 @@ torch.library.define(
 
 
 @torch.library.impl("dndetr::conditional_attention", ("cpu", "cuda"))
-def _forward_triton(q_content, q_position, k_content, k_position, v, valid, scale, precision):
-    from ..kernels.conditional_attention import conditional_attention_forward
+def _forward(q_content, q_position, k_content, k_position, v, valid, scale, precision, backend):
+    out, lse = _forward_fake(q_content, q_position, k_content, k_position, v)
+    if backend == "cpp":
+        forward_cpp([q_content, q_position], [k_content, k_position], v, scale, out, lse, valid=valid)
+    else:
+        from ..kernels.conditional_attention import conditional_attention_forward
 
-    out, lse = _forward_fake(q_content, q_position, k_content, k_position, v, valid, scale, precision)
-    precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
-    inputs = q_content, q_position, k_content, k_position, v, valid, scale, precision
-    conditional_attention_forward(*inputs, out, lse)
+        precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+        inputs = q_content, q_position, k_content, k_position, v, valid, scale, precision
+        conditional_attention_forward(*inputs, out, lse)
     return out, lse
 
 
 @torch.library.impl("dndetr::conditional_attention_backward", ("cpu", "cuda"))
-def _backward_triton(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision):
-    from ..kernels.conditional_attention import conditional_attention_backward
+def _backward(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision, backend):
+    grads = _backward_fake(grad_out, q_content, q_position, k_content, k_position, v)
+    if backend == "cpp":
+        q, k = [q_content, q_position], [k_content, k_position]
+        backward_cpp(grad_out, q, k, v, scale, out, lse, grads, valid=valid)
+    else:
+        from ..kernels.conditional_attention import conditional_attention_backward
 
-    precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
-    inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
-    grads = _backward_fake(*inputs)
-    conditional_attention_backward(*inputs, grads)
+        precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+        inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
+        conditional_attention_backward(*inputs, grads)
     return grads
 
 
 @torch.library.register_fake("dndetr::conditional_attention")
-def _forward_fake(q_content, q_position, k_content, k_position, v, valid, scale, precision):
-    return empty_heads(q_content, v.shape[3]), q_content.new_empty(q_content.shape[:3], dtype=torch.float32)
+def _forward_fake(q_content, q_position, k_content, k_position, v, *_settings):
+    return empty_heads(q_content, v.shape[3]), q_content.new_empty(q_content.shape[:3], dtype=precise(v.dtype))
 
 
 @torch.library.register_fake("dndetr::conditional_attention_backward")
-def _backward_fake(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision):
+def _backward_fake(grad_out, q_content, q_position, k_content, k_position, v, *_settings):
     return tuple(empty_heads(x) for x in (q_content, q_position, k_content, k_position, v))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.precision = inputs
+    *tensors, scale, precision, backend = inputs
+    ctx.settings = scale, precision, backend
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse)
 
 
 def _differentiate(ctx, grad_out, _grad_lse):
-    grads = torch.ops.dndetr.conditional_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.precision)
-    return *grads, None, None, None
+    grads = torch.ops.dndetr.conditional_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *(None,) * 4
 
 
 torch.library.register_autograd("dndetr::conditional_attention", _differentiate, setup_context=_setup_context)
@@ -133,10 +139,10 @@ def conditional_attention(
     scale = 1 / math.sqrt(width) if scale is None else float(scale)
     widths = q_content.shape[3], q_position.shape[3], v.shape[3]
     chosen = choose("conditional_attention", backend, v.device.type, inputs[0].dtype, *widths)
-    if chosen == "triton":
-        return torch.ops.dndetr.conditional_attention(*inputs, valid, scale, checked_precision(precision))[0]
-    attend = conditional_attention_reference if chosen == "reference" else _conditional_attention_summed
-    return attend(*inputs, valid, scale)
+    precision = checked_precision(precision)
+    if chosen == "reference":
+        return conditional_attention_reference(*inputs, valid, scale)
+    return torch.ops.dndetr.conditional_attention(*inputs, valid, scale, precision, chosen)[0]
 
 
 # name: batch, heads, queries, keys, width, valid keys of each image (None: all)
@@ -164,25 +170,19 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     return heads_of(queries), heads_of(queries), heads_of(keys), heads_of(keys), heads_of(keys), valid
 
 
-def _conditional_attention_triton(*inputs):
-    return torch.ops.dndetr.conditional_attention(*inputs, "tf32x3")[0]
-
-
-def _self_test(attend, device_type: str) -> float:
+def _self_test(backend: str, device_type: str) -> float:
     *inputs, valid = (x.to(device_type) for x in make_case("tiny"))
-    given = gradients(attend, inputs, valid, 0.3)
+
+    def attend(*inputs):
+        return torch.ops.dndetr.conditional_attention(*inputs, valid, 0.3, "tf32x3", backend)[0]
+
+    given = gradients(attend, inputs)
     expected = gradients(conditional_attention_reference, [x.double() for x in inputs], valid, 0.3)
     return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
 
 
 _backend.register(
     "conditional_attention",
-    _backend.Backend(
-        "triton",
-        ("cuda",),
-        _backend.triton_obstacle,
-        partial(_self_test, _conditional_attention_triton),
-        tolerance=1e-4,
-    ),
-    _backend.Backend("torch", (), lambda _: None, partial(_self_test, _conditional_attention_summed), tolerance=1e-5),
+    _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, "triton"), tolerance=1e-4),
+    _backend.Backend("cpp", ("cpu",), cpp_obstacle, partial(_self_test, "cpp"), tolerance=1e-5),
 )

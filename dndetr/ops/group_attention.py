@@ -7,8 +7,8 @@ that nothing leaks from the ground truth into the predictions (arXiv 2203.01305,
 ``active`` are hidden from everyone and produce zeros. With p = softmax(...): dv = p^T dout,
 ds = p * (dout v^T - rowsum(dout * out)), dq = scale * ds k, dk = scale * ds^T q; nothing flows through what is hidden.
 
-The structure is two key ranges per query, so no [Q, Q] mask is ever needed: the matching queries are one small
-attention, and each group is another over its own keys joined with the matching ones.
+The structure is two key ranges per query, so no [Q, Q] mask is ever needed: kernels (kernels/group_attention.py,
+csrc/attention.cpp) take it as integers and skip what is hidden.
 """
 
 import math
@@ -19,8 +19,18 @@ import torch
 from torch import Tensor
 
 from . import _backend
-from ._attention import checked_precision, choose, empty_heads, float32_products, gradients, one_dtype
-from ._split_attention import split_attention
+from ._attention import (
+    backward_cpp,
+    checked_precision,
+    choose,
+    cpp_obstacle,
+    empty_heads,
+    float32_products,
+    forward_cpp,
+    gradients,
+    one_dtype,
+    precise,
+)
 
 
 class GroupLayout(NamedTuple):
@@ -80,7 +90,7 @@ def _silence(out: Tensor, layout: GroupLayout, active: Tensor) -> Tensor:
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? active"
-_SETTINGS = "int groups, int slots, int matching, float scale, str precision"
+_SETTINGS = "int groups, int slots, int matching, float scale, str precision, str backend"
 torch.library.define("dndetr::group_attention", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
 torch.library.define(
     "dndetr::group_attention_backward",
@@ -89,32 +99,39 @@ torch.library.define(
 
 
 @torch.library.impl("dndetr::group_attention", ("cpu", "cuda"))
-def _forward_triton(q, k, v, active, groups, slots, matching, scale, precision):
-    from ..kernels.group_attention import group_attention_forward
+def _forward(q, k, v, active, groups, slots, matching, scale, precision, backend):
+    out, lse = _forward_fake(q, k, v)
+    if backend == "cpp":
+        forward_cpp([q], [k], v, scale, out, lse, groups, slots, active)
+    else:
+        from ..kernels.group_attention import group_attention_forward
 
-    out, lse = _forward_fake(q, k, v, active, groups, slots, matching, scale, precision)
-    precision = float32_products(precision, q.shape[3], v.shape[3])
-    group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
+        precision = float32_products(precision, q.shape[3], v.shape[3])
+        group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
     return out, lse
 
 
 @torch.library.impl("dndetr::group_attention_backward", ("cpu", "cuda"))
-def _backward_triton(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision):
-    from ..kernels.group_attention import group_attention_backward
+def _backward(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision, backend):
+    grads = _backward_fake(grad_out, q, k, v)
+    if backend == "cpp":
+        backward_cpp(grad_out, [q], [k], v, scale, out, lse, grads, groups, slots, active)
+    else:
+        from ..kernels.group_attention import group_attention_backward
 
-    grads = empty_heads(q), empty_heads(k), empty_heads(v)
-    precision = float32_products(precision, q.shape[3], v.shape[3])
-    group_attention_backward(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision, *grads)
+        precision = float32_products(precision, q.shape[3], v.shape[3])
+        given = grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision
+        group_attention_backward(*given, *grads)
     return grads
 
 
 @torch.library.register_fake("dndetr::group_attention")
-def _forward_fake(q, k, v, active, groups, slots, matching, scale, precision):
-    return empty_heads(v), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _forward_fake(q, k, v, *_settings):
+    return empty_heads(v), q.new_empty(q.shape[:3], dtype=precise(q.dtype))
 
 
 @torch.library.register_fake("dndetr::group_attention_backward")
-def _backward_fake(grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision):
+def _backward_fake(grad_out, q, k, v, *_settings):
     return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
@@ -127,7 +144,7 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad_out, _grad_lse):
     grads = torch.ops.dndetr.group_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 torch.library.register_autograd("dndetr::group_attention", _differentiate, setup_context=_setup_context)
@@ -160,10 +177,10 @@ def group_attention(
     q, k, v = one_dtype(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     chosen = choose("group_attention", backend, q.device.type, q.dtype, q.shape[3], v.shape[3])
-    if chosen == "triton":
-        return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, checked_precision(precision))[0]
-    attend = group_attention_reference if chosen == "reference" else split_attention
-    return attend(q, k, v, layout, active, scale)
+    precision = checked_precision(precision)
+    if chosen == "reference":
+        return group_attention_reference(q, k, v, layout, active, scale)
+    return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, precision, chosen)[0]
 
 
 # name: (groups, slots, matching), live slots of each image (None: all), heads, head width
@@ -191,22 +208,20 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     return q, k, v, layout, None if live is None else torch.tensor(live, dtype=torch.int32)
 
 
-def _self_test(attend, device_type: str) -> float:
+def _self_test(backend: str, device_type: str) -> float:
     q, k, v, layout, active = make_case("tiny")
     q, k, v, active = (x.to(device_type) for x in (q, k, v, active))
-    given = gradients(attend, (q, k, v), layout, active, 0.3)
+
+    def attend(q, k, v):
+        return torch.ops.dndetr.group_attention(q, k, v, active, *layout, 0.3, "tf32x3", backend)[0]
+
+    given = gradients(attend, (q, k, v))
     expected = gradients(group_attention_reference, (q.double(), k.double(), v.double()), layout, active, 0.3)
     return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
 
 
-def _group_attention_triton(q, k, v, layout, active, scale):
-    return torch.ops.dndetr.group_attention(q, k, v, active, *layout, scale, "tf32x3")[0]
-
-
 _backend.register(
     "group_attention",
-    _backend.Backend(
-        "triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, _group_attention_triton), tolerance=1e-4
-    ),
-    _backend.Backend("torch", (), lambda _: None, partial(_self_test, split_attention), tolerance=1e-5),
+    _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, partial(_self_test, "triton"), tolerance=1e-4),
+    _backend.Backend("cpp", ("cpu",), cpp_obstacle, partial(_self_test, "cpp"), tolerance=1e-5),
 )

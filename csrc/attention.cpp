@@ -1,0 +1,140 @@
+// Attention on the CPU: memory of a thread, instruction sets, threads over images and heads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+// Products and sums may fuse here: results need not be the same on every instruction set, and are more precise.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+#include "attention_plan.h"
+#include "floats.h"
+#include "ops.h"
+
+namespace dndetr {
+namespace {
+
+constexpr int kAlignment = 64;  // bytes, the widest register
+constexpr int kChunk = 8;       // panels whose scores a tile holds at once: they stay in the first cache
+
+template <class Real>
+constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+
+// Memory of one thread, which only grows. Each array starts at a line.
+class Memory {
+ public:
+  // Room for `count` numbers in up to 16 arrays -> a function that hands out the arrays.
+  template <class Real>
+  auto room(std::int64_t count) {
+    const std::int64_t bytes = whole_lines(count * sizeof(Real)) + 16 * kAlignment;
+    if (bytes > size_) {
+      bytes_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, bytes)));
+      if (!bytes_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return [next = bytes_.get()](std::int64_t count) mutable {
+      return reinterpret_cast<Real*>(std::exchange(next, next + whole_lines(count * sizeof(Real))));
+    };
+  }
+
+ private:
+  static std::int64_t whole_lines(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  std::int64_t size_ = 0;
+  std::unique_ptr<char, decltype(&std::free)> bytes_{nullptr, &std::free};
+};
+
+#define DNDETR_TARGET
+#define DNDETR_VECTOR 16
+namespace plain {
+#include "attention_kernel.h"
+}
+#undef DNDETR_TARGET
+#undef DNDETR_VECTOR
+
+#if defined(__x86_64__)
+#define DNDETR_TARGET __attribute__((target("avx2,fma")))
+#define DNDETR_VECTOR 32
+namespace avx2 {
+#include "attention_kernel.h"
+}
+#undef DNDETR_TARGET
+#undef DNDETR_VECTOR
+
+#define DNDETR_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
+#define DNDETR_VECTOR 64
+namespace avx512 {
+#include "attention_kernel.h"
+}
+#undef DNDETR_TARGET
+#undef DNDETR_VECTOR
+#endif
+
+template <class Real>
+struct Kernels {
+  void (*forward)(const Attention&, const Heads&, void*, int, int, int, int, Memory&);
+  void (*backward)(const Attention&, const Heads&, const Heads&, const void*, const AttentionGrads&, int, int, Memory&);
+};
+
+template <class Real>
+Kernels<Real> kernels_for(Simd simd) {
+#if defined(__x86_64__)
+  if (simd == Simd::avx512) return {avx512::forward<Real>, avx512::backward<Real>};
+  if (simd == Simd::avx2) return {avx2::forward<Real>, avx2::backward<Real>};
+#endif
+  return {plain::forward<Real>, plain::backward<Real>};
+}
+
+// Calls run(task, memory) for all tasks, by a team of threads if `products`, of all of them, are worth waking one.
+template <class Run>
+void for_each_task(int tasks, double products, int threads, const Run& run) {
+  constexpr double kProductsPerTeam = 1e7;  // a quarter of a millisecond of one thread
+  const int team = products > kProductsPerTeam ? std::min(threads, tasks) : 1;
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    Memory memory;
+#pragma omp for schedule(dynamic)
+    for (int task = 0; task < tasks; ++task) run(task, memory);
+  }
+}
+
+// Products of the forward pass, at most.
+double products(const Attention& p) {
+  const double shared = p.keys - double(p.groups) * p.slots;
+  const double pairs = p.queries * shared + double(p.groups) * p.slots * p.slots;
+  return p.batch * p.heads * pairs * (p.widths[0] + p.widths[1] + p.value_width);
+}
+
+}  // namespace
+
+void attention(const Attention& p, Heads out, void* lse, int threads, Simd simd) {
+  simd = std::min(simd, best_simd());
+  const auto kernel = p.v.array.dtype == Dtype::float64 ? kernels_for<double>(simd).forward : kernels_for<float>(simd).forward;
+  // Each row is computed alike whatever the parts are; more parts than threads need would only copy keys more often.
+  const int heads = std::max(1, p.batch * p.heads), parts = heads >= threads ? 1 : (threads + heads - 1) / heads;
+  for_each_task(p.batch * p.heads * parts, products(p), threads, [&](int task, Memory& memory) {
+    const int head = task / parts;
+    kernel(p, out, lse, head / p.heads, head % p.heads, task % parts, parts, memory);
+  });
+}
+
+void attention_backward(const Attention& p, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
+                        int threads, Simd simd) {
+  simd = std::min(simd, best_simd());
+  const auto kernel = p.v.array.dtype == Dtype::float64 ? kernels_for<double>(simd).backward : kernels_for<float>(simd).backward;
+  for_each_task(p.batch * p.heads, 2.5 * products(p), threads, [&](int task, Memory& memory) {
+    kernel(p, grad_out, out, lse, grads, task / p.heads, task % p.heads, memory);
+  });
+}
+
+}  // namespace dndetr

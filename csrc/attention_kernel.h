@@ -1,0 +1,359 @@
+// Attention of one image and head, on one instruction set; formulas are in dndetr/ops/group_attention.py.
+//
+// Included once per instruction set, as vectors.h says. A tile's queries lie in memory as columns, and a panel's keys too,
+// so that scores are sums of outer products. Forwards each tile goes past its panels, a chunk of them at a time, with a
+// running maximum. Backwards each panel goes past the tiles that see it, in their order: sums do not depend on threads.
+
+#include "vectors.h"
+
+#include "vector_math.h"
+
+#include "attention_products.h"
+
+// Widths of queries and keys, and of values: as they are, in whole registers, and in whole blocks of a gradient's channels.
+struct Widths {
+  int qk, v, qk_row, v_row, qk_columns, v_columns;
+
+  template <class Real>
+  static DNDETR_KERNEL Widths of(const Attention& p) {
+    const int qk = p.widths[0] + p.widths[1], v = p.value_width;
+    return {qk, v, whole(qk, kLanes<Real>), whole(v, kLanes<Real>), whole(qk, kDepth), whole(v, kDepth)};
+  }
+};
+
+template <class Real>
+struct Forward {
+  Widths w;
+  const Real *keys, *values;  // [panel, qk, kPanel], [key, v_row]
+  Real* query;                // [qk_columns, height]
+  Real* scores;               // [kChunk, height, kPanel]
+  Real* out;                  // [height, v_row], not divided by sum yet
+  Real top[kRows], sum[kRows];
+};
+
+// Scores of a tile with one panel, and the highest so far of every row and lane.
+template <int R, int N, class Real>
+DNDETR_KERNEL void score(const Real* query, const Real* keys, int width, int count, Real* to, Reals<Real> (&high)[R]) {
+  Reals<Real> s[R][N] = {};
+  multiply<1, R>(query, keys, kPanel<Real>, width, s);
+  const Indices<Real> beyond = lane_numbers<Real>() >= count - (N - 1) * kLanes<Real>;
+  for (int r = 0; r < R; ++r) {
+    s[r][N - 1] = beyond ? Reals<Real>{} - kInfinity<Real> : s[r][N - 1];
+    for (int n = 0; n < N; ++n) high[r] = s[r][n] > high[r] ? s[r][n] : high[r];
+  }
+  store(s, to, kPanel<Real>);
+}
+
+// N registers of channels of the values, weighted by a chunk of panels, added to what is kept of those before.
+template <int R, int N, class Real>
+DNDETR_KERNEL void mix(const Plan& plan, const Tile& tile, int first, int last, const Forward<Real>& f, int channel,
+                       const Real (&kept)[R]) {
+  Reals<Real> sum[R][N];
+  load(f.out + channel, f.w.v_row, sum);
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sum[r][n] *= kept[r];
+  }
+  for (int k = first; k < last; ++k) {
+    const Panel& panel = plan.panels[plan.panel_of(tile, k)];
+    const Real* values = f.values + std::int64_t(panel.first) * f.w.v_row + channel;
+    multiply<kPanel<Real>, 1>(f.scores + (k - first) * R * kPanel<Real>, values, f.w.v_row, panel.count, sum);
+  }
+  store(sum, f.out + channel, f.w.v_row);
+}
+
+// One tile past the panels that it sees.
+template <int R, class Real>
+DNDETR_TARGET void attend(const Plan& plan, const Tile& tile, Forward<Real>& f) {
+  if constexpr (R > 2) {
+    if (tile.height < R) return attend<R - 2>(plan, tile, f);
+  }
+  const int panels = plan.panels_of(tile);
+  Reals<Real> sum[R] = {};
+  Real kept[R] = {}, shift[R];
+  std::fill_n(f.top, R, -kInfinity<Real>);
+  std::fill_n(f.out, R * f.w.v_row, Real(0));
+  for (int first = 0; first < panels; first += kChunk) {
+    const int last = std::min(panels, first + kChunk);
+    Reals<Real> high[R];
+    for (int r = 0; r < R; ++r) high[r] = Reals<Real>{} - kInfinity<Real>;
+    Real* scores = f.scores;
+    for (int k = first; k < last; ++k, scores += R * kPanel<Real>) {
+      const int panel = plan.panel_of(tile, k), count = plan.panels[panel].count;
+      const Real* keys = f.keys + std::int64_t(panel) * f.w.qk * kPanel<Real>;
+      if (count > kLanes<Real>) {
+        score<R, 2>(f.query, keys, f.w.qk, count, scores, high);
+      } else {
+        score<R, 1>(f.query, keys, f.w.qk, count, scores, high);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const Real before = f.top[r];
+      f.top[r] = std::max(before, fold<Highest, Real>(high[r]));
+      shift[r] = f.top[r] == -kInfinity<Real> ? Real(0) : f.top[r];  // -inf - -inf would be NaN
+      if (first > 0) {
+        kept[r] = exp_of(Reals<Real>{} + (before - shift[r]))[0];
+        sum[r] *= kept[r];
+      }
+    }
+    scores = f.scores;
+    for (int k = first; k < last; ++k) {
+      const bool both = plan.panels[plan.panel_of(tile, k)].count > kLanes<Real>;
+      for (int r = 0; r < R; ++r, scores += kPanel<Real>) {
+        sum[r] += at(scores) = exp_of(at(scores) - shift[r]);
+        if (both) sum[r] += at(scores + kLanes<Real>) = exp_of(at(scores + kLanes<Real>) - shift[r]);
+      }
+    }
+    for (int channel = 0; channel < f.w.v_row; channel += kPanel<Real>) {
+      if (f.w.v_row - channel > kLanes<Real>) {
+        mix<R, 2>(plan, tile, first, last, f, channel, kept);
+      } else {
+        mix<R, 1>(plan, tile, first, last, f, channel, kept);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) f.sum[r] = fold<Sum, Real>(sum[r]);
+}
+
+// A tile's rows of an array -> columns, zero beyond them.
+template <class Real, class Parts, class PartWidths>
+DNDETR_KERNEL void load_tile(const Tile& tile, const Parts& x, int b, int head, const PartWidths& widths, int width,
+                             int columns, Real scale, Real* staged, Real* to) {
+  std::fill_n(to, columns * tile.height, Real(0));
+  for (int r = 0; r < tile.rows; ++r) load_row(x, b, head, tile.query + r, widths, staged + r * columns);
+  for (int i = 0; i < tile.rows * columns; ++i) staged[i] *= scale;
+  transpose(staged, columns, tile.rows, width, to, tile.height);
+}
+
+// A panel's rows of an array -> rows `stride` long, and columns, zero beyond them.
+template <class Real, class Parts, class PartWidths>
+DNDETR_KERNEL void load_panel(const Plan& plan, const Panel& panel, const Parts& x, int b, int head,
+                              const PartWidths& widths, int width, int stride, Real* rows, Real* to) {
+  std::fill_n(to, width * kPanel<Real>, Real(0));
+  for (int j = 0; j < panel.count; ++j) load_row(x, b, head, plan.keys[panel.first + j], widths, rows + j * stride);
+  transpose(rows, stride, panel.count, width, to, kPanel<Real>);
+}
+
+// The tiles of part `part` of `parts`.
+template <class Real>
+DNDETR_TARGET void forward(const Attention& p, const Heads& out, void* lse, int b, int head, int part, int parts,
+                           Memory& memory) {
+  const Plan plan(p, b, kRows, kPanel<Real>);
+  const std::int64_t panels = plan.panels.size(), keys = plan.keys.size(), tiles = plan.tiles.size();
+  Forward<Real> f;
+  const Widths& w = f.w = Widths::of<Real>(p);
+  auto take = memory.room<Real>(panels * w.qk * kPanel<Real> + keys * w.v_row +
+                                kPanel<Real> * (w.qk_row + w.v_row + kRows * kChunk) +
+                                kRows * (w.v_row + 2 * w.qk_columns));
+  Real* const columns = take(panels * w.qk * kPanel<Real>);
+  Real* const values = take(keys * w.v_row);
+  Real* const rows = take(kPanel<Real> * w.qk_row);
+  f.keys = columns, f.values = values;
+  f.scores = take(kChunk * kRows * kPanel<Real>);
+  f.out = take(kRows * w.v_row);
+  f.query = take(kRows * w.qk_columns);
+  Real* const staged = take(kRows * w.qk_columns);
+  for (std::int64_t k = 0; k < panels; ++k) {
+    load_panel(plan, plan.panels[k], p.k, b, head, p.widths, w.qk, w.qk_row, rows, columns + k * w.qk * kPanel<Real>);
+  }
+  std::fill_n(values, keys * w.v_row, Real(0));
+  for (std::int64_t j = 0; j < keys; ++j) load_row(p.v, b, head, plan.keys[j], w.v, values + j * w.v_row);
+
+  Real* const lse_row = static_cast<Real*>(lse) + (std::int64_t(b) * p.heads + head) * p.queries;
+  for (std::int64_t n = tiles * part / parts; n < tiles * (part + 1) / parts; ++n) {
+    const Tile& tile = plan.tiles[n];
+    load_tile(tile, p.q, b, head, p.widths, w.qk, w.qk_columns, Real(p.scale), staged, f.query);
+    attend<kRows>(plan, tile, f);
+    const bool blind = plan.panels_of(tile) == 0;
+    for (int r = 0; r < tile.rows; ++r) {
+      Real* const row = f.out + r * w.v_row;
+      for (int d = 0; d < w.v; ++d) row[d] = blind ? Real(0) : row[d] / f.sum[r];
+      store_row(row, w.v, out, b, head, tile.query + r);
+      lse_row[tile.query + r] = blind ? kInfinity<Real> : f.top[r] + std::log(f.sum[r]);
+    }
+  }
+  if (part > 0) return;
+  std::fill_n(f.out, w.v_row, Real(0));
+  for (int q = 0; q < p.groups * p.slots; ++q) {
+    if (q % p.slots < plan.live) continue;
+    store_row(f.out, w.v, out, b, head, q);
+    lse_row[q] = kInfinity<Real>;
+  }
+}
+
+// What one panel and one tile have; gradients of keys and values are columns as they are.
+template <class Real>
+struct Backward {
+  Widths w;
+  int count;                          // of the panel's keys
+  const Real *keys, *key_rows;        // [qk, kPanel], [kPanel, qk_row]
+  const Real* values;                 // [v, kPanel]
+  const Real *query, *grad_out;       // [qk_columns, height], [v_columns, height]
+  const Real *lse, *delta;            // [height]
+  Real *weights, *slopes;             // [height, kPanel]
+  Real *grad_keys, *grad_values;      // [qk_columns, kPanel], [v_columns, kPanel]
+  Real* grad_query;                   // [height, qk_row], not scaled yet
+};
+
+// gradient [columns, kPanel] += columns [columns, R] x slopes [R, kPanel].
+template <int R, int N, class Real>
+DNDETR_KERNEL void add_outer(const Real* columns, int count, const Real* slopes, Real* gradient) {
+  for (int c = 0; c < count; c += kDepth) {
+    Reals<Real> sum[kDepth][N];
+    load(gradient + c * kPanel<Real>, kPanel<Real>, sum);
+    multiply<R, 1>(columns + c * R, slopes, kPanel<Real>, R, sum);
+    store(sum, gradient + c * kPanel<Real>, kPanel<Real>);
+  }
+}
+
+template <int R, int N, class Real>
+DNDETR_KERNEL void add_grad_query(const Backward<Real>& g, int channel) {
+  Reals<Real> sum[R][N];
+  load(g.grad_query + channel, g.w.qk_row, sum);
+  multiply<kPanel<Real>, 1>(g.slopes, g.key_rows + channel, g.w.qk_row, g.count, sum);
+  store(sum, g.grad_query + channel, g.w.qk_row);
+}
+
+// N registers of keys of one panel, for one tile.
+template <int R, int N, class Real>
+DNDETR_TARGET void differentiate(const Backward<Real>& g) {
+  Reals<Real> x[R][N] = {};
+  multiply<1, R>(g.query, g.keys, kPanel<Real>, g.w.qk, x);
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) x[r][n] = exp_of(x[r][n] - g.lse[r]);
+  }
+  store(x, g.weights, kPanel<Real>);
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) x[r][n] = Reals<Real>{};
+  }
+  multiply<1, R>(g.grad_out, g.values, kPanel<Real>, g.w.v, x);
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      const int place = r * kPanel<Real> + n * kLanes<Real>;
+      at(g.slopes + place) = at(g.weights + place) * (x[r][n] - g.delta[r]);
+    }
+  }
+  add_outer<R, N>(g.grad_out, g.w.v_columns, g.weights, g.grad_values);
+  add_outer<R, N>(g.query, g.w.qk_columns, g.slopes, g.grad_keys);
+  for (int channel = 0; channel < g.w.qk_row; channel += kPanel<Real>) {
+    if (g.w.qk_row - channel > kLanes<Real>) {
+      add_grad_query<R, 2>(g, channel);
+    } else {
+      add_grad_query<R, 1>(g, channel);
+    }
+  }
+}
+
+template <int R, class Real>
+DNDETR_KERNEL void differentiate(int height, const Backward<Real>& g) {
+  if constexpr (R > 2) {
+    if (height < R) return differentiate<R - 2>(height, g);
+  }
+  if (g.count > kLanes<Real>) {
+    differentiate<R, 2>(g);
+  } else {
+    differentiate<R, 1>(g);
+  }
+}
+
+// Zeros for the rows of keys that nobody sees; `seen` in order.
+template <class Real>
+DNDETR_KERNEL void clear_others(const Attention& p, const Plan& plan, const AttentionGrads& grads, int b, int head,
+                                const Real* zeros) {
+  auto seen = plan.keys.begin();
+  for (int j = 0; j < p.keys; ++j) {
+    if (seen != plan.keys.end() && *seen == j) {
+      ++seen;
+      continue;
+    }
+    store_row(zeros, p.widths, grads.k, b, head, j);
+    store_row(zeros, p.value_width, grads.v, b, head, j);
+  }
+  for (int q = 0; q < p.groups * p.slots; ++q) {
+    if (q % p.slots >= plan.live) store_row(zeros, p.widths, grads.q, b, head, q);
+  }
+}
+
+template <class Real>
+DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Heads& out, const void* lse,
+                            const AttentionGrads& grads, int b, int head, Memory& memory) {
+  const Plan plan(p, b, kRows, kPanel<Real>);
+  const int tiles = static_cast<int>(plan.tiles.size());
+  Backward<Real> g;
+  const Widths& w = g.w = Widths::of<Real>(p);
+  const int longest = whole(std::max(w.qk_columns, w.v_columns), kLanes<Real>);
+  const std::int64_t height = whole(plan.height, kLanes<Real>);
+  auto take = memory.room<Real>(height * (w.qk_columns + w.v_columns + w.qk_row + 2) +
+                                kPanel<Real> * (2 * w.qk_columns + 2 * w.v_columns + w.qk_row + 2 * kRows) +
+                                std::max(kPanel<Real>, kRows) * longest + kRows * w.v_columns);
+  Real* const query = take(height * w.qk_columns);
+  Real* const grad = take(height * w.v_columns);
+  Real* const grad_query = take(height * w.qk_row);
+  Real* const lse_of = take(height);
+  Real* const delta = take(height);
+  Real* const keys = take(kPanel<Real> * w.qk_columns);
+  Real* const values = take(kPanel<Real> * w.v_columns);
+  Real* const key_rows = take(kPanel<Real> * w.qk_row);
+  Real* const staged = take(std::max(kPanel<Real>, kRows) * longest);
+  Real* const out_columns = take(kRows * w.v_columns);
+  g.grad_keys = take(kPanel<Real> * w.qk_columns);
+  g.grad_values = take(kPanel<Real> * w.v_columns);
+  g.weights = take(kPanel<Real> * kRows);
+  g.slopes = take(kPanel<Real> * kRows);
+  g.keys = keys, g.values = values, g.key_rows = key_rows;
+
+  const Real* const lse_row = static_cast<const Real*>(lse) + (std::int64_t(b) * p.heads + head) * p.queries;
+  std::fill_n(lse_of, height, kInfinity<Real>);  // a row that is not there weighs nothing
+  std::fill_n(delta, height, Real(0));
+  std::fill_n(grad_query, height * w.qk_row, Real(0));
+  for (const Tile& tile : plan.tiles) {
+    load_tile(tile, p.q, b, head, p.widths, w.qk, w.qk_columns, Real(p.scale), staged,
+              query + std::int64_t(tile.place) * w.qk_columns);
+    load_tile(tile, grad_out, b, head, w.v, w.v, w.v_columns, Real(1), staged,
+              grad + std::int64_t(tile.place) * w.v_columns);
+    std::copy_n(lse_row + tile.query, tile.rows, lse_of + tile.place);
+    // In the order of the products with values: what they cancel to where a row sees one key is exactly zero.
+    load_tile(tile, out, b, head, w.v, w.v, w.v_columns, Real(1), staged, out_columns);
+    const Real* const grads_of = grad + std::int64_t(tile.place) * w.v_columns;
+    for (int d = 0; d < w.v; ++d) {
+      for (int r = 0; r < tile.height; ++r) {
+        delta[tile.place + r] += grads_of[d * tile.height + r] * out_columns[d * tile.height + r];
+      }
+    }
+  }
+  for (const Panel& panel : plan.panels) {
+    g.count = panel.count;
+    load_panel(plan, panel, p.v, b, head, w.v, w.v, longest, staged, values);
+    load_panel(plan, panel, p.k, b, head, p.widths, w.qk, w.qk_row, key_rows, keys);
+    std::fill_n(g.grad_keys, kPanel<Real> * w.qk_columns, Real(0));
+    std::fill_n(g.grad_values, kPanel<Real> * w.v_columns, Real(0));
+    for (int n = panel.first_tile; n < panel.last_tile; ++n) {
+      const std::int64_t place = plan.tiles[n].place;
+      g.query = query + place * w.qk_columns;
+      g.grad_out = grad + place * w.v_columns;
+      g.grad_query = grad_query + place * w.qk_row;
+      g.lse = lse_of + place;
+      g.delta = delta + place;
+      differentiate<kRows>(plan.tiles[n].height, g);
+    }
+    transpose(g.grad_keys, kPanel<Real>, w.qk, panel.count, staged, longest);
+    for (int j = 0; j < panel.count; ++j) {
+      store_row(staged + j * longest, p.widths, grads.k, b, head, plan.keys[panel.first + j]);
+    }
+    transpose(g.grad_values, kPanel<Real>, w.v, panel.count, staged, longest);
+    for (int j = 0; j < panel.count; ++j) {
+      store_row(staged + j * longest, w.v, grads.v, b, head, plan.keys[panel.first + j]);
+    }
+  }
+  for (int n = 0; n < tiles; ++n) {
+    const Tile& tile = plan.tiles[n];
+    for (int r = 0; r < tile.rows; ++r) {
+      Real* const found = grad_query + std::int64_t(tile.place + r) * w.qk_row;
+      for (int d = 0; d < w.qk; ++d) found[d] *= Real(p.scale);
+      store_row(found, p.widths, grads.q, b, head, tile.query + r);
+    }
+  }
+  std::fill_n(staged, longest, Real(0));
+  clear_others(p, plan, grads, b, head, staged);
+}
+
+#undef DNDETR_KERNEL

@@ -1,0 +1,100 @@
+// What attention is made of: products whose sums stay in registers, copies of rows. Included once per instruction set.
+
+constexpr int kRows = DNDETR_VECTOR == 64 ? 12 : 6;  // two registers for each of them fill most of 32, or of 16
+constexpr int kDepth = DNDETR_VECTOR == 64 ? 8 : 4;  // channels of a key's gradient that are summed together
+
+template <class Real>
+constexpr int kLanes = Registers<Real>::lanes;
+template <class Real>
+constexpr int kPanel = 2 * kLanes<Real>;  // keys
+
+// c[r][n] += sum over k < depth of a[r * Row + k * Step] * b[k * stride + lanes of n].
+template <int Row, int Step, int R, int N, class Real>
+DNDETR_KERNEL void multiply(const Real* a, const Real* b, int stride, int depth, Reals<Real> (&c)[R][N]) {
+  for (int k = 0; k < depth; ++k, a += Step, b += stride) {
+    Reals<Real> x[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) x[n] = at(b + n * kLanes<Real>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) c[r][n] += a[r * Row] * x[n];
+    }
+  }
+}
+
+template <class Real, int R, int N>
+DNDETR_KERNEL void load(const Real* from, int stride, Reals<Real> (&c)[R][N]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) c[r][n] = at(from + r * stride + n * kLanes<Real>);
+  }
+}
+template <class Real, int R, int N>
+DNDETR_KERNEL void store(const Reals<Real> (&c)[R][N], Real* to, int stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) at(to + r * stride + n * kLanes<Real>) = c[r][n];
+  }
+}
+
+// Joins the halves of a register, until one number is left.
+template <class Join, class Real, class Vector>
+DNDETR_KERNEL Real fold(const Vector& x) {
+  if constexpr (sizeof(Vector) == 2 * sizeof(Real)) {
+    return Join::of(x[0], x[1]);
+  } else {
+    typedef Real Half __attribute__((vector_size(sizeof(Vector) / 2)));
+    Half half[2];
+    std::memcpy(half, &x, sizeof x);
+    return fold<Join, Real>(Join::of(half[0], half[1]));
+  }
+}
+struct Sum {
+  template <class Value>
+  static DNDETR_KERNEL Value of(Value a, Value b) {
+    return a + b;
+  }
+};
+struct Highest {
+  template <class Value>
+  static DNDETR_KERNEL Value of(Value a, Value b) {
+    return a > b ? a : b;
+  }
+};
+
+DNDETR_KERNEL int whole(int count, int unit) { return (count + unit - 1) / unit * unit; }
+
+// from [rows, stride] -> to [columns, height].
+template <class Real>
+DNDETR_KERNEL void transpose(const Real* from, int stride, int rows, int columns, Real* to, int height) {
+  for (int r = 0; r < rows; ++r) {
+    for (int d = 0; d < columns; ++d) to[d * height + r] = from[r * stride + d];
+  }
+}
+
+// One row of an array, from and to the computing type.
+template <class Real>
+DNDETR_TARGET void load_row(const Heads& x, int b, int head, int index, int width, Real* to) {
+  const std::int64_t place = b * x.image + head * x.head + index * x.row;
+  DNDETR_WITH_ELEMENT(x.array.dtype, load_row(static_cast<const Element*>(x.array.data) + place, width, to))
+}
+template <class Real>
+DNDETR_TARGET void store_row(const Real* from, int width, const Heads& x, int b, int head, int index) {
+  const std::int64_t place = b * x.image + head * x.head + index * x.row;
+  DNDETR_WITH_ELEMENT(x.array.dtype, store_row(from, width, static_cast<Element*>(x.array.data) + place))
+}
+
+// The same of an array in two parts.
+template <class Real>
+DNDETR_KERNEL void load_row(const Heads (&x)[2], int b, int head, int index, const int (&widths)[2], Real* to) {
+  load_row(x[0], b, head, index, widths[0], to);
+  if (widths[1]) load_row(x[1], b, head, index, widths[1], to + widths[0]);
+}
+template <class Real>
+DNDETR_KERNEL void store_row(const Real* from, const int (&widths)[2], const Heads (&x)[2], int b, int head, int index) {
+  store_row(from, widths[0], x[0], b, head, index);
+  if (widths[1]) store_row(from + widths[0], widths[1], x[1], b, head, index);
+}
