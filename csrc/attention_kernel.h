@@ -31,34 +31,13 @@ struct Forward {
   Real top[kRows], sum[kRows];
 };
 
-// Scores of a tile with one panel, and the highest so far of every row and lane.
-template <int R, int N, class Real>
-DNDETR_KERNEL void score(const Real* query, const Real* keys, int width, int count, Real* to, Reals<Real> (&high)[R]) {
-  Reals<Real> s[R][N] = {};
-  multiply<1, R>(query, keys, kPanel<Real>, width, s);
-  const Indices<Real> beyond = lane_numbers<Real>() >= count - (N - 1) * kLanes<Real>;
-  for (int r = 0; r < R; ++r) {
-    s[r][N - 1] = beyond ? Reals<Real>{} - kInfinity<Real> : s[r][N - 1];
-    for (int n = 0; n < N; ++n) high[r] = s[r][n] > high[r] ? s[r][n] : high[r];
+// All channels of a product, two registers at a time.
+template <int R, class Real>
+DNDETR_KERNEL void mix_all(const Real* weights, const Real* rows, int stride, int count, Real* to) {
+  for (int d = 0; d < stride; d += kPanel<Real>) {
+    stride - d > kLanes<Real> ? mix<R, 2>(weights, rows + d, stride, count, to + d)
+                              : mix<R, 1>(weights, rows + d, stride, count, to + d);
   }
-  store(s, to, kPanel<Real>);
-}
-
-// N registers of channels of the values, weighted by a chunk of panels, added to what is kept of those before.
-template <int R, int N, class Real>
-DNDETR_KERNEL void mix(const Plan& plan, const Tile& tile, int first, int last, const Forward<Real>& f, int channel,
-                       const Real (&kept)[R]) {
-  Reals<Real> sum[R][N];
-  load(f.out + channel, f.w.v_row, sum);
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sum[r][n] *= kept[r];
-  }
-  for (int k = first; k < last; ++k) {
-    const Panel& panel = plan.panels[plan.panel_of(tile, k)];
-    const Real* values = f.values + std::int64_t(panel.first) * f.w.v_row + channel;
-    multiply<kPanel<Real>, 1>(f.scores + (k - first) * R * kPanel<Real>, values, f.w.v_row, panel.count, sum);
-  }
-  store(sum, f.out + channel, f.w.v_row);
 }
 
 // One tile past the panels that it sees.
@@ -76,14 +55,17 @@ DNDETR_TARGET void attend(const Plan& plan, const Tile& tile, Forward<Real>& f) 
     const int last = std::min(panels, first + kChunk);
     Reals<Real> high[R];
     for (int r = 0; r < R; ++r) high[r] = Reals<Real>{} - kInfinity<Real>;
-    Real* scores = f.scores;
-    for (int k = first; k < last; ++k, scores += R * kPanel<Real>) {
+    Real* x = f.scores;
+    for (int k = first; k < last; ++k) {
       const int panel = plan.panel_of(tile, k), count = plan.panels[panel].count;
       const Real* keys = f.keys + std::int64_t(panel) * f.w.qk * kPanel<Real>;
-      if (count > kLanes<Real>) {
-        score<R, 2>(f.query, keys, f.w.qk, count, scores, high);
-      } else {
-        score<R, 1>(f.query, keys, f.w.qk, count, scores, high);
+      count > kLanes<Real> ? score<R, 2>(f.query, keys, f.w.qk, x) : score<R, 1>(f.query, keys, f.w.qk, x);
+      const int n = count > kLanes<Real> ? kLanes<Real> : 0;  // where the last register begins
+      const Indices<Real> beyond = lane_numbers<Real>() >= count - n;
+      for (int r = 0; r < R; ++r, x += kPanel<Real>) {
+        const Reals<Real> tail = at(x + n) = beyond ? Reals<Real>{} - kInfinity<Real> : at(x + n);
+        high[r] = at(x) > high[r] ? at(x) : high[r];
+        high[r] = tail > high[r] ? tail : high[r];
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -95,20 +77,18 @@ DNDETR_TARGET void attend(const Plan& plan, const Tile& tile, Forward<Real>& f) 
         sum[r] *= kept[r];
       }
     }
-    scores = f.scores;
-    for (int k = first; k < last; ++k) {
-      const bool both = plan.panels[plan.panel_of(tile, k)].count > kLanes<Real>;
-      for (int r = 0; r < R; ++r, scores += kPanel<Real>) {
-        sum[r] += at(scores) = exp_of(at(scores) - shift[r]);
-        if (both) sum[r] += at(scores + kLanes<Real>) = exp_of(at(scores + kLanes<Real>) - shift[r]);
-      }
+    for (int r = 0; first > 0 && r < R; ++r) {
+      for (int d = 0; d < f.w.v_row; d += kLanes<Real>) at(f.out + r * f.w.v_row + d) *= kept[r];
     }
-    for (int channel = 0; channel < f.w.v_row; channel += kPanel<Real>) {
-      if (f.w.v_row - channel > kLanes<Real>) {
-        mix<R, 2>(plan, tile, first, last, f, channel, kept);
-      } else {
-        mix<R, 1>(plan, tile, first, last, f, channel, kept);
+    x = f.scores;
+    for (int k = first; k < last; ++k) {
+      const Panel& panel = plan.panels[plan.panel_of(tile, k)];
+      const Real *const weights = x, *const values = f.values + std::int64_t(panel.first) * f.w.v_row;
+      for (int r = 0; r < R; ++r, x += kPanel<Real>) {
+        sum[r] += at(x) = exp_of(at(x) - shift[r]);
+        if (panel.count > kLanes<Real>) sum[r] += at(x + kLanes<Real>) = exp_of(at(x + kLanes<Real>) - shift[r]);
       }
+      mix_all<R>(weights, values, f.w.v_row, panel.count, f.out);
     }
   }
   for (int r = 0; r < R; ++r) f.sum[r] = fold<Sum, Real>(sum[r]);
@@ -194,53 +174,21 @@ struct Backward {
   Real* grad_query;                   // [height, qk_row], not scaled yet
 };
 
-// gradient [columns, kPanel] += columns [columns, R] x slopes [R, kPanel].
-template <int R, int N, class Real>
-DNDETR_KERNEL void add_outer(const Real* columns, int count, const Real* slopes, Real* gradient) {
-  for (int c = 0; c < count; c += kDepth) {
-    Reals<Real> sum[kDepth][N];
-    load(gradient + c * kPanel<Real>, kPanel<Real>, sum);
-    multiply<R, 1>(columns + c * R, slopes, kPanel<Real>, R, sum);
-    store(sum, gradient + c * kPanel<Real>, kPanel<Real>);
-  }
-}
-
-template <int R, int N, class Real>
-DNDETR_KERNEL void add_grad_query(const Backward<Real>& g, int channel) {
-  Reals<Real> sum[R][N];
-  load(g.grad_query + channel, g.w.qk_row, sum);
-  multiply<kPanel<Real>, 1>(g.slopes, g.key_rows + channel, g.w.qk_row, g.count, sum);
-  store(sum, g.grad_query + channel, g.w.qk_row);
-}
-
 // N registers of keys of one panel, for one tile.
 template <int R, int N, class Real>
 DNDETR_TARGET void differentiate(const Backward<Real>& g) {
-  Reals<Real> x[R][N] = {};
-  multiply<1, R>(g.query, g.keys, kPanel<Real>, g.w.qk, x);
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) x[r][n] = exp_of(x[r][n] - g.lse[r]);
-  }
-  store(x, g.weights, kPanel<Real>);
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) x[r][n] = Reals<Real>{};
-  }
-  multiply<1, R>(g.grad_out, g.values, kPanel<Real>, g.w.v, x);
+  score<R, N>(g.query, g.keys, g.w.qk, g.weights);
+  score<R, N>(g.grad_out, g.values, g.w.v, g.slopes);
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) {
       const int place = r * kPanel<Real> + n * kLanes<Real>;
-      at(g.slopes + place) = at(g.weights + place) * (x[r][n] - g.delta[r]);
+      const Reals<Real> weight = at(g.weights + place) = exp_of(at(g.weights + place) - g.lse[r]);
+      at(g.slopes + place) = weight * (at(g.slopes + place) - g.delta[r]);
     }
   }
-  add_outer<R, N>(g.grad_out, g.w.v_columns, g.weights, g.grad_values);
-  add_outer<R, N>(g.query, g.w.qk_columns, g.slopes, g.grad_keys);
-  for (int channel = 0; channel < g.w.qk_row; channel += kPanel<Real>) {
-    if (g.w.qk_row - channel > kLanes<Real>) {
-      add_grad_query<R, 2>(g, channel);
-    } else {
-      add_grad_query<R, 1>(g, channel);
-    }
-  }
+  spread<R, N>(g.grad_out, g.w.v_columns, g.weights, g.grad_values);
+  spread<R, N>(g.query, g.w.qk_columns, g.slopes, g.grad_keys);
+  mix_all<R>(g.slopes, g.key_rows, g.w.qk_row, g.count, g.grad_query);
 }
 
 template <int R, class Real>

@@ -23,15 +23,15 @@ DNDETR_KERNEL void multiply(const Real* a, const Real* b, int stride, int depth,
   }
 }
 
-template <class Real, int R, int N>
+template <int R, int N, class Real>
 DNDETR_KERNEL void load(const Real* from, int stride, Reals<Real> (&c)[R][N]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) c[r][n] = at(from + r * stride + n * kLanes<Real>);
+    for (int n = 0; n < N; ++n) c[r][n] = from ? at(from + r * stride + n * kLanes<Real>) : Reals<Real>{};
   }
 }
-template <class Real, int R, int N>
+template <int R, int N, class Real>
 DNDETR_KERNEL void store(const Reals<Real> (&c)[R][N], Real* to, int stride) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -39,6 +39,40 @@ DNDETR_KERNEL void store(const Reals<Real> (&c)[R][N], Real* to, int stride) {
     for (int n = 0; n < N; ++n) at(to + r * stride + n * kLanes<Real>) = c[r][n];
   }
 }
+
+// Functions of their own, so that nothing but sums competes for registers.
+#define DNDETR_PRODUCT __attribute__((noinline)) DNDETR_TARGET
+
+// to [R, kPanel] = query columns [width, R] x key columns [width, kPanel], N registers of keys.
+template <int R, int N, class Real>
+DNDETR_PRODUCT void score(const Real* query, const Real* keys, int width, Real* to) {
+  Reals<Real> sum[R][N];
+  load<R, N, Real>(nullptr, 0, sum);
+  multiply<1, R>(query, keys, kPanel<Real>, width, sum);
+  store<R, N, Real>(sum, to, kPanel<Real>);
+}
+
+// to [R, stride] += weights [R, kPanel] x rows [count, stride], N registers of channels.
+template <int R, int N, class Real>
+DNDETR_PRODUCT void mix(const Real* weights, const Real* rows, int stride, int count, Real* to) {
+  Reals<Real> sum[R][N];
+  load<R, N, Real>(to, stride, sum);
+  multiply<kPanel<Real>, 1>(weights, rows, stride, count, sum);
+  store<R, N, Real>(sum, to, stride);
+}
+
+// to [width, kPanel] += columns [width, R] x slopes [R, kPanel], N registers of keys.
+template <int R, int N, class Real>
+DNDETR_PRODUCT void spread(const Real* columns, int width, const Real* slopes, Real* to) {
+  for (int d = 0; d < width; d += kDepth, columns += kDepth * R, to += kDepth * kPanel<Real>) {
+    Reals<Real> sum[kDepth][N];
+    load<kDepth, N, Real>(to, kPanel<Real>, sum);
+    multiply<R, 1>(columns, slopes, kPanel<Real>, R, sum);
+    store<kDepth, N, Real>(sum, to, kPanel<Real>);
+  }
+}
+
+#undef DNDETR_PRODUCT
 
 // Joins the halves of a register, until one number is left.
 template <class Join, class Real, class Vector>

@@ -1,4 +1,4 @@
-"""What both attention ops ask of their kernels and of plain torch: number formats, layouts, hidden keys, the C++ calls."""
+"""What both attention ops ask of their kernels and of plain torch: number formats, layouts, hidden keys, C++ calls."""
 
 import math
 
@@ -99,7 +99,8 @@ def _problem(module, q, k, v, scale, groups, slots, active, valid):
     valid = None if valid is None else valid.contiguous()
     flags = (0 if x is None else x.data_ptr() for x in (active, valid))
     sizes = (*q[0].shape[:3], v.shape[2], groups, slots)
-    return module.Attention(sizes, [*map(_heads, q)], [*map(_heads, k)], _heads(v), scale, *flags), (q, k, v, active, valid)
+    problem = module.Attention(sizes, [_heads(x) for x in q], [_heads(x) for x in k], _heads(v), scale, *flags)
+    return problem, (q, k, v, active, valid)
 
 
 def forward_cpp(q, k, v, scale, out, lse, groups=0, slots=0, active=None, valid=None) -> None:
@@ -117,9 +118,7 @@ def backward_cpp(grad_out, q, k, v, scale, out, lse, grads, groups=0, slots=0, a
     *grad_q, grad_v = map(_heads, grads)
     grad_q, grad_k = grad_q[: len(q)], grad_q[len(q) :]
     threads = torch.get_num_threads()
-    module.attention_backward(
-        problem, _heads(grad_out), _heads(out), lse.data_ptr(), grad_q, grad_k, grad_v, threads
-    )
+    module.attention_backward(problem, _heads(grad_out), _heads(out), lse.data_ptr(), grad_q, grad_k, grad_v, threads)
 
 
 def gradients(attend, inputs, *rest) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why: every op asks here, and ``python -m dndetr.doctor`` repeats the answers.
 
 An op registers its fast backends in order of preference; ``reference`` (the specification in plain torch, or scipy) is
-always there, ``torch`` is plain torch arranged for speed. What is asked for explicitly (argument,
-``DNDETR_BACKEND_<OP>``, ``DNDETR_BACKEND``) runs or raises; only ``auto`` falls back.
+always there. What is asked for explicitly (argument, ``DNDETR_BACKEND_<OP>``, ``DNDETR_BACKEND``) runs or raises; only
+``auto`` falls back.
 The first use of a fast backend compares it with the reference on a tiny case. Answers are kept for the process.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("auto", "reference", "torch", "cpp", "cuda", "triton")
+NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 
 
 @dataclass(frozen=True)

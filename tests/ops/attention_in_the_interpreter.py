@@ -189,10 +189,10 @@ def check_registration():
     q, k, v, layout, active = group.make_case("tiny")
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     for live in (active, None):
-        torch.library.opcheck(torch.ops.dndetr.group_attention.default, (q, k, v, live, *layout, 0.3, "ieee"))
+        torch.library.opcheck(torch.ops.dndetr.group_attention.default, (q, k, v, live, *layout, 0.3, "ieee", "triton"))
     *inputs, valid = conditional.make_case("tiny")
     inputs = [x.detach().requires_grad_() for x in inputs]
-    torch.library.opcheck(torch.ops.dndetr.conditional_attention.default, (*inputs, valid, 0.3, "ieee"))
+    torch.library.opcheck(torch.ops.dndetr.conditional_attention.default, (*inputs, valid, 0.3, "ieee", "triton"))
 
 
 def check_compile():
