@@ -23,15 +23,6 @@ struct InPlace {
   DNDETR_KERNEL Element* at(std::int64_t pixel) const { return pixel < 0 ? none : first + pixel * step; }
 };
 
-template <class Real, class Element>
-DNDETR_KERNEL void load_row(const Element* from, int width, Real* to) {
-  for (int d = 0; d < width; ++d) to[d] = static_cast<Real>(widen(from[d]));
-}
-template <class Real, class Element>
-DNDETR_KERNEL void store_row(const Real* from, int width, Element* to) {
-  for (int d = 0; d < width; ++d) to[d] = narrow<Element>(from[d]);
-}
-
 // One register of channels of a row, anywhere in memory.
 template <class Real, class Element>
 DNDETR_KERNEL Reals<Real> load(const Element* from) {
