@@ -40,6 +40,17 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def _weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad_out^T x [N, K], as a 1x1 convolution over a channels-last image has it, which needs no transposed copies."""
+    grad_image, image = (rows.contiguous()[None, :, None].permute(0, 3, 1, 2) for rows in (grad_out, x))
+    # A dilation that a 1x1 kernel cannot feel: without it torch leaves oneDNN where there is one thread.
+    strides, padding, dilation, wanted = [1, 1], [0, 0], [2, 2], [False, True, False]
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        grad_image, image, weight[..., None, None], None, strides, padding, dilation, False, [0, 0], 1, wanted
+    )
+    return gradient.view(weight.shape)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -52,5 +63,5 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = _product(grad_out, weight.t()) if needs_x else None
-        grad_weight = _product(grad_out.t(), x.t()) if needs_weight else None
+        grad_weight = _weight_gradient(grad_out, x, weight) if needs_weight else None
         return grad_x, grad_weight, grad_out.sum(0) if needs_bias else None
