@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from dndetr import _process  # noqa: F401 isort: skip  (before torch: everything is timed as it runs in training)
 import torch
 
 import dndetr

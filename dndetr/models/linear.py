@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_NARROW = 16  # inputs or outputs; below, the product is over before what surrounds it
 
 
 class Linear(nn.Linear):
@@ -27,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.dtype == torch.float32
         and _HAS_ONEDNN
         and x.numel() > 0
+        and min(weight.shape) >= _NARROW
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
