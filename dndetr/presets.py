@@ -71,8 +71,8 @@ def tiny() -> Config:
         data="shapes",
         epochs=8,
         batch_size=16,
-        lr=2e-3,
-        train_images=1760,
+        lr=2.5e-3,
+        train_images=1600,
         log_every=10,
         model=ModelConfig(
             variant="dn-deformable-detr",
