@@ -58,6 +58,12 @@ __device__ __forceinline__ float max_over(float x) {
   for (int step = Team / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kWarp, x, step));
   return x;
 }
+template <int Team>
+__device__ __forceinline__ unsigned max_over(unsigned x) {
+#pragma unroll
+  for (int step = Team / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(kWarp, x, step));
+  return x;
+}
 
 // Sums of N values over a team, scattered: afterwards x[0..] of lane i are the sums numbered i * N / Team and up. Half
 // of what a lane holds changes hands at each step, so N - 1 shuffles do what N butterflies would.

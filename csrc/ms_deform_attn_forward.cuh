@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 8) forward(const Problem p, Element*
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
     const Row row = row_at(p, first + team);
-    const float inverse = prepare<kTeam>(p, row, lane, weights, places).inverse;
+    const Softmax softmax = prepare<kTeam>(p, row, lane, weights, places);
     const Element* const image =
         static_cast<const Element*>(p.value) + row.image * p.batch_stride + row.head * p.head_stride;
     for (int channel = lane % M::lanes * M::vector; channel - lane % M::lanes * M::vector < width;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 8) forward(const Problem p, Element*
       if (row.live && part == 0 && (Width > 0 || channel < width)) {
         Channels result;
 #pragma unroll
-        for (int i = 0; i < M::vector; ++i) result.at[i] = narrow<Element>(sum[i] * inverse);
+        for (int i = 0; i < M::vector; ++i) result.at[i] = narrow<Element>((softmax.seen ? sum[i] : 0.0f) * softmax.inverse);
         *reinterpret_cast<Channels*>(out + row.index * width + channel) = result;
       }
     }

@@ -82,7 +82,12 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
   plan.shared = teams * row;
   k.tiles = tiles_for(p, pixels, teams, p.value.dtype == Dtype::float32 ? 4 : 2);
   const std::int64_t blocks = std::int64_t(p.batch) * (p.heads / k.tiles.heads) * k.tiles.count;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("ms_deform_attn: too many queries for one launch");
+  constexpr std::int64_t kMostBlocks = 0x7fffffff;
+  if (blocks > kMostBlocks) {
+    throw std::invalid_argument("ms_deform_attn: " + std::to_string(blocks) + " blocks for " + std::to_string(p.batch) +
+                                " images, " + std::to_string(p.queries) + " queries, " + std::to_string(p.heads) +
+                                " heads; CUDA starts " + std::to_string(kMostBlocks));
+  }
   plan.blocks = unsigned(blocks);
   return plan;
 }

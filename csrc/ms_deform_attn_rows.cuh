@@ -54,9 +54,10 @@ __device__ __forceinline__ Row row_at(const Problem& p, int i) {
   return row;
 }
 
-// The softmax of a row: its largest logit, and one by the sum of exp(logit - largest).
+// The softmax of a row: its largest logit, and one by the sum of exp(logit - largest). `seen`: any of its samples.
 struct Softmax {
   float largest, inverse;
+  bool seen;
 };
 
 // A sample's weight before the division by the sum.
@@ -65,7 +66,8 @@ __device__ __forceinline__ float attention_at(const Problem& p, const Row& row, 
   return p.reference_width > 0 ? exp2f((x - largest) * 1.44269504f) : x;
 }
 
-// All samples of a row, by the `Team` lanes that share it.
+// All samples of a row, by the `Team` lanes that share it. Samples that see no pixel read, with weight zero, what another one
+// of the row sees: zero times a number that is not finite must not come from elsewhere.
 template <int Team>
 __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int lane, float4* weights, Place* places) {
   float largest = -INFINITY, sum = 0;
@@ -74,6 +76,9 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
     for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load(p.logits, row.index * p.samples + k));
     largest = max_over<Team>(largest);
   }
+  constexpr unsigned kNowhere = 0xffffffffu;
+  unsigned somewhere = 0;  // one more than a place that is seen
+  bool nowhere = false;
 #pragma unroll 1  // most teams prepare one or two samples a lane
   for (int k = lane; k < p.padded; k += Team) {
     const int real = k < p.samples ? k : p.samples - 1;
@@ -82,12 +87,25 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
     const float above = attention * s.y.low, below = attention * s.y.high;
     sum += attention;
     weights[k] = {above * s.x.low, above * s.x.high, below * s.x.low, below * s.x.high};
-    places[k] = {s.pixel * p.pixel_stride,
+    const unsigned first = s.pixel * p.pixel_stride;
+    if (s.seen) {
+      somewhere = first + 1;
+    } else {
+      nowhere = true;
+    }
+    places[k] = {s.seen ? first : kNowhere,
                  unsigned(s.y.step * s.width) * p.pixel_stride | (s.x.step > 0 ? 0u : 0x80000000u)};
   }
   sum = sum_over<Team>(sum);
+  somewhere = max_over<Team>(somewhere);
+  if (nowhere) {
+#pragma unroll 1
+    for (int k = lane; k < p.padded; k += Team) {
+      if (places[k].first == kNowhere) places[k] = {somewhere > 0 ? somewhere - 1 : 0, 0x80000000u};
+    }
+  }
   __syncwarp();
-  return {largest, p.reference_width > 0 ? 1.0f / sum : 1.0f};
+  return {largest, p.reference_width > 0 ? 1.0f / sum : 1.0f, somewhere > 0};
 }
 
 // Vector indices of the four corners.

@@ -64,11 +64,12 @@ DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
   }
 }
 
-// One coordinate: the two pixels around it, clamped to valid ones so that every address may be read, their bilinear
-// weights and the derivatives of these. What is not valid weighs nothing, and nothing moves off the image.
+// One coordinate: the two pixels around it, their bilinear weights and the derivatives of these. What is off the image or
+// not valid weighs nothing; in its place the other one is read, if that is seen, else any pixel of the level.
 struct Axis {
   int pixel, step;  // the second pixel is pixel + step, step 0 or 1
   float low, high, low_slope, high_slope;
+  bool seen;  // one of the two, at least
 };
 
 DNDETR_CONVERT int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
@@ -78,14 +79,15 @@ DNDETR_CONVERT Axis axis_at(float x, int size, int valid) {
   const float before = floorf(fminf(fmaxf(x, -1.0f), float(size)));
   const float part = off ? 0.0f : x - before;
   const int pixel = int(before), last = valid > 0 ? valid - 1 : 0;
-  const bool has_low = pixel >= 0 && pixel < valid, has_high = pixel + 1 < valid;
+  const bool has_low = pixel >= 0 && pixel < valid, has_high = !off && pixel + 1 < valid;
   Axis axis;
   axis.pixel = clamp(pixel, 0, last);
   axis.step = clamp(pixel + 1, 0, last) - axis.pixel;
   axis.low = has_low ? 1.0f - part : 0.0f;
   axis.high = has_high ? part : 0.0f;
   axis.low_slope = has_low ? -1.0f : 0.0f;
-  axis.high_slope = has_high && !off ? 1.0f : 0.0f;
+  axis.high_slope = has_high ? 1.0f : 0.0f;
+  axis.seen = has_low || has_high;
   return axis;
 }
 
@@ -105,6 +107,7 @@ DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int level, int
 
 struct Sample {
   Axis x, y;
+  bool seen;
   float scale_x, scale_y;
   int width;
   unsigned pixel;  // of the upper left corner, from the first level's first
@@ -124,6 +127,7 @@ DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k) {
   Sample s;
   s.x = axis_at(x.start + x.scale * load(p.offsets, at), level.width, width);
   s.y = axis_at(y.start + y.scale * load(p.offsets, at + 1), level.height, height);
+  s.seen = s.x.seen && s.y.seen;
   s.scale_x = x.scale;
   s.scale_y = y.scale;
   s.width = level.width;
@@ -138,6 +142,7 @@ struct SampleGrad {
 };
 
 DNDETR_CONVERT SampleGrad differentiate(const Sample& s, float d00, float d01, float d10, float d11) {
+  if (!s.seen) return {0, 0, 0};  // whatever pixel was read
   const float above = s.x.low * d00 + s.x.high * d01, below = s.x.low * d10 + s.x.high * d11;
   const float across = s.y.low * (s.x.low_slope * d00 + s.x.high_slope * d01) +
                        s.y.high * (s.x.low_slope * d10 + s.x.high_slope * d11);

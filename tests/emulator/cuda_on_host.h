@@ -137,8 +137,10 @@ auto exchange(std::uint64_t word, const Read& read) {
 
 }  // namespace emulator
 
-inline float __shfl_xor_sync(unsigned, float x, int step) {
+template <class Word>
+Word __shfl_xor_sync(unsigned, Word x, int step) {
   std::uint32_t bits;
+  static_assert(sizeof bits == sizeof x);
   std::memcpy(&bits, &x, sizeof x);
   bits = emulator::exchange(bits, [=](const emulator::Fibre* warp, unsigned lane, int turn) {
     return static_cast<std::uint32_t>(warp[lane ^ step].exchange[turn]);

@@ -177,6 +177,7 @@ def test_emulated_locations_and_weights(emulated, deterministic, dtype):
 @pytest.mark.parametrize("place", [1e4, -1e4, 1e30, -1e30, float("inf"), -float("inf")])
 def test_emulated_far_points_see_and_move_nothing(emulated, place):
     value, shapes, points, offsets, logits, _ = op.make_case("one-point")
+    value = torch.full_like(value, float("nan"))
     parts = run((value, shapes, points, torch.full_like(offsets, place), logits, None))
     for name in ("out", "value", "reference_points", "offsets"):
         assert (parts[name] == 0).all(), name
@@ -194,14 +195,33 @@ def test_emulated_not_a_number_is_passed_on_and_reads_nothing_outside(emulated):
     assert torch.equal(broken, clean)
 
 
-def test_emulated_padding_is_not_read(emulated):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("empty", [(), (1,), (0, 1)], ids=str)
+def test_emulated_padding_is_not_read(emulated, deterministic, kind, empty):
+    emulated.variant = KINDS[kind]
+    deterministic(kind == "fixed")
     value, shapes, *points, valid = op.make_case("pixels")
+    for level in empty:
+        valid[0, level, level] = 0  # no pixel of it is valid
     padded = ~op.valid_pixels(valid, shapes)[:, :, None, None]
     assert padded.any()
     given = run((value.masked_fill(padded, float("nan")), shapes, *points, valid))
     expected = run((value, shapes, *points, valid))
     assert all(torch.equal(given[part], expected[part]) for part in NAMES)
     assert (given["value"].masked_select(padded) == 0).all()
+
+
+def test_too_many_blocks_are_an_error(library):
+    sizes = [2**18, 2**16, 8, 32, 4, 2, 1, KINDS["rows"], 0, 2**14, 2**8, 2**5]
+    arrays = [None] * 12
+    message = library.emulate(
+        (ctypes.c_int64 * 12)(*sizes),
+        (ctypes.c_int * 2)(8, 8),
+        (ctypes.c_void_p * 12)(*arrays),
+        (ctypes.c_int * 12)(),
+        (ctypes.c_int64 * 12)(),
+    ).decode()
+    assert message == "ms_deform_attn: 8589934592 blocks for 262144 images, 65536 queries, 8 heads; CUDA starts 2147483647"
 
 
 @pytest.mark.parametrize("size", [(0, 0), (4, 0), (99, 99), (-1, 3)])
