@@ -54,46 +54,8 @@ class Memory {
   std::unique_ptr<char, decltype(&std::free)> bytes_{nullptr, &std::free};
 };
 
-#define DNDETR_TARGET
-#define DNDETR_VECTOR 16
-namespace plain {
-#include "attention_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#if defined(__x86_64__)
-#define DNDETR_TARGET __attribute__((target("avx2,fma")))
-#define DNDETR_VECTOR 32
-namespace avx2 {
-#include "attention_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#define DNDETR_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#define DNDETR_VECTOR 64
-namespace avx512 {
-#include "attention_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-#endif
-
-template <class Real>
-struct Kernels {
-  void (*forward)(const Attention&, const Heads&, void*, int, int, int, int, Memory&);
-  void (*backward)(const Attention&, const Heads&, const Heads&, const void*, const AttentionGrads&, int, int, Memory&);
-};
-
-template <class Real>
-Kernels<Real> kernels_for(Simd simd) {
-#if defined(__x86_64__)
-  if (simd == Simd::avx512) return {avx512::forward<Real>, avx512::backward<Real>};
-  if (simd == Simd::avx2) return {avx2::forward<Real>, avx2::backward<Real>};
-#endif
-  return {plain::forward<Real>, plain::backward<Real>};
-}
+#define DNDETR_KERNELS "attention_kernel.h"
+#include "instruction_sets.h"
 
 // Calls run(task, memory) for all tasks, by a team of threads if `products`, of all of them, are worth waking one.
 template <class Run>
@@ -119,7 +81,8 @@ double products(const Attention& p) {
 
 void attention(const Attention& p, Heads out, void* lse, int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const auto kernel = p.v.array.dtype == Dtype::float64 ? kernels_for<double>(simd).forward : kernels_for<float>(simd).forward;
+  const auto kernel =
+      p.v.array.dtype == Dtype::float64 ? DNDETR_FOR(simd, forward<double>) : DNDETR_FOR(simd, forward<float>);
   // Each row is computed alike whatever the parts are; more parts than threads need would only copy keys more often.
   const int heads = std::max(1, p.batch * p.heads), parts = heads >= threads ? 1 : (threads + heads - 1) / heads;
   for_each_task(p.batch * p.heads * parts, products(p), threads, [&](int task, Memory& memory) {
@@ -131,7 +94,8 @@ void attention(const Attention& p, Heads out, void* lse, int threads, Simd simd)
 void attention_backward(const Attention& p, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
                         int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const auto kernel = p.v.array.dtype == Dtype::float64 ? kernels_for<double>(simd).backward : kernels_for<float>(simd).backward;
+  const auto kernel =
+      p.v.array.dtype == Dtype::float64 ? DNDETR_FOR(simd, backward<double>) : DNDETR_FOR(simd, backward<float>);
   for_each_task(p.batch * p.heads, 2.5 * products(p), threads, [&](int task, Memory& memory) {
     kernel(p, grad_out, out, lse, grads, task / p.heads, task % p.heads, memory);
   });

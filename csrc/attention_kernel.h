@@ -303,5 +303,3 @@ DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Hea
   std::fill_n(staged, longest, Real(0));
   clear_others(p, plan, grads, b, head, staged);
 }
-
-#undef DNDETR_KERNEL

@@ -175,37 +175,8 @@ struct Problem {
   Lines<Closed> closed_;
 };
 
-#define DNDETR_TARGET
-#define DNDETR_VECTOR 16
-namespace plain {
-#include "match_kernel.h"
-}
-#undef DNDETR_INLINE
-#undef DNDETR_KERNEL
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#if defined(__x86_64__)
-#define DNDETR_TARGET __attribute__((target("avx2")))
-#define DNDETR_VECTOR 32
-namespace avx2 {
-#include "match_kernel.h"
-}
-#undef DNDETR_INLINE
-#undef DNDETR_KERNEL
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#define DNDETR_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
-#define DNDETR_VECTOR 64
-namespace avx512 {
-#include "match_kernel.h"
-}
-#undef DNDETR_INLINE
-#undef DNDETR_KERNEL
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-#endif
+#define DNDETR_KERNELS "match_kernel.h"
+#include "instruction_sets.h"
 
 // Waking a team of threads costs tens of microseconds on a quiet machine and milliseconds on a shared one.
 constexpr double kWorkPerTeam = 2e6;
@@ -227,14 +198,6 @@ double total(const std::int32_t* counts, int images) {
   for (int b = 0; b < images; ++b) sum += counts[b];
   return sum;
 }
-
-// The function of that name for an instruction set.
-#if defined(__x86_64__)
-#define DNDETR_FOR(simd, function) \
-  (simd == Simd::avx512 ? avx512::function : simd == Simd::avx2 ? avx2::function : plain::function)
-#else
-#define DNDETR_FOR(simd, function) (plain::function)
-#endif
 
 constexpr double kCostWork = 8;  // of computing a cost, in terms of reading one
 

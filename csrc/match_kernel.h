@@ -1,8 +1,6 @@
 // Costs and assignments on the CPU, vector lanes over queries, on one instruction set.
 //
-// Included once per instruction set, inside a namespace of its own, after DNDETR_TARGET (function attributes) and
-// DNDETR_VECTOR (bytes of a register) were defined: each function must carry the target itself, or its vectors would be
-// taken apart before it is inlined.
+// Included once per instruction set, as vectors.h says.
 
 #include "vectors.h"
 

@@ -96,46 +96,8 @@ struct Workspace {
   }
 };
 
-#define DNDETR_TARGET
-#define DNDETR_VECTOR 16
-namespace plain {
-#include "ms_deform_attn_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#if defined(__x86_64__)
-#define DNDETR_TARGET __attribute__((target("avx2,fma")))
-#define DNDETR_VECTOR 32
-namespace avx2 {
-#include "ms_deform_attn_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#define DNDETR_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#define DNDETR_VECTOR 64
-namespace avx512 {
-#include "ms_deform_attn_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-#endif
-
-template <class Real>
-struct Kernels {
-  void (*forward)(const DeformAttn&, Array, int, int, const Workspace<Real>&);
-  void (*backward)(const DeformAttn&, Array, const DeformAttnGrads&, int, int, const Workspace<Real>&);
-};
-
-template <class Real>
-Kernels<Real> kernels_for(Simd simd) {
-#if defined(__x86_64__)
-  if (simd == Simd::avx512) return {avx512::forward<Real>, avx512::backward<Real>};
-  if (simd == Simd::avx2) return {avx2::forward<Real>, avx2::backward<Real>};
-#endif
-  return {plain::forward<Real>, plain::backward<Real>};
-}
+#define DNDETR_KERNELS "ms_deform_attn_kernel.h"
+#include "instruction_sets.h"
 
 // Memory of this size is new with each call, and touching it for the first time costs more than adding gradients to it,
 // unless it comes in huge pages.
@@ -176,7 +138,7 @@ void for_each_head(const DeformAttn& p, bool backward, int threads, Array sums, 
 
 template <class Real>
 void run_forward(const DeformAttn& p, Array out, int threads, Simd simd) {
-  const auto kernel = kernels_for<Real>(simd).forward;
+  const auto kernel = DNDETR_FOR(simd, forward<Real>);
   for_each_head<Real>(p, false, threads, {}, [&](int b, int head, const Workspace<Real>& workspace) {
     kernel(p, out, b, head, workspace);
   });
@@ -184,7 +146,7 @@ void run_forward(const DeformAttn& p, Array out, int threads, Simd simd) {
 
 template <class Real>
 void run_backward(const DeformAttn& p, Array grad_out, const DeformAttnGrads& grads, int threads, Simd simd) {
-  const auto kernel = kernels_for<Real>(simd).backward;
+  const auto kernel = DNDETR_FOR(simd, backward<Real>);
   for_each_head<Real>(p, true, threads, grads.value, [&](int b, int head, const Workspace<Real>& workspace) {
     kernel(p, grad_out, grads, b, head, workspace);
   });

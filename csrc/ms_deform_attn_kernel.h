@@ -164,4 +164,3 @@ DNDETR_TARGET void backward(const DeformAttn& p, Array grad_out, const DeformAtt
 }
 
 #undef DNDETR_WITH_VALUE
-#undef DNDETR_KERNEL

@@ -29,31 +29,8 @@ constexpr int kBlock = 1024;  // logits, or one row where that is longer
 
 constexpr int kAlignment = 64;  // bytes, the widest register
 
-#define DNDETR_TARGET
-#define DNDETR_VECTOR 16
-namespace plain {
-#include "set_loss_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#if defined(__x86_64__)
-#define DNDETR_TARGET __attribute__((target("avx2,fma")))
-#define DNDETR_VECTOR 32
-namespace avx2 {
-#include "set_loss_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-
-#define DNDETR_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#define DNDETR_VECTOR 64
-namespace avx512 {
-#include "set_loss_kernel.h"
-}
-#undef DNDETR_TARGET
-#undef DNDETR_VECTOR
-#endif
+#define DNDETR_KERNELS "set_loss_kernel.h"
+#include "instruction_sets.h"
 
 template <class Real>
 struct Loops {
@@ -63,11 +40,7 @@ struct Loops {
 
 template <class Real>
 Loops<Real> loops_for(Simd simd) {
-#if defined(__x86_64__)
-  if (simd == Simd::avx512) return {avx512::focal_losses<Real>, avx512::focal_slopes<Real>};
-  if (simd == Simd::avx2) return {avx2::focal_losses<Real>, avx2::focal_slopes<Real>};
-#endif
-  return {plain::focal_losses<Real>, plain::focal_slopes<Real>};
+  return {DNDETR_FOR(simd, focal_losses<Real>), DNDETR_FOR(simd, focal_slopes<Real>)};
 }
 
 template <class Real>

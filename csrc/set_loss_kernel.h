@@ -56,5 +56,3 @@ DNDETR_TARGET void focal_slopes(Real* values, int count) {
     at(values + i) = l.p * l.p * (2 * l.rest * l.softplus + l.p);
   }
 }
-
-#undef DNDETR_KERNEL
