@@ -39,10 +39,9 @@ struct Level {
 };
 
 // Whether a head's pixels are copied, next to each other, before they are sampled: a copy reads and writes each of them
-// once, and is repaid by being close at hand where each is read many times. As measured; 16-bit elements are converted
-// with each read.
+// once, and is repaid where each is read often. The limits are as measured; 16-bit elements are converted with each read.
 bool worth_copying(const DeformAttn& p, std::int64_t pixels) {
-  const int reads = p.value.dtype == Dtype::bfloat16 || p.value.dtype == Dtype::float16 ? 4 : 8;
+  const int reads = p.value.dtype == Dtype::bfloat16 || p.value.dtype == Dtype::float16 ? 2 : 5;
   return 4.0 * p.queries * p.levels * p.points > double(reads) * pixels;
 }
 

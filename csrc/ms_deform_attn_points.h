@@ -81,9 +81,11 @@ DNDETR_KERNEL void weigh(const DeformAttn& p, const Workspace<Real>& s) {
   }
 }
 
-// Queries first..first + rows - 1 -> pixels and weights of the corners of all their samples.
+// Queries first..first + rows - 1 -> pixels and weights of the corners of all their samples. Called once per block, so not
+// inlined: that would only take the compiler longer.
 template <class Real>
-DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int rows, const Workspace<Real>& s) {
+DNDETR_TARGET __attribute__((noinline)) void prepare(const DeformAttn& p, int b, int head, int first, int rows,
+                                                     const Workspace<Real>& s) {
   const int samples = p.levels * p.points;
   const std::int64_t row = (std::int64_t(b) * p.queries + first) * p.heads + head;
   DNDETR_WITH_ELEMENT(p.offsets.dtype, load_columns(static_cast<const Element*>(p.offsets.data) + row * samples * 2,
@@ -138,7 +140,7 @@ DNDETR_KERNEL void prepare(const DeformAttn& p, int b, int head, int first, int 
 
 // From the dots of a block to the gradients of its offsets, logits (in place of both) and reference points.
 template <class Real>
-DNDETR_KERNEL void differentiate(const DeformAttn& p, const Workspace<Real>& s) {
+DNDETR_TARGET __attribute__((noinline)) void differentiate(const DeformAttn& p, const Workspace<Real>& s) {
   const int samples = p.levels * p.points;
   for (int q = 0; q < kBlock; q += Registers<Real>::lanes) {
     Reals<Real> mean{};

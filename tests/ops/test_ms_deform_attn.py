@@ -324,6 +324,15 @@ def test_explicit_backend_cannot_run_elsewhere(fake_cuda):
     [
         ({"value": torch.zeros(2, 41, 2, 8)}, r"value must be \[B, S, H, D\] with the S = 42 pixels"),
         ({"value": torch.zeros(2, 42, 2, 8, dtype=torch.int32)}, "value must be torch.float32 or"),
+        ({"value": torch.zeros(2, 42, 8)}, r"value must have 4 dimensions, got \[2, 42, 8\]"),
+        ({"offsets": torch.zeros(2, 19, 2)}, "offsets must have 6 dimensions"),
+        ({"reference_points": torch.zeros(())}, "reference_points must have 4 dimensions"),
+        (
+            {"spatial_shapes": torch.tensor([[6, 5], [3, 4]])},
+            r"spatial_shapes must be \(\(h, w\), ...\) in Python ints",
+        ),
+        ({"spatial_shapes": ((6, 5, 1), (3, 4))}, r"spatial_shapes must be \(\(h, w\), ...\) in Python ints"),
+        ({"spatial_shapes": ((6, 5), (3, 0))}, "spatial_shapes must be positive"),
         ({"spatial_shapes": ((6, 7),)}, r"reference_points must be \[2, 19, 1, 4\]"),
         ({"offsets": torch.zeros(2, 19, 2, 1, 3, 2)}, r"offsets must be \[2, 19, 2, 2, 3, 2\]"),
         ({"reference_points": torch.zeros(2, 19, 2, 3)}, r"reference_points must be \[2, 19, 2, 2\], got"),
@@ -336,3 +345,11 @@ def test_wrong_input_is_an_error(change, message):
     arguments = dict(zip(names, op.make_case("tiny"), strict=True))
     with pytest.raises(ValueError, match=message):
         ms_deform_attn_fused(**{**arguments, **change})
+
+
+def test_more_pixels_than_indices_is_an_error(extension):
+    value = torch.zeros(1, 1, 1, 1).expand(1, 2**31, 1, 1)
+    with pytest.raises(ValueError, match=r"value has 2147483648 pixels, compiled code takes less than 2\*\*31"):
+        ms_deform_attn(
+            value, ((2**16, 2**15),), torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1), backend="cpp"
+        )
