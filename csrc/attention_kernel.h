@@ -25,7 +25,7 @@ template <class Real>
 struct Forward {
   Widths w;
   const Real *keys, *values;  // [panel, qk, kPanel], [key, v_row]
-  Real* query;                // [qk_columns, height]
+  Real* query;                // [qk_columns, kTile]
   Real* scores;               // [kChunk, height, kPanel]
   Real* out;                  // [height, v_row], not divided by sum yet
   Real top[kRows], sum[kRows];
@@ -94,23 +94,30 @@ DNDETR_TARGET void attend(const Plan& plan, const Tile& tile, Forward<Real>& f) 
   for (int r = 0; r < R; ++r) f.sum[r] = fold<Sum, Real>(sum[r]);
 }
 
-// A tile's rows of an array -> columns, zero beyond them.
+// A tile's rows of an array -> columns, zero beyond them; `staged` has whole registers.
 template <class Real, class Parts, class PartWidths>
 DNDETR_KERNEL void load_tile(const Tile& tile, const Parts& x, int b, int head, const PartWidths& widths, int width,
-                             int columns, Real scale, Real* staged, Real* to) {
-  std::fill_n(to, columns * tile.height, Real(0));
-  for (int r = 0; r < tile.rows; ++r) load_row(x, b, head, tile.query + r, widths, staged + r * columns);
-  for (int i = 0; i < tile.rows * columns; ++i) staged[i] *= scale;
-  transpose(staged, columns, tile.rows, width, to, tile.height);
+                             int columns, Real* staged, Real* to) {
+  const int stride = whole(width, kLanes<Real>);
+  for (int r = 0; r < tile.rows; ++r) load_row(x, b, head, tile.query + r, widths, staged + r * stride);
+  transpose(staged, stride, tile.rows, width, columns, to, kTile<Real>);
+  for (int r = whole(tile.rows, kLanes<Real>); r < kTile<Real>; r += kLanes<Real>) {
+    for (int d = 0; d < columns; ++d) at(to + d * kTile<Real> + r) = Reals<Real>{};
+  }
+}
+template <class Real>
+DNDETR_KERNEL void load_queries(const Attention& p, const Widths& w, const Tile& tile, int b, int head, Real* staged,
+                                Real* to) {
+  load_tile(tile, p.q, b, head, p.widths, w.qk, w.qk_columns, staged, to);
+  for (int i = 0; i < w.qk_columns * kTile<Real>; i += kLanes<Real>) at(to + i) *= Real(p.scale);
 }
 
-// A panel's rows of an array -> rows `stride` long, and columns, zero beyond them.
+// A panel's rows of an array -> rows `stride` long, and columns; of a panel half full the second register stays as it is.
 template <class Real, class Parts, class PartWidths>
 DNDETR_KERNEL void load_panel(const Plan& plan, const Panel& panel, const Parts& x, int b, int head,
                               const PartWidths& widths, int width, int stride, Real* rows, Real* to) {
-  std::fill_n(to, width * kPanel<Real>, Real(0));
   for (int j = 0; j < panel.count; ++j) load_row(x, b, head, plan.keys[panel.first + j], widths, rows + j * stride);
-  transpose(rows, stride, panel.count, width, to, kPanel<Real>);
+  transpose(rows, stride, panel.count, width, width, to, kPanel<Real>);
 }
 
 // The tiles of part `part` of `parts`.
@@ -122,16 +129,16 @@ DNDETR_TARGET void forward(const Attention& p, const Heads& out, void* lse, int 
   Forward<Real> f;
   const Widths& w = f.w = Widths::of<Real>(p);
   auto take = memory.room<Real>(panels * w.qk * kPanel<Real> + keys * w.v_row +
-                                kPanel<Real> * (w.qk_row + w.v_row + kRows * kChunk) +
-                                kRows * (w.v_row + 2 * w.qk_columns));
+                                kPanel<Real> * (w.qk_row + w.v_row + kRows * kChunk) + kRows * (w.v_row + w.qk_row) +
+                                kTile<Real> * w.qk_columns);
   Real* const columns = take(panels * w.qk * kPanel<Real>);
   Real* const values = take(keys * w.v_row);
   Real* const rows = take(kPanel<Real> * w.qk_row);
   f.keys = columns, f.values = values;
   f.scores = take(kChunk * kRows * kPanel<Real>);
   f.out = take(kRows * w.v_row);
-  f.query = take(kRows * w.qk_columns);
-  Real* const staged = take(kRows * w.qk_columns);
+  f.query = take(kTile<Real> * w.qk_columns);
+  Real* const staged = take(kRows * w.qk_row);
   for (std::int64_t k = 0; k < panels; ++k) {
     load_panel(plan, plan.panels[k], p.k, b, head, p.widths, w.qk, w.qk_row, rows, columns + k * w.qk * kPanel<Real>);
   }
@@ -141,7 +148,7 @@ DNDETR_TARGET void forward(const Attention& p, const Heads& out, void* lse, int 
   Real* const lse_row = static_cast<Real*>(lse) + (std::int64_t(b) * p.heads + head) * p.queries;
   for (std::int64_t n = tiles * part / parts; n < tiles * (part + 1) / parts; ++n) {
     const Tile& tile = plan.tiles[n];
-    load_tile(tile, p.q, b, head, p.widths, w.qk, w.qk_columns, Real(p.scale), staged, f.query);
+    load_queries(p, w, tile, b, head, staged, f.query);
     attend<kRows>(plan, tile, f);
     const bool blind = plan.panels_of(tile) == 0;
     for (int r = 0; r < tile.rows; ++r) {
@@ -167,7 +174,7 @@ struct Backward {
   int count;                          // of the panel's keys
   const Real *keys, *key_rows;        // [qk, kPanel], [kPanel, qk_row]
   const Real* values;                 // [v, kPanel]
-  const Real *query, *grad_out;       // [qk_columns, height], [v_columns, height]
+  const Real *query, *grad_out;       // [qk_columns, kTile], [v_columns, kTile]
   const Real *lse, *delta;            // [height]
   Real *weights, *slopes;             // [height, kPanel]
   Real *grad_keys, *grad_values;      // [qk_columns, kPanel], [v_columns, kPanel]
@@ -229,20 +236,20 @@ DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Hea
   Backward<Real> g;
   const Widths& w = g.w = Widths::of<Real>(p);
   const int longest = whole(std::max(w.qk_columns, w.v_columns), kLanes<Real>);
-  const std::int64_t height = whole(plan.height, kLanes<Real>);
-  auto take = memory.room<Real>(height * (w.qk_columns + w.v_columns + w.qk_row + 2) +
+  const std::int64_t rows = whole(plan.height, kLanes<Real>), padded = std::int64_t(tiles) * kTile<Real>;
+  auto take = memory.room<Real>(padded * (w.qk_columns + w.v_columns + 2) + rows * w.qk_row +
                                 kPanel<Real> * (2 * w.qk_columns + 2 * w.v_columns + w.qk_row + 2 * kRows) +
-                                std::max(kPanel<Real>, kRows) * longest + kRows * w.v_columns);
-  Real* const query = take(height * w.qk_columns);
-  Real* const grad = take(height * w.v_columns);
-  Real* const grad_query = take(height * w.qk_row);
-  Real* const lse_of = take(height);
-  Real* const delta = take(height);
+                                std::max(kPanel<Real>, kRows) * longest + kTile<Real> * w.v_columns);
+  Real* const query = take(padded * w.qk_columns);
+  Real* const grad = take(padded * w.v_columns);
+  Real* const lse_of = take(padded);
+  Real* const delta = take(padded);
+  Real* const grad_query = take(rows * w.qk_row);
   Real* const keys = take(kPanel<Real> * w.qk_columns);
   Real* const values = take(kPanel<Real> * w.v_columns);
   Real* const key_rows = take(kPanel<Real> * w.qk_row);
   Real* const staged = take(std::max(kPanel<Real>, kRows) * longest);
-  Real* const out_columns = take(kRows * w.v_columns);
+  Real* const out_columns = take(kTile<Real> * w.v_columns);
   g.grad_keys = take(kPanel<Real> * w.qk_columns);
   g.grad_values = take(kPanel<Real> * w.v_columns);
   g.weights = take(kPanel<Real> * kRows);
@@ -250,21 +257,21 @@ DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Hea
   g.keys = keys, g.values = values, g.key_rows = key_rows;
 
   const Real* const lse_row = static_cast<const Real*>(lse) + (std::int64_t(b) * p.heads + head) * p.queries;
-  std::fill_n(lse_of, height, kInfinity<Real>);  // a row that is not there weighs nothing
-  std::fill_n(delta, height, Real(0));
-  std::fill_n(grad_query, height * w.qk_row, Real(0));
-  for (const Tile& tile : plan.tiles) {
-    load_tile(tile, p.q, b, head, p.widths, w.qk, w.qk_columns, Real(p.scale), staged,
-              query + std::int64_t(tile.place) * w.qk_columns);
-    load_tile(tile, grad_out, b, head, w.v, w.v, w.v_columns, Real(1), staged,
-              grad + std::int64_t(tile.place) * w.v_columns);
-    std::copy_n(lse_row + tile.query, tile.rows, lse_of + tile.place);
+  std::fill_n(lse_of, padded, kInfinity<Real>);  // a row that is not there weighs nothing
+  std::fill_n(delta, padded, Real(0));
+  std::fill_n(grad_query, rows * w.qk_row, Real(0));
+  for (int n = 0; n < tiles; ++n) {
+    const Tile& tile = plan.tiles[n];
+    const std::int64_t place = std::int64_t(n) * kTile<Real>;
+    Real* const grad_columns = grad + place * w.v_columns;
+    load_queries(p, w, tile, b, head, staged, query + place * w.qk_columns);
+    load_tile(tile, grad_out, b, head, w.v, w.v, w.v_columns, staged, grad_columns);
+    load_tile(tile, out, b, head, w.v, w.v, w.v_columns, staged, out_columns);
+    std::copy_n(lse_row + tile.query, tile.rows, lse_of + place);
     // In the order of the products with values: what they cancel to where a row sees one key is exactly zero.
-    load_tile(tile, out, b, head, w.v, w.v, w.v_columns, Real(1), staged, out_columns);
-    const Real* const grads_of = grad + std::int64_t(tile.place) * w.v_columns;
     for (int d = 0; d < w.v; ++d) {
-      for (int r = 0; r < tile.height; ++r) {
-        delta[tile.place + r] += grads_of[d * tile.height + r] * out_columns[d * tile.height + r];
+      for (int r = d * kTile<Real>, to = 0; to < kTile<Real>; r += kLanes<Real>, to += kLanes<Real>) {
+        at(delta + place + to) += at(grad_columns + r) * at(out_columns + r);
       }
     }
   }
@@ -275,19 +282,19 @@ DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Hea
     std::fill_n(g.grad_keys, kPanel<Real> * w.qk_columns, Real(0));
     std::fill_n(g.grad_values, kPanel<Real> * w.v_columns, Real(0));
     for (int n = panel.first_tile; n < panel.last_tile; ++n) {
-      const std::int64_t place = plan.tiles[n].place;
+      const std::int64_t place = std::int64_t(n) * kTile<Real>;
       g.query = query + place * w.qk_columns;
       g.grad_out = grad + place * w.v_columns;
-      g.grad_query = grad_query + place * w.qk_row;
+      g.grad_query = grad_query + std::int64_t(plan.tiles[n].place) * w.qk_row;
       g.lse = lse_of + place;
       g.delta = delta + place;
       differentiate<kRows>(plan.tiles[n].height, g);
     }
-    transpose(g.grad_keys, kPanel<Real>, w.qk, panel.count, staged, longest);
+    transpose(g.grad_keys, kPanel<Real>, w.qk, panel.count, panel.count, staged, longest);
     for (int j = 0; j < panel.count; ++j) {
       store_row(staged + j * longest, p.widths, grads.k, b, head, plan.keys[panel.first + j]);
     }
-    transpose(g.grad_values, kPanel<Real>, w.v, panel.count, staged, longest);
+    transpose(g.grad_values, kPanel<Real>, w.v, panel.count, panel.count, staged, longest);
     for (int j = 0; j < panel.count; ++j) {
       store_row(staged + j * longest, w.v, grads.v, b, head, plan.keys[panel.first + j]);
     }

@@ -34,6 +34,7 @@ struct Plan {
       : live(p.active ? std::clamp(p.active[image], 0, p.slots) : p.slots) {
     const bool* valid = p.valid ? p.valid + std::int64_t(image) * p.keys : nullptr;
     const int grouped = p.groups * p.slots;
+    keys.reserve(p.keys);
     for (int first = 0; first < grouped; first += p.slots) {
       const int panel = count(panels), tile = count(tiles);
       add_panels(first, first + live, valid, widest);

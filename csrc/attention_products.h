@@ -7,6 +7,8 @@ template <class Real>
 constexpr int kLanes = Registers<Real>::lanes;
 template <class Real>
 constexpr int kPanel = 2 * kLanes<Real>;  // keys
+template <class Real>
+constexpr int kTile = (kRows + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;  // from one column of a tile to the next
 
 // c[r][n] += sum over k < depth of a[r * Row + k * Step] * b[k * stride + lanes of n].
 template <int Row, int Step, int R, int N, class Real>
@@ -43,12 +45,12 @@ DNDETR_KERNEL void store(const Reals<Real> (&c)[R][N], Real* to, int stride) {
 // Functions of their own, so that nothing but sums competes for registers.
 #define DNDETR_PRODUCT __attribute__((noinline)) DNDETR_TARGET
 
-// to [R, kPanel] = query columns [width, R] x key columns [width, kPanel], N registers of keys.
+// to [R, kPanel] = query columns [width, kTile] x key columns [width, kPanel], N registers of keys.
 template <int R, int N, class Real>
 DNDETR_PRODUCT void score(const Real* query, const Real* keys, int width, Real* to) {
   Reals<Real> sum[R][N];
   load<R, N, Real>(nullptr, 0, sum);
-  multiply<1, R>(query, keys, kPanel<Real>, width, sum);
+  multiply<1, kTile<Real>>(query, keys, kPanel<Real>, width, sum);
   store<R, N, Real>(sum, to, kPanel<Real>);
 }
 
@@ -61,13 +63,13 @@ DNDETR_PRODUCT void mix(const Real* weights, const Real* rows, int stride, int c
   store<R, N, Real>(sum, to, stride);
 }
 
-// to [width, kPanel] += columns [width, R] x slopes [R, kPanel], N registers of keys.
+// to [width, kPanel] += columns [width, kTile] x slopes [R, kPanel], N registers of keys.
 template <int R, int N, class Real>
 DNDETR_PRODUCT void spread(const Real* columns, int width, const Real* slopes, Real* to) {
-  for (int d = 0; d < width; d += kDepth, columns += kDepth * R, to += kDepth * kPanel<Real>) {
+  for (int d = 0; d < width; d += kDepth, columns += kDepth * kTile<Real>, to += kDepth * kPanel<Real>) {
     Reals<Real> sum[kDepth][N];
     load<kDepth, N, Real>(to, kPanel<Real>, sum);
-    multiply<R, 1>(columns, slopes, kPanel<Real>, R, sum);
+    multiply<kTile<Real>, 1>(columns, slopes, kPanel<Real>, R, sum);
     store<kDepth, N, Real>(sum, to, kPanel<Real>);
   }
 }
@@ -101,11 +103,53 @@ struct Highest {
 
 DNDETR_KERNEL int whole(int count, int unit) { return (count + unit - 1) / unit * unit; }
 
-// from [rows, stride] -> to [columns, height].
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DNDETR_SHUFFLES
+#endif
+#endif
+
+#ifdef DNDETR_SHUFFLES
+// Swaps the upper lanes of each 2 Step of one register with the lower ones of the other.
+template <int Step, class Vector, int... Lane>
+DNDETR_KERNEL void swap_lanes(Vector& a, Vector& b, std::integer_sequence<int, Lane...>) {
+  constexpr int kCount = sizeof...(Lane);
+  const Vector low = __builtin_shufflevector(a, b, (Lane & Step ? kCount + (Lane ^ Step) : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kCount + Lane : Lane ^ Step)...);
+  a = low;
+}
+template <int Step, int N, class Vector>
+DNDETR_KERNEL void transpose(Vector (&x)[N]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) {
+    if (!(i & Step)) swap_lanes<Step>(x[i], x[i + Step], std::make_integer_sequence<int, N>());
+  }
+  if constexpr (Step > 1) transpose<Step / 2>(x);
+}
+#endif
+
+// from [rows, stride] -> to [columns, height], zeros where there are no rows up to whole registers, and in rows of `to`
+// from `filled` on. Strides are whole registers.
 template <class Real>
-DNDETR_KERNEL void transpose(const Real* from, int stride, int rows, int columns, Real* to, int height) {
-  for (int r = 0; r < rows; ++r) {
-    for (int d = 0; d < columns; ++d) to[d * height + r] = from[r * stride + d];
+DNDETR_TARGET void transpose(const Real* from, int stride, int rows, int filled, int columns, Real* to, int height) {
+  constexpr int kCount = kLanes<Real>;
+  for (int r = 0; r < rows; r += kCount) {
+    for (int d = 0; d < columns; d += kCount) {
+      Reals<Real> x[kCount];
+#ifdef DNDETR_SHUFFLES
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) x[i] = r + i < rows ? at(from + (r + i) * stride + d) : Reals<Real>{};
+      transpose<kCount / 2>(x);
+#else
+      for (int i = 0; i < kCount; ++i) {
+        for (int l = 0; l < kCount; ++l) x[i][l] = r + l < rows ? from[(r + l) * stride + d + i] : Real(0);
+      }
+#endif
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+        if (d + i < columns) at(to + (d + i) * height + r) = d + i < filled ? x[i] : Reals<Real>{};
+      }
+    }
   }
 }
 
