@@ -27,7 +27,7 @@ LAYOUTS = {
     1300: GroupLayout(10, 100, 300),
 }
 KEYS = {"C5": 25 * 42, "DC5": 50 * 84}
-BATCHES = (2, 16) if GPU else (2,)
+BATCHES = (2, 16)
 HEADS, WIDTH = 8, 32
 
 

@@ -260,6 +260,7 @@ DNDETR_TARGET void backward(const Attention& p, const Heads& grad_out, const Hea
   std::fill_n(lse_of, padded, kInfinity<Real>);  // a row that is not there weighs nothing
   std::fill_n(delta, padded, Real(0));
   std::fill_n(grad_query, rows * w.qk_row, Real(0));
+  std::fill_n(key_rows, kPanel<Real> * w.qk_row, Real(0));
   for (int n = 0; n < tiles; ++n) {
     const Tile& tile = plan.tiles[n];
     const std::int64_t place = std::int64_t(n) * kTile<Real>;

@@ -1,4 +1,5 @@
-// Exponential and logarithm of vectors, to about one unit in the last place, the same on every instruction set.
+// Exponential and logarithm of vectors, to about one unit in the last place; the same on every instruction set where products
+// and sums are not fused.
 //
 // Included once per instruction set, after vectors.h.
 

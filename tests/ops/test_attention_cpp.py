@@ -1,5 +1,7 @@
 """The C++ attention against both references: instruction sets, widths, memory layouts, NaN, threads, registration."""
 
+from functools import partial
+
 import pytest
 import torch
 from goldens import unit
@@ -99,6 +101,18 @@ def test_widths(simd, widths):
     inputs = [x.double() for x in inputs]
     given, expected = (outputs(attend, inputs, "qkv", layout, active) for attend in (groups, group_attention_reference))
     near(given, expected, 1e-13)
+
+
+def test_without_a_position_part(simd):
+    """Plain attention past valid keys: one part of queries and keys, the other of width 0."""
+    q, k, v = packed(2, 2, 19, 16, 16, 16)
+    none, valid = q.new_empty(2, 2, 19, 0), torch.arange(19) < torch.tensor([[19], [11]])
+
+    def attend(attention, q, k, v):
+        return attention(q, none.to(q.dtype), k, none.to(k.dtype), v, valid)
+
+    fast, reference = (partial(attend, attention) for attention in (crossed, conditional_attention_reference))
+    compare(fast, reference, (q, k, v), "qkv", torch.float32)
 
 
 def test_a_thousand_keys(simd):
