@@ -15,6 +15,7 @@ import tyro
 from dndetr.commandline import exit_status, parse
 from dndetr.console import Console
 from dndetr.data.annotations import (
+    NOTHING_TO_LEARN,
     Classes,
     Problem,
     Split,
@@ -74,6 +75,8 @@ def check_split(split: Split, training: Classes | None = None) -> Report:
     if not problems and len(files) < len(images) and not any(problem.kind == MISSING for problem in files):
         dataset = CocoDataset(split.root, split.name, Unresized(), training or classes, cache_bytes=0)
         dataset.leave_out(problem.index for problem in files)
+        if training is None and split.name == "train" and not any(dataset.counts):
+            problems.append(Problem("objects", NOTHING_TO_LEARN))
     problems += [Problem(problem.kind, problem.message) for problem in files]
     objects = [entry for entry in document["annotations"] if classes and not entry.get("iscrowd")]
     counts = Counter(entry["category_id"] for entry in objects)

@@ -151,6 +151,12 @@ def bomb(root: Path):
     (root / "train/0.png").write_bytes(content)
 
 
+def pipe(root: Path):
+    """Whoever opens it waits for another program."""
+    (root / "train/0.png").unlink()
+    os.mkfifo(root / "train/0.png")
+
+
 FIRST = 2**40
 BROKEN = {
     "missing-image": (lambda r: (r / "train/1.jpg").unlink(), f"image {FIRST + 7}: ", "train/1.jpg is missing"),
@@ -172,6 +178,13 @@ BROKEN = {
     "nan": (put("bbox", [1, 2, float("nan"), 4]), "annotation 500 ", "not finite"),
     "negative-size": (put("bbox", [9, 9, -4, 5], split="val"), "instances_val.json: annotation 500 ", "negative size"),
     "nan-area": (put("area", float("nan")), "annotation 500 has area nan", ""),
+    "vast-area": (put("area", 10**11), "annotation 500 has area 100000000000", ""),  # COCO would pass over the object
+    "long-number": (put("bbox", [1, 2, 10**400, 4]), "annotation 500 ", "000..., which is not finite, or beyond"),
+    "name-that-cannot-be-written": (put("name", "\ud800", "categories"), r"category 3 has name '\ud800'", "control"),
+    "name-of-two-lines": (put("name", "a\nb", "categories"), r"category 3 has name 'a\nb'", "control characters"),
+    "endless-file-name": (put("file_name", "a" * 5000, "images"), f"image {FIRST}: ", "is missing"),
+    "pipe": (pipe, f"image {FIRST}: ", "train/0.png: is no file"),
+    "no-objects": (change(lambda d: d.update(annotations=[])), "the train split has no objects", "annotate"),
     "no-images": (change(lambda d: d.update(images=[], annotations=[])), "instances_train.json: ", "images is empty"),
     "broken-json": (cut("annotations/instances_val.json", 0.7), "instances_val.json: not valid JSON", "line 1"),
     "no-annotations": (lambda r: shutil.rmtree(r / "annotations"), "no annotations here", "instances_train.json"),

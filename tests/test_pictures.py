@@ -13,6 +13,7 @@ from PIL import Image
 
 from dndetr.pictures import batch_images, class_colour, draw_boxes, draw_curves, draw_first_batch, draw_predictions
 from dndetr.pictures.boxes import BoxCanvas
+from dndetr.pictures.scores import draw_confusion, draw_precision_recall
 
 NAMES = ["circle", "star", "ring"]
 GREY = (90, 90, 90)
@@ -81,6 +82,17 @@ def test_tags_do_not_cover_each_other_or_leave_the_picture():
 )  # fmt: skip
 def test_wild_boxes_are_drawn_without_complaint(box: list[float]):
     assert draw_boxes(Image.new("RGB", (100, 100)), [box], [7], [0.5], NAMES).size == (480, 480)
+
+
+@pytest.mark.parametrize("name", ["Größe", "Заяц", "Ωmega"])
+def test_letters_beyond_ascii_are_written(name: str):
+    """Letters that a font lacks all look the same."""
+
+    def drawn(text: str) -> np.ndarray:
+        return np.asarray(draw_boxes(Image.new("RGB", (600, 500), GREY), [(50, 50, 500, 400)], [0], None, [text]))
+
+    for letter in {letter for letter in name if not letter.isascii()}:
+        assert (drawn(letter) != drawn("\U0010ffff")).any(), letter
 
 
 def test_no_boxes_and_dashes():
@@ -212,6 +224,17 @@ def test_curves_survive_nulls_missing_keys_and_a_half_line(tmp_path: Path):
     metrics.write_text("".join(json.dumps(row) + "\n" for row in made) + '{"event": "tr')
     draw_curves(metrics, tmp_path / "curves.png")
     assert opened(tmp_path / "curves.png").width > 1000
+
+
+def test_names_and_titles_are_no_formulas(tmp_path: Path):
+    name = r"$\\unknown$ " + "long " * 20
+    (tmp_path / "metrics.jsonl").write_text("")
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", name)
+    draw_precision_recall(tmp_path / "pr.png", {name: np.full((10, 101), 0.5)}, name)
+    draw_confusion(tmp_path / "confusion.png", np.eye(2, dtype=np.int64), [name], name)
+    figure = opened(tmp_path / "confusion.png")
+    full = (8, 48, 107)  # the colour of a cell with all of a row
+    assert count(figure, full) > 0.08 * figure.width * figure.height  # a long name has not pushed the matrix aside
 
 
 def test_importing_pictures_does_not_import_matplotlib():

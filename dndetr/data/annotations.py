@@ -4,8 +4,8 @@
 """
 
 import json
-import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,9 @@ _NAMES = {
 _LONGEST_SIDE = 100_000  # pixels
 _MOST_PIXELS = 178_956_970  # beyond it Pillow refuses to decode, since such a file may be a decompression bomb
 _FARTHEST = 1e9  # pixels
+_LARGEST_AREA = _LONGEST_SIDE**2  # square pixels; COCO's evaluation passes over objects that claim more
+
+NOTHING_TO_LEARN = "the train split has no objects, there is nothing to learn from; annotate some"
 
 Classes = list[tuple[int, str]]
 
@@ -77,7 +80,7 @@ def find_split(root: str | Path, split: str) -> Split:
 def read_document(path: Path) -> dict:
     """Reads an annotation file whose top level has the three lists images, annotations and categories."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some tools begin with a byte order mark
             document = json.load(file)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
@@ -104,8 +107,11 @@ def find_problems(document: dict) -> Iterator[Problem]:
     yield from _id_problems("image", document["images"])
     yield from _id_problems("annotation", document["annotations"])
     for category in document["categories"]:
-        if not isinstance(category.get("name"), str):
-            yield Problem("category name", f"category {category.get('id')} has no name; give it a text")
+        name, where = category.get("name"), f"category {category.get('id')}"
+        if not isinstance(name, str):
+            yield Problem("category name", f"{where} has no name; give it a text")
+        elif not _is_plain(name):
+            yield Problem("category name", f"{where} has name {name!r}; take its control characters out")
     for image in document["images"]:
         yield from _image_problems(image)
     images = {_key(image.get("id")) for image in document["images"]} - {None}
@@ -121,8 +127,8 @@ def find_problems(document: dict) -> Iterator[Problem]:
         if problem := _box_problem(entry.get("bbox")):
             yield Problem("box", f"{where} (image {entry.get('image_id')}) {problem}; correct or remove it")
         area = entry.get("area")
-        if area is not None and not (_is_number(area) and 0 <= area < math.inf):
-            yield Problem("area", f"{where} has area {area!r}; give it in square pixels or leave it out")
+        if area is not None and not (_is_number(area) and 0 <= area <= _LARGEST_AREA):
+            yield Problem("area", f"{where} has area {_short(area)}; give it in square pixels or leave it out")
         if entry.get("iscrowd") not in (None, 0, 1):
             yield Problem("iscrowd", f"{where} has iscrowd {entry['iscrowd']!r}; give 0 or 1")
 
@@ -155,7 +161,7 @@ def missing_files(split: Split, images: list[dict]) -> list[Problem]:
     absent = [
         image
         for image in images
-        if image["file_name"] not in present and not (split.images / image["file_name"]).is_file()
+        if image["file_name"] not in present and not os.path.isfile(split.images / image["file_name"])
     ]
     return [Problem("missing file", f"image {image['id']}: {missing_file(split, image)}") for image in absent]
 
@@ -163,7 +169,7 @@ def missing_files(split: Split, images: list[dict]) -> list[Problem]:
 def missing_file(split: Split, image: dict) -> str:
     """What to say of an image without a file."""
     name = image["file_name"]
-    elsewhere = f" (it is relative to that folder, so not {name!r})" if (split.root / name).is_file() else ""
+    elsewhere = f" (it is relative to that folder, so not {name!r})" if os.path.isfile(split.root / name) else ""
     return f"{split.images / name} is missing{elsewhere}; put it there or remove the image from the annotations"
 
 
@@ -180,6 +186,16 @@ def _is_id(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a name can be written to a terminal, a file and a picture without doing anything to them."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _key(value: Any) -> int | None:
@@ -205,7 +221,7 @@ def _image_problems(image: dict) -> Iterator[Problem]:
     name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
     if not isinstance(name, str) or not name or "\0" in name:
         yield Problem("image file name", f"{where} has no file_name; give the file's name")
-    elif not name.isprintable():
+    elif not _is_plain(name):
         yield Problem("image file name", f"{where} has file_name {name!r}; rename that file")
     elif os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         what = f"has file_name {name!r}, which leads out of the image folder; name a file inside it"
@@ -224,9 +240,9 @@ def _box_problem(box: Any) -> str | None:
     if box is None:
         return "has no bbox"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        return f"has bbox {box!r}, not four numbers x, y, width, height"
+        return f"has bbox {_short(box)}, not four numbers x, y, width, height"
     if not all(-_FARTHEST < v < _FARTHEST for v in box):
-        return f"has bbox {box}, which is not finite, or beyond any image"
+        return f"has bbox {_short(box)}, which is not finite, or beyond any image"
     if box[2] < 0 or box[3] < 0:
         return f"has bbox {box} of negative size (COCO boxes are x, y, width, height)"
     return None

@@ -7,6 +7,7 @@ they change; what was wrong is always looked at anew. Whatever can be said of th
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -74,11 +75,16 @@ def file_problems(
     for index, image in enumerate(images):
         path = os.path.join(split.images, image["file_name"])
         try:
-            mark = memory.mark(image, os.stat(path))
+            status = os.stat(path)
         except OSError:
             what = f"image {image.get('id')}: {missing_file(split, image)}"
             problems.append(FileProblem(index, MISSING, what))
             continue
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+            what = f"image {image.get('id')}: {path}: is no file; put the image there"
+            problems.append(FileProblem(index, UNREADABLE, what))
+            continue
+        mark = memory.mark(image, status)
         if mark in memory.known:
             memory.good.add(mark)
         else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ..batch import Batch
 from ..config import Config
 from ..overfit import STEPS
+from .annotations import NOTHING_TO_LEARN
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
@@ -45,7 +46,7 @@ class TrainingData:
             train, val = FewImages(train, config.overfit, repeats), FewImages(val, config.overfit)
         self.warnings += _from_scratch(config, len(train))
         if not any(train.counts):
-            raise DataError(f"{config.data}: the train split has no objects; there is nothing to learn from")
+            raise DataError(f"{config.data}: {NOTHING_TO_LEARN}")
         if not any(val.counts):
             self.warnings.append(f"{config.data}: the val split has no objects, so there will be no AP and no best.pt")
         self.classes = train.classes

@@ -3,7 +3,9 @@
 import colorsys
 from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .fonts import font
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -69,7 +71,7 @@ class BoxCanvas:
         self._draw = ImageDraw.Draw(self.image, "RGBA")
         side = max(size)
         self._width = max(2, round(side / 400))
-        self._font = ImageFont.load_default(max(11, min(28, round(side / 40))))
+        self._letters = max(11, min(28, round(side / 40)))  # their height
         self._boxes: list[tuple] = []
         self._tags: list[tuple] = []
 
@@ -101,9 +103,10 @@ class BoxCanvas:
         background: dark tag with a coloured text instead of a coloured tag.
         """
         x0, y0, x1, y1 = self._place(box)
-        _, top, _, bottom = self._font.getbbox("Ag")
+        letters = font(self._letters, text)
+        _, top, _, bottom = letters.getbbox("Ag")
         pad = max(2, round((bottom - top) * 0.22))
-        width = self._font.getlength(text) + 2 * pad
+        width = letters.getlength(text) + 2 * pad
         height = bottom - top + 2 * pad
         edge = self._width
         places = [
@@ -124,7 +127,7 @@ class BoxCanvas:
         luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         ink = colour if background else (INK if luminance > 140 else WHITE)
         self._draw.rounded_rectangle(area, radius=pad, fill=(*(background or colour), 235))
-        self._draw.text((area[0] + pad, area[1] + pad - top), text, font=self._font, fill=ink)
+        self._draw.text((area[0] + pad, area[1] + pad - top), text, font=letters, fill=ink)
 
     def arrow(self, start: Sequence[float], stop: Sequence[float], colour: Colour) -> None:
         """A thin line with a dot at its end, from point to point in pixels of the original."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomic
 from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _VIOLET, _finish
+from .fonts import plain
 
 _COLOURS = (_BLUE, _CORAL, _GREEN, _AMBER, _VIOLET)
 _GREY = "#8a8f98"
@@ -32,7 +33,7 @@ def draw_comparison(path: str | Path, told: dict) -> None:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     field, values = told["field"], told["values"]
-    figure.suptitle(_title(told), fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
+    figure.suptitle(plain(_title(told)), fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
     # The baseline is last, and always of the same colour.
     colours = dict(zip([values[-1], *values[:-1]], [_CORAL, *(c for c in _COLOURS if c != _CORAL)], strict=False))
     minutes = max((run["seconds"][-1] for run in told["runs"] if run["seconds"]), default=0) >= 120

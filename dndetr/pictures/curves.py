@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomic
 from ..runlog import read_rows
+from .fonts import plain
 
 _BLUE, _CORAL, _GREEN, _VIOLET, _AMBER = "#2d7dd2", "#f0544f", "#1fa774", "#8b5cf6", "#e69f00"
 _INK, _FAINT = "#22252b", "#d9dce1"
@@ -32,7 +33,7 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     (total, precision, stability), (terms, rate, denoising) = figure.subplots(2, 3)
     if title:
-        figure.suptitle(title, fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
+        figure.suptitle(plain(title), fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
 
     for name, colour, label in (
         ("loss", _INK, "total"), ("matching", _BLUE, "matching part"), ("denoising", _CORAL, "denoising part")
@@ -146,7 +147,7 @@ def _finish(axes, title: str, x: str, log: bool = False, legend: bool = True, wh
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK)
     axes.set_xlabel(x, color=_INK, fontsize=9.5)
     if whole:
-        axes.locator_params(axis="x", integer=True)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(True, color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

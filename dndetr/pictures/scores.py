@@ -8,9 +8,11 @@ import numpy as np
 
 from ..checkpoint import write_atomic
 from .boxes import class_colour
+from .fonts import plain
 
 _INK, _FAINT = "#22252b", "#d9dce1"
 _NAMED = 12  # classes in a legend
+_LETTERS = 28  # of a class name
 _COUNTED = 20  # classes up to which cells show their counts
 
 
@@ -25,7 +27,7 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
     for label, (name, values) in enumerate(curves.items()):
         if name in measured:
             colour = tuple(channel / 255 for channel in class_colour(label))
-            single.plot(recall, values[0], color=colour, linewidth=1.6, label=f"{name}  {values[0].mean():.3f}")
+            single.plot(recall, values[0], color=colour, linewidth=1.6, label=f"{_label(name)}  {values[0].mean():.3f}")
     named = 0 < len(measured) <= _NAMED
     _axes(single, "Each class at IoU 0.5" + " (AP50 in the legend)" * named, legend=named)
     if measured:
@@ -49,7 +51,7 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     figure, axes = _figure((side + 0.6, side), title, 1)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    places = range(len(counts))
+    places, names = range(len(counts)), [_label(name) for name in names]
     size = 9 if len(counts) <= 30 else 6.5
     axes.set_xticks(places, [*names, "(missed)"], rotation=90 if len(counts) > 6 else 30, fontsize=size)
     axes.set_yticks(places, [*names, "(nothing)"], fontsize=size)
@@ -72,8 +74,13 @@ def _figure(size: tuple[float, float], title: str, columns: int):
 
     figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold", color=_INK, x=0.01, ha="left")
+    figure.suptitle(plain(title), fontsize=13, fontweight="bold", color=_INK, x=0.01, ha="left")
     return figure, figure.subplots(1, columns)
+
+
+def _label(name: str) -> str:
+    """A class name, cut where it would push the figure aside."""
+    return plain(name if len(name) <= _LETTERS else f"{name[: _LETTERS - 3]}...")
 
 
 def _axes(axes, title: str, legend: bool) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
 from ..checkpoint import write_atomic
 from ..data.sample import denormalise
 from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
+from .fonts import font
 
 _PAPER: Colour = (250, 250, 248)
 _GREY: Colour = (118, 122, 130)
@@ -137,36 +138,36 @@ def _sheet(
     class_names: Sequence[str],
 ) -> Image.Image:
     """Blocks of panels (picture, caption), ``across`` in a row, under a title and the colours of the classes."""
-    big, medium, small = (ImageFont.load_default(size) for size in (26, 16, 14))
     panels = max((len(block) for block in blocks), default=1)
     rows = [blocks[start : start + across] for start in range(0, len(blocks), across)]
     heights = [max(picture.height for block in row for picture, _ in block) for row in rows]
     block_width = panels * cell + (panels - 1) * _GAP // 2
     width = max(across * block_width + (across - 1) * 2 * _GAP + 2 * _GAP, 720)
-    legend = _legend(class_names, width - 2 * _GAP, medium)
+    legend = _legend(class_names, width - 2 * _GAP)
     header = 84 + 28 * len(legend)
     page = Image.new("RGB", (width, header + sum(heights) + len(rows) * (26 + _GAP)), _PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((_GAP, 12), title, font=big, fill=INK)
-    draw.text((_GAP, 50), note, font=medium, fill=_GREY)
+    draw.text((_GAP, 12), title, font=font(26, title), fill=INK)
+    draw.text((_GAP, 50), note, font=font(16, note), fill=_GREY)
     for line, entries in enumerate(legend):
         for x, name, colour in entries:
             y = 82 + 28 * line
             draw.rounded_rectangle((_GAP + x, y, _GAP + x + 16, y + 16), radius=4, fill=colour)
-            draw.text((_GAP + x + 23, y - 1), name, font=medium, fill=INK)
+            draw.text((_GAP + x + 23, y - 1), name, font=font(16, name), fill=INK)
     y = header
     for row, height in zip(rows, heights, strict=True):
         for column, block in enumerate(row):
             x = _GAP + column * (block_width + 2 * _GAP)
             for picture, caption in block:
-                page.paste(picture, (x + (cell - picture.width) // 2, y))
-                draw.text((x + (cell - picture.width) // 2, y + height + 4), caption, font=small, fill=_GREY)
+                left = x + (cell - picture.width) // 2
+                page.paste(picture, (left, y))
+                draw.text((left, y + height + 4), caption, font=font(14, caption), fill=_GREY)
                 x += cell + _GAP // 2
         y += height + 26 + _GAP
     return page
 
 
-def _legend(class_names: Sequence[str], width: int, font) -> list[list[tuple[float, str, Colour]]]:
+def _legend(class_names: Sequence[str], width: int) -> list[list[tuple[float, str, Colour]]]:
     """Lines of (x, name, colour) that fit the width; the classes beyond the first are only counted."""
     entries = [(name, class_colour(label)) for label, name in enumerate(class_names[:_LEGEND])]
     if len(class_names) > _LEGEND:
@@ -174,7 +175,7 @@ def _legend(class_names: Sequence[str], width: int, font) -> list[list[tuple[flo
     lines: list[list[tuple[float, str, Colour]]] = [[]]
     x = 0.0
     for name, colour in entries:
-        needed = 23 + font.getlength(name) + 26
+        needed = 23 + font(16, name).getlength(name) + 26
         if x and x + needed > width:
             lines.append([])
             x = 0.0
