@@ -114,7 +114,7 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64
 // sums of its own, `sums` [B, S, H, D] are zero by then.
 template <class Real, class Run>
 void for_each_head(const DeformAttn& p, bool backward, int threads, Array sums, const Run& run) {
-  constexpr double kWorkPerTeam = 8e6;  // about a millisecond of one thread
+  constexpr double kWorkPerTeam = 4e6;  // half a millisecond of one thread and more
   constexpr std::int64_t kChunk = 1 << 16;
   const int tasks = p.batch * p.heads;
   const double samples = double(tasks) * p.queries * p.levels * p.points;

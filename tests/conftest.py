@@ -3,20 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from fake_gpu import NoHostSync, WithoutDevice
 from torch._subclasses import FakeTensorMode
 
 from dndetr.ops import _backend
-
-
-def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` are skipped where torch sees none, with that reason."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
 
 
 @pytest.fixture(scope="session")
