@@ -43,6 +43,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> Path:
     """Predict as the arguments say -> the folder with the results."""
+    if not 0 <= arguments.threshold <= 1:
+        raise ValueError(f"--threshold {arguments.threshold}: give a score from 0 to 1")
     files = [] if is_video(arguments.source) else image_files(arguments.source)
     if not files:
         import_av()
@@ -76,7 +78,7 @@ def is_video(path: Path) -> bool:
 
 def image_files(source: Path) -> list[Path]:
     """The file itself, or a folder's files whose names say that they are images, in order of their names."""
-    if not source.exists():
+    if not source.is_file() and not source.is_dir():
         raise FileNotFoundError(f"{source}: no such image, folder or video")
     if source.is_file():
         return [source]

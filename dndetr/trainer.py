@@ -78,6 +78,15 @@ class Trainer:
                 f"the run was made by {len(checkpoint['rng']['noise'])} processes and can only be continued by as many "
                 f"(now {processes.world}): start it the same way, with torchrun --nproc-per-node"
             )
+        # Other data under the same classes would quietly change schedule, log and results.
+        if checkpoint is not None and not 0 <= checkpoint["step"] - checkpoint["epoch"] * self.steps_per_epoch <= (
+            self.steps_per_epoch
+        ):
+            raise ValueError(
+                f"{config.data}: its {data.images['train']:,} training images make {self.steps_per_epoch:,} steps an "
+                f"epoch, and the run was saved after {checkpoint['step']:,} steps in {checkpoint['epoch']:,} whole "
+                "epochs: give the run's own data, or start anew on these with --init"
+            )
 
     def summary(self) -> str:
         """One line: model, size, data, arithmetic."""

@@ -93,10 +93,12 @@ def test_an_unreadable_image_is_named_and_nothing_stays(run, pictures, output, c
         ("nowhere.jpg", [], "nowhere.jpg: no such image, folder or video"),
         (".", [], ".: no images in this folder"),
         ("0.jpg", ["--batch-size", "-1"], "a batch size of -1: give 1 or more"),
+        ("0.jpg", ["--threshold", "nan"], "--threshold nan: give a score from 0 to 1"),
+        ("/dev/null", [], "/dev/null: no such image"),
         ("0.jpg", ["--preset", "dn-detr-r50"], "its backbone does not fit"),
         ("0.jpg", ["--output", "used"], "--output used exists and is not empty"),
     ],
-    ids=["missing", "empty", "batch", "preset", "used"],
+    ids=["missing", "empty", "batch", "threshold", "device", "preset", "used"],
 )
 def test_mistakes_are_one_plain_line(run, pictures, source, flags, message, capsys):
     if source == "0.jpg":

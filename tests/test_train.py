@@ -19,6 +19,7 @@ from dndetr.config import Config, from_dict, to_dict
 from dndetr.console import Console
 from dndetr.criterion import Criterion
 from dndetr.presets import PRESETS
+from dndetr.shapes import write_shapes
 from dndetr.window import Diverged
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
@@ -208,6 +209,17 @@ def test_resume_refuses_to_change_the_run(capsys):
     assert "leave out --lr" in capsys.readouterr().err
     assert train.main(["--resume", "run/best.pt"]) == 1
     assert "not the state of the training" in capsys.readouterr().err
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shapes(tmp_path / "own", train=4, val=2)
+    write_shapes(tmp_path / "other", train=12, val=2)
+    flags = ["--data", "own", "--epochs", "2", "--batch-size", "4", "--quiet"]
+    train.run([*flags, "--output", "run"])
+    assert train.main(["--resume", "run", "--data", "other"]) == 1
+    error = capsys.readouterr().err
+    assert "other: its 12 training images make 3 steps" in error and "2 steps in 2 whole epochs" in error
 
 
 def test_an_existing_output_is_never_overwritten(capsys):
