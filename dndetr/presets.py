@@ -72,13 +72,13 @@ def tiny() -> Config:
         epochs=8,
         batch_size=16,
         lr=2.5e-3,
-        train_images=1600,
+        train_images=1632,
         log_every=10,
         model=ModelConfig(
             variant="dn-deformable-detr",
             backbone=BackboneConfig(
                 blocks=(1, 2, 2),
-                planes=(48, 96, 192),
+                planes=(32, 96, 192),
                 bottleneck=False,
                 stem="small",
                 norm="batch",
