@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dndetr.criterion
 from dndetr.ops import _backend
 
+WARM = 3  # rounds until the memory that steps need has been touched
 PRESETS = ("dn-deformable-detr-r50", "dn-detr-r50")
 
 
@@ -120,12 +121,12 @@ def bench_step(request, record, preset):
     peer = "HF DeformableDetr" if "deformable" in preset else "HF DabDetr"
     run = {"ours": lambda: step(batch), peer: hf_step(preset, batch), "reference ops": lambda: plain(batch)}
     times = {name: [] for name in run}
-    for number in range(rounds + 1):  # the first round warms up
+    for number in range(rounds + WARM):
         for name, function in run.items():
             with references() if name == "reference ops" else contextlib.nullcontext():
                 start = time.perf_counter()
                 function()
-                if number:
+                if number >= WARM:
                     times[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in times.items()}
     counted = {}

@@ -8,6 +8,7 @@ from torch import nn
 from dndetr.batch import Batch, Targets
 from dndetr.config import ModelConfig
 from dndetr.criterion import Criterion
+from dndetr.data.collate import TARGET_BUCKETS
 from dndetr.models.build import build_model
 from dndetr.optim import Schedule, build_optimizer
 from dndetr.presets import PRESETS
@@ -18,8 +19,9 @@ from dndetr.window import Record
 CLASSES = 91
 
 
-def make_batch(images: int, height: int, width: int, counts: list[int], slots: int = 32) -> Batch:
-    """Random images that fill their canvas, with ``counts`` objects in turn."""
+def make_batch(images: int, height: int, width: int, counts: list[int]) -> Batch:
+    """Random images that fill their canvas, with ``counts`` objects in turn, in the bucket that training takes."""
+    slots = next(bucket for bucket in TARGET_BUCKETS if bucket >= max(counts))
     draw = torch.Generator().manual_seed(0)
     counts = [counts[image % len(counts)] for image in range(images)]
     boxes = torch.rand(images, slots, 4, generator=draw) * 0.3 + 0.1

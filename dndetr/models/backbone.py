@@ -84,11 +84,12 @@ class _Block(Recomputable):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else _conv_norm(x, *self.downsample)
-        x = F.relu(_conv_norm(x, self.conv1, self.bn1))
+        # No gradient asks for what goes into these sums and ReLUs, so they may overwrite it.
+        x = _conv_norm(x, self.conv1, self.bn1).relu_()
         x = _conv_norm(x, self.conv2, self.bn2)
         if self.conv3 is not None:
-            x = _conv_norm(F.relu(x), self.conv3, self.bn3)
-        return F.relu(x + shortcut)
+            x = _conv_norm(x.relu_(), self.conv3, self.bn3)
+        return x.add_(shortcut).relu_()
 
 
 class ResNet(nn.Module):
@@ -162,8 +163,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""
-        x = F.relu(_conv_norm(images, self.conv1, self.bn1))
-        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else F.relu(_conv_norm(x, self.conv2, self.bn2))
+        x = _conv_norm(images, self.conv1, self.bn1).relu_()
+        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else _conv_norm(x, self.conv2, self.bn2).relu_()
         maps = []
         for number in range(1, max(self.outputs) + 1):
             x = getattr(self, f"layer{number}")(x)
