@@ -10,12 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-// Products and sums may fuse here: results need not be the same on every instruction set, and are more precise.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused_sums.h"
 
 #include "attention_plan.h"
 #include "floats.h"

@@ -1,7 +1,8 @@
 // Focal, L1 and GIoU losses of all decoder layers on the CPU; formulas are in dndetr/ops/set_loss.py.
 //
 // One task is one image of one layer. Its rows of logits are copied, those that count, to a block in the computing type,
-// negated at the target's class; loops over the block then fill whole registers whatever the number of classes. A task's sums are added to the others' in a fixed order, so results do not depend on threads.
+// negated at the target's class; loops over the block then fill whole registers whatever the number of classes. A task's
+// sums are added to the others' in a fixed order, so results do not depend on threads.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,12 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-// Products and sums may fuse here: results need not be the same on every instruction set, and are more precise.
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
+#include "fused_sums.h"
 
 #include "floats.h"
 #include "ops.h"
