@@ -249,6 +249,40 @@ void set_loss_backward(const dndetr::SetLoss& problem, std::uintptr_t grad_total
                             array_at(grad_logits), array_at(grad_boxes), threads, chosen);
 }
 
+// `sizes`: batch, height, width, inputs, outputs.
+dndetr::Conv3x3 conv3x3_problem(std::array<int, 5> sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}; }
+
+std::array<std::int64_t, 3> conv3x3_workspace(std::array<int, 5> sizes, int threads, const std::string& simd) {
+  const auto needed = dndetr::conv3x3_workspace(conv3x3_problem(sizes), threads, simd_named(simd));
+  return {needed.forward, needed.grad_input, needed.grad_weight};
+}
+
+float* floats_at(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void conv3x3(std::array<int, 5> sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
+             std::uintptr_t workspace, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::conv3x3(conv3x3_problem(sizes), floats_at(x), floats_at(weight), floats_at(bias), floats_at(out),
+                  floats_at(workspace), threads, chosen);
+}
+
+void conv3x3_grad_input(std::array<int, 5> sizes, std::uintptr_t grad_out, std::uintptr_t weight, std::uintptr_t grad_x,
+                        std::uintptr_t workspace, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::conv3x3_grad_input(conv3x3_problem(sizes), floats_at(grad_out), floats_at(weight), floats_at(grad_x),
+                             floats_at(workspace), threads, chosen);
+}
+
+void conv3x3_grad_weight(std::array<int, 5> sizes, std::uintptr_t x, std::uintptr_t grad_out, std::uintptr_t grad_weight,
+                         std::uintptr_t workspace, int threads, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::conv3x3_grad_weight(conv3x3_problem(sizes), floats_at(x), floats_at(grad_out), floats_at(grad_weight),
+                              floats_at(workspace), threads, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -309,4 +343,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_loss_backward", &set_loss_backward, py::arg("problem"), py::arg("grad_total"), py::arg("grad_parts"),
         py::arg("grad_logits"), py::arg("grad_boxes"), py::arg("threads") = 1, py::arg("simd") = "",
         "Gradients of logits and boxes; those of total and parts are given, or 0.");
+  m.def("conv3x3_workspace", &conv3x3_workspace, py::arg("sizes"), py::arg("threads") = 1, py::arg("simd") = "",
+        "Numbers of workspace for a 3x3 convolution and for its gradients of input and weight.");
+  m.def("conv3x3", &conv3x3, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "",
+        "3x3 convolution of x [B, H, W, inputs] with weight [outputs, 3, 3, inputs]: -> out [B, H, W, outputs].");
+  m.def("conv3x3_grad_input", &conv3x3_grad_input, py::arg("sizes"), py::arg("grad_out"), py::arg("weight"),
+        py::arg("grad_x"), py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "", "Its gradient of x.");
+  m.def("conv3x3_grad_weight", &conv3x3_grad_weight, py::arg("sizes"), py::arg("x"), py::arg("grad_out"),
+        py::arg("grad_weight"), py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "",
+        "Its gradient of weight.");
 }

@@ -137,6 +137,26 @@ void attention(const Attention& problem, Heads out, void* lse, int threads, Simd
 void attention_backward(const Attention& problem, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
                         int threads, Simd simd);
 
+// A 3x3 convolution with stride 1 and a border of one zero, in float32: x [B, H, W, inputs], weight [outputs, 3, 3, inputs],
+// out [B, H, W, outputs], all contiguous and aligned to 64 bytes. Inputs and outputs are multiples of 32.
+struct Conv3x3 {
+  int batch, height, width, inputs, outputs;
+};
+
+// Numbers that each function needs room for.
+struct Conv3x3Workspace {
+  std::int64_t forward, grad_input, grad_weight;
+};
+Conv3x3Workspace conv3x3_workspace(const Conv3x3& problem, int threads, Simd simd);
+
+// bias [outputs], or null.
+void conv3x3(const Conv3x3& problem, float* x, const float* weight, const float* bias, float* out, float* workspace,
+             int threads, Simd simd);
+void conv3x3_grad_input(const Conv3x3& problem, float* grad_out, const float* weight, float* grad_x, float* workspace,
+                        int threads, Simd simd);
+void conv3x3_grad_weight(const Conv3x3& problem, float* x, float* grad_out, float* grad_weight, float* workspace,
+                         int threads, Simd simd);
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
 // logits or boxes are, else float.
 struct SetLoss {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.conv3x3 import conv3x3
 from .layers import Recomputable
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -53,11 +54,17 @@ def _norm(kind: str, channels: int) -> nn.Module:
 
 def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
+        return norm(_convolve(x, conv, conv.weight, None))
     # Folding into the kernel costs a pass over the weights instead of one over the activations.
     scale, shift = norm.scale_shift()
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+    return _convolve(x, conv, conv.weight * scale[:, None, None, None], shift)
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``conv`` does, with these weights."""
+    if conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1):
+        return conv3x3(x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

@@ -1,0 +1,288 @@
+// 3x3 convolution by tiles of 4x4 results: transforms and products. Included once per instruction set; formulas are in
+// dndetr/ops/conv3x3.py.
+
+#include "vectors.h"
+
+#include "products.h"
+
+typedef Reals<float> Vec;
+
+constexpr BlockShape kShape = {kRows, kRows / 3, kPanel<float>};
+constexpr int kGradRows = 8;     // outputs whose gradients with respect to the kernel are summed together
+constexpr int kGradTiles = 128;  // tiles of two panels that stay in the first cache
+
+// The transforms of one line; each is applied to columns, then to rows.
+
+// 6 pixels -> 6 places (B^T).
+struct OfWindow {
+  static constexpr int from = 6, to = 6;
+  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[6]) {
+    const Vec even_a = x[4] - kB2 * x[2], odd_a = kA * (x[3] - kB2 * x[1]);
+    const Vec even_b = x[4] - kA2 * x[2], odd_b = kB * (x[3] - kA2 * x[1]);
+    y[0] = kA2 * kB2 * x[0] - (kA2 + kB2) * x[2] + x[4];
+    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
+    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
+    y[5] = kA2 * kB2 * x[1] - (kA2 + kB2) * x[3] + x[5];
+  }
+};
+
+// 3 taps -> 6 places (G).
+struct OfKernel {
+  static constexpr int from = 3, to = 6;
+  static DNDETR_KERNEL void apply(const Vec (&x)[3], Vec (&y)[6]) {
+    const Vec even_a = kPerA * x[0] + kPerA * kA2 * x[2], odd_a = kPerA * kA * x[1];
+    const Vec even_b = kPerB * x[0] + kPerB * kB2 * x[2], odd_b = kPerB * kB * x[1];
+    y[0] = kPerZero * x[0];
+    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
+    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
+    y[5] = x[2];
+  }
+};
+
+// 6 places -> 4 results (A^T).
+struct ToResult {
+  static constexpr int from = 6, to = 4;
+  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[4]) {
+    const Vec even_a = x[1] + x[2], odd_a = x[1] - x[2], even_b = x[3] + x[4], odd_b = x[3] - x[4];
+    y[0] = x[0] + even_a + even_b;
+    y[1] = kA * odd_a + kB * odd_b;
+    y[2] = kA2 * even_a + kB2 * even_b;
+    y[3] = kA * kA2 * odd_a + kB * kB2 * odd_b + x[5];
+  }
+};
+
+// 4 gradients of results -> 6 places (A).
+struct OfGradient {
+  static constexpr int from = 4, to = 6;
+  static DNDETR_KERNEL void apply(const Vec (&x)[4], Vec (&y)[6]) {
+    const Vec even_a = x[0] + kA2 * x[2], odd_a = kA * x[1] + kA * kA2 * x[3];
+    const Vec even_b = x[0] + kB2 * x[2], odd_b = kB * x[1] + kB * kB2 * x[3];
+    y[0] = x[0];
+    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
+    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
+    y[5] = x[3];
+  }
+};
+
+// 6 places -> gradients of 3 taps (G^T).
+struct ToKernel {
+  static constexpr int from = 6, to = 3;
+  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[3]) {
+    const Vec even_a = kPerA * (x[1] + x[2]), odd_a = kPerA * (x[1] - x[2]);
+    const Vec even_b = kPerB * (x[3] + x[4]), odd_b = kPerB * (x[3] - x[4]);
+    y[0] = kPerZero * x[0] + even_a + even_b;
+    y[1] = kA * odd_a + kB * odd_b;
+    y[2] = kA2 * even_a + kB2 * even_b + x[5];
+  }
+};
+
+// A square of registers in memory, `row` and `column` numbers apart.
+struct Square {
+  float* at0;
+  std::int64_t row, column;
+
+  DNDETR_KERNEL Vec get(int i, int j) const { return at(at0 + i * row + j * column); }
+  DNDETR_KERNEL void put(int i, int j, Vec x) const { at(at0 + i * row + j * column) = x; }
+};
+
+// Part of a map, zero beyond its edges; of the rows and columns from `low` to below `high` there are pixels.
+template <bool Inside>
+struct Pixels {
+  const float* at0;
+  std::int64_t row, column;
+  int low_row, high_row, low_column, high_column;
+
+  DNDETR_KERNEL Vec get(int i, int j) const {
+    if (Inside || (i >= low_row && i < high_row && j >= low_column && j < high_column)) {
+      return at(at0 + i * row + j * column);
+    }
+    return Vec{};
+  }
+};
+
+struct Results {
+  float* at0;
+  std::int64_t row, column;
+  int rows, columns;
+  Vec bias;
+
+  DNDETR_KERNEL void put(int i, int j, Vec x) const {
+    if (i < rows && j < columns) at(at0 + i * row + j * column) = x + bias;
+  }
+};
+
+template <class Line, class Source, class Sink>
+DNDETR_KERNEL void transform(const Source& from, const Sink& to) {
+  Vec half[Line::to][Line::from];
+#pragma GCC unroll 6
+  for (int j = 0; j < Line::from; ++j) {
+    Vec x[Line::from], y[Line::to];
+#pragma GCC unroll 6
+    for (int i = 0; i < Line::from; ++i) x[i] = from.get(i, j);
+    Line::apply(x, y);
+#pragma GCC unroll 6
+    for (int i = 0; i < Line::to; ++i) half[i][j] = y[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < Line::to; ++i) {
+    Vec y[Line::to];
+    Line::apply(half[i], y);
+#pragma GCC unroll 6
+    for (int j = 0; j < Line::to; ++j) to.put(i, j, y[j]);
+  }
+}
+
+// Places [36, panels, tiles, kPanel] of one tile's parts of a map: its window, or its own pixels.
+template <class Line>
+DNDETR_TARGET void transform_tile(const Map& map, const Grid& grid, int tile, int index, int tiles, float* places) {
+  constexpr int kBorder = Line::from == kWindow ? 1 : 0;
+  const int image = tile / grid.per_image, inside = tile % grid.per_image;
+  const int y = inside / grid.columns * kSide - kBorder, x = inside % grid.columns * kSide - kBorder;
+  const std::int64_t column = map.channels, row = column * map.width, panel = std::int64_t(tiles) * kPanel<float>;
+  const float* at0 = map.data + image * row * map.height + y * row + x * column;
+  const int low_row = std::max(0, -y), low_column = std::max(0, -x);
+  const int high_row = std::min(Line::from, map.height - y), high_column = std::min(Line::from, map.width - x);
+  const bool whole = !low_row && !low_column && high_row == Line::from && high_column == Line::from;
+  const std::int64_t place = panel * (map.channels / kPanel<float>);
+  for (int c = 0; c < map.channels; c += kLanes<float>) {
+    float* to = places + c / kPanel<float> * panel + index * kPanel<float> + c % kPanel<float>;
+    const Square square = {to, place * kWindow, place};
+    if (whole) {
+      transform<Line>(Pixels<true>{at0 + c, row, column}, square);
+    } else {
+      transform<Line>(Pixels<false>{at0 + c, row, column, low_row, high_row, low_column, high_column}, square);
+    }
+  }
+}
+
+DNDETR_TARGET void transform_windows(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
+  for (int t = 0; t < count; ++t) transform_tile<OfWindow>(map, grid, first + t, t, tiles, places);
+}
+DNDETR_TARGET void transform_gradients(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
+  for (int t = 0; t < count; ++t) transform_tile<OfGradient>(map, grid, first + t, t, tiles, places);
+}
+
+// Kernel [outputs, 3, 3, inputs] -> the places [36, outputs / kPanel, inputs, kPanel] of a panel of outputs.
+DNDETR_TARGET void transform_kernel(const float* kernel, int inputs, int outputs, int panel, float* places) {
+  constexpr int kBlock = kLanes<float>;
+  alignas(64) float taps[9 * kBlock * kPanel<float>];
+  const std::int64_t place = std::int64_t(outputs) * inputs;
+  for (int c = 0; c < inputs; c += kBlock) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const float* from = kernel + (std::int64_t(panel) * kPanel<float> * 9 + tap) * inputs + c;
+      transpose(from, 9 * inputs, kPanel<float>, kBlock, kBlock, taps + tap * kBlock * kPanel<float>, kPanel<float>);
+    }
+    for (int n = 0; n < kBlock * kPanel<float>; n += kLanes<float>) {
+      float* to = places + (std::int64_t(panel) * inputs + c) * kPanel<float> + n;
+      transform<OfKernel>(Square{taps + n, 3 * kBlock * kPanel<float>, kBlock * kPanel<float>},
+                          Square{to, place * kWindow, place});
+    }
+  }
+}
+
+// The same of the kernel that gradients are convolved with: inputs and outputs change places, taps are turned round.
+DNDETR_TARGET void transform_turned_kernel(const float* kernel, int inputs, int outputs, int panel, float* places) {
+  const std::int64_t place = std::int64_t(outputs) * inputs;
+  for (int k = 0; k < outputs; ++k) {
+    for (int n = 0; n < kPanel<float>; n += kLanes<float>) {
+      const float* last = kernel + (std::int64_t(k) * 9 + 8) * inputs + panel * kPanel<float> + n;
+      float* to = places + (std::int64_t(panel) * outputs + k) * kPanel<float> + n;
+      transform<OfKernel>(Square{const_cast<float*>(last), -3 * std::int64_t(inputs), -inputs},
+                          Square{to, place * kWindow, place});
+    }
+  }
+}
+
+// to [R, kPanel] = tiles [R, panels of inputs] x kernel [inputs, kPanel].
+template <int R>
+DNDETR_PRODUCT void product(const float* tiles, std::int64_t from_panel, const float* kernel, int panels, float* to) {
+  constexpr int kWide = kPanel<float>;
+  Vec sum[R][2] = {};
+  for (int p = 0; p < panels; ++p, tiles += from_panel, kernel += kWide * kWide) {
+    multiply<kWide, 1>(tiles, kernel, kWide, kWide, sum);
+  }
+  store<R, 2, float>(sum, to, kWide);
+}
+
+// sums [kGradRows, kPanel] += gradients of results [tiles, kGradRows of kPanel] x windows [tiles, kPanel].
+DNDETR_PRODUCT void grad_product(const float* results, const float* windows, int tiles, float* sums) {
+  constexpr int kWide = kPanel<float>;
+  Vec sum[kGradRows][2];
+  load<kGradRows, 2, float>(sums, kWide, sum);
+  multiply<1, kWide>(results, windows, kWide, tiles, sum);
+  store<kGradRows, 2, float>(sum, sums, kWide);
+}
+
+#undef DNDETR_PRODUCT
+
+// Results of tiles first .. first + count for some panels of outputs. scratch: block.scratch() numbers.
+DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Block& block, const float* bias,
+                                  const Map& out, const Grid& grid, float* scratch) {
+  constexpr int kWide = kPanel<float>;
+  const int inputs = map.channels, panels = inputs / kWide, tiles = block.tiles;
+  const int height = rounded_up(block.count, kShape.unit);
+  float* windows = scratch;
+  float* products = windows + std::int64_t(kPlaces) * inputs * tiles;
+  transform_windows(map, grid, block.first, block.count, tiles, windows);
+  for (int p = 0; p < kPlaces * panels; ++p) {
+    std::memset(windows + (std::int64_t(p) * tiles + block.count) * kWide, 0,
+                (height - block.count) * kWide * sizeof(float));
+  }
+  const std::int64_t panel = std::int64_t(tiles) * kWide;
+  for (int group = block.first_panel; group < block.last_panel; group += block.group) {
+    const int wide = std::min(block.group, block.last_panel - group);
+    for (int place = 0; place < kPlaces; ++place) {
+      const float* from = windows + place * panels * panel;
+      for (int k = 0; k < wide; ++k) {
+        const float* by = kernel + (std::int64_t(place) * (out.channels / kWide) + group + k) * inputs * kWide;
+        float* to = products + (std::int64_t(place) * block.group + k) * panel;
+        for (int t = 0; t < height;) {
+          // Two middle heights take less time than a full and a low one.
+          const int left = height - t, full = left >= kRows && left != kRows + kShape.unit;
+          const int rows = full ? kRows : std::min(left, 2 * kShape.unit);
+          const auto run = full ? product<kRows> : rows == kShape.unit ? product<kRows / 3> : product<kRows / 3 * 2>;
+          run(from + t * kWide, panel, by, panels, to + t * kWide);
+          t += rows;
+        }
+      }
+    }
+    const std::int64_t column = out.channels, row = column * out.width, place = panel * block.group;
+    for (int t = 0; t < block.count; ++t) {
+      const int tile = block.first + t, image = tile / grid.per_image, inside = tile % grid.per_image;
+      const int y = inside / grid.columns * kSide, x = inside % grid.columns * kSide;
+      float* at0 = out.data + image * row * out.height + y * row + x * column + group * kWide;
+      for (int k = 0; k < wide * kWide; k += kLanes<float>) {
+        const Square square = {products + k / kWide * panel + t * kWide + k % kWide, place * kWindow, place};
+        const Vec shift = bias ? at(bias + group * kWide + k) : Vec{};
+        transform<ToResult>(square, Results{at0 + k, row, column, out.height - y, out.width - x, shift});
+      }
+    }
+  }
+}
+
+// The gradient [outputs, 3, 3, inputs] of a kernel where a panel of outputs meets one of inputs, from places of all tiles.
+// scratch: 36 * kPanel * kPanel numbers.
+DNDETR_TARGET void grad_kernel_block(const float* results, const float* windows, int inputs, int outputs, int tiles,
+                                     int output, int input, float* grad, float* scratch) {
+  constexpr int kWide = kPanel<float>;
+  const std::int64_t panel = std::int64_t(tiles) * kWide;
+  std::memset(scratch, 0, kPlaces * kWide * kWide * sizeof(float));
+  for (int place = 0; place < kPlaces; ++place) {
+    const float* rows = results + (std::int64_t(place) * (outputs / kWide) + output) * panel;
+    const float* columns = windows + (std::int64_t(place) * (inputs / kWide) + input) * panel;
+    for (int t = 0; t < tiles; t += kGradTiles) {
+      for (int k = 0; k < kWide; k += kGradRows) {
+        grad_product(rows + t * kWide + k, columns + t * kWide, std::min(kGradTiles, tiles - t),
+                     scratch + (place * kWide + k) * kWide);
+      }
+    }
+  }
+  constexpr int kPlace = kWide * kWide;
+  for (int k = 0; k < kWide; ++k) {
+    for (int c = 0; c < kWide; c += kLanes<float>) {
+      float* to = grad + (std::int64_t(output) * kWide + k) * 9 * inputs + input * kWide + c;
+      transform<ToKernel>(Square{scratch + k * kWide + c, kPlace * kWindow, kPlace},
+                          Square{to, 3 * std::int64_t(inputs), inputs});
+    }
+  }
+}
