@@ -4,6 +4,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -257,30 +258,14 @@ std::array<std::int64_t, 3> conv3x3_workspace(std::array<int, 5> sizes, int thre
   return {needed.forward, needed.grad_input, needed.grad_weight};
 }
 
-float* floats_at(std::uintptr_t address) { return reinterpret_cast<float*>(address); }
-
-void conv3x3(std::array<int, 5> sizes, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out,
-             std::uintptr_t workspace, int threads, const std::string& simd) {
+// `arrays`: addresses as the launcher has them, 0 for none, the workspace last.
+template <auto Launcher, std::size_t Count>
+void conv3x3(std::array<int, 5> sizes, std::array<std::uintptr_t, Count> arrays, int threads, const std::string& simd) {
+  const dndetr::Conv3x3 problem = conv3x3_problem(sizes);
   const dndetr::Simd chosen = simd_named(simd);
   py::gil_scoped_release release;
-  dndetr::conv3x3(conv3x3_problem(sizes), floats_at(x), floats_at(weight), floats_at(bias), floats_at(out),
-                  floats_at(workspace), threads, chosen);
-}
-
-void conv3x3_grad_input(std::array<int, 5> sizes, std::uintptr_t grad_out, std::uintptr_t weight, std::uintptr_t grad_x,
-                        std::uintptr_t workspace, int threads, const std::string& simd) {
-  const dndetr::Simd chosen = simd_named(simd);
-  py::gil_scoped_release release;
-  dndetr::conv3x3_grad_input(conv3x3_problem(sizes), floats_at(grad_out), floats_at(weight), floats_at(grad_x),
-                             floats_at(workspace), threads, chosen);
-}
-
-void conv3x3_grad_weight(std::array<int, 5> sizes, std::uintptr_t x, std::uintptr_t grad_out, std::uintptr_t grad_weight,
-                         std::uintptr_t workspace, int threads, const std::string& simd) {
-  const dndetr::Simd chosen = simd_named(simd);
-  py::gil_scoped_release release;
-  dndetr::conv3x3_grad_weight(conv3x3_problem(sizes), floats_at(x), floats_at(grad_out), floats_at(grad_weight),
-                              floats_at(workspace), threads, chosen);
+  const auto run = [&](auto... address) { Launcher(problem, reinterpret_cast<float*>(address)..., threads, chosen); };
+  std::apply(run, arrays);
 }
 
 }  // namespace
@@ -345,12 +330,10 @@ PYBIND11_MODULE(_C, m) {
         "Gradients of logits and boxes; those of total and parts are given, or 0.");
   m.def("conv3x3_workspace", &conv3x3_workspace, py::arg("sizes"), py::arg("threads") = 1, py::arg("simd") = "",
         "Numbers of workspace for a 3x3 convolution and for its gradients of input and weight.");
-  m.def("conv3x3", &conv3x3, py::arg("sizes"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"),
-        py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "",
-        "3x3 convolution of x [B, H, W, inputs] with weight [outputs, 3, 3, inputs]: -> out [B, H, W, outputs].");
-  m.def("conv3x3_grad_input", &conv3x3_grad_input, py::arg("sizes"), py::arg("grad_out"), py::arg("weight"),
-        py::arg("grad_x"), py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "", "Its gradient of x.");
-  m.def("conv3x3_grad_weight", &conv3x3_grad_weight, py::arg("sizes"), py::arg("x"), py::arg("grad_out"),
-        py::arg("grad_weight"), py::arg("workspace"), py::arg("threads") = 1, py::arg("simd") = "",
-        "Its gradient of weight.");
+  m.def("conv3x3", &conv3x3<dndetr::conv3x3, 5>, py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1,
+        py::arg("simd") = "", "x [B, H, W, inputs], weight [outputs, 3, 3, inputs], bias -> out [B, H, W, outputs]; workspace.");
+  m.def("conv3x3_grad_input", &conv3x3<dndetr::conv3x3_grad_input, 4>, py::arg("sizes"), py::arg("arrays"),
+        py::arg("threads") = 1, py::arg("simd") = "", "grad_out, weight -> grad_x; workspace.");
+  m.def("conv3x3_grad_weight", &conv3x3<dndetr::conv3x3_grad_weight, 4>, py::arg("sizes"), py::arg("arrays"),
+        py::arg("threads") = 1, py::arg("simd") = "", "x, grad_out -> grad_weight; workspace.");
 }

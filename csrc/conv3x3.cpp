@@ -5,12 +5,9 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "fused_sums.h"
 
+#include "blocks.h"
 #include "floats.h"
 #include "ops.h"
 
@@ -18,15 +15,11 @@ namespace dndetr {
 namespace {
 
 constexpr int kSide = 4, kWindow = kSide + 2, kPlaces = kWindow * kWindow;
-constexpr int kMostTiles = 48;     // of a block
-constexpr int kGroupOutputs = 64;  // of a block whose products are kept at once
 
 // The points 0, +-a, +-b and infinity, at which polynomials are multiplied. Around 1, so that powers stay of one size:
 // with 1 and 2 results have 2.5 times the error. All squares are exact.
 constexpr float kA = 0.625f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 constexpr float kPerZero = 1 / (kA2 * kB2), kPerA = 1 / (2 * kA2 * (kA2 - kB2)), kPerB = 1 / (2 * kB2 * (kB2 - kA2));
-
-constexpr int rounded_up(int count, int unit) { return (count + unit - 1) / unit * unit; }
 
 // [images, height, width, channels]
 struct Map {
@@ -44,40 +37,8 @@ struct Grid {
         count(images * per_image) {}
 };
 
-// Tiles whose sums are in registers at once, heights in steps of `unit`; outputs in one panel.
-struct BlockShape {
-  int rows, unit, panel;
-};
-
-// Part of the tiles (room for `tiles` of them) and of the panels of outputs, `group` panels at a time.
-struct Block {
-  int tiles, first, count, first_panel, last_panel, group;
-};
-
 #define DNDETR_KERNELS "conv3x3_kernel.h"
 #include "instruction_sets.h"
-
-// How tiles and outputs are shared out: whole rows of tiles' outputs where there are tiles enough for all threads,
-// else outputs too.
-struct Blocks {
-  int tiles, blocks, panels, parts, group;
-
-  Blocks(const Grid& grid, int outputs, BlockShape shape, int threads) : panels(outputs / shape.panel) {
-    const bool few = grid.count < std::int64_t(threads) * kMostTiles;
-    const int rounds = few ? 1 : threads, blocks_wanted = rounded_up(grid.count, kMostTiles * rounds) / kMostTiles;
-    tiles = rounded_up(rounded_up(grid.count, blocks_wanted) / blocks_wanted, shape.unit);
-    blocks = rounded_up(grid.count, tiles) / tiles;
-    parts = few ? std::min(panels, (threads + blocks - 1) / blocks) : 1;
-    group = std::max(1, kGroupOutputs / shape.panel);
-  }
-
-  int count() const { return blocks * parts; }
-
-  Block at(int index, const Grid& grid) const {
-    const int first = index / parts * tiles, part = index % parts;
-    return {tiles, first, std::min(tiles, grid.count - first), panels * part / parts, panels * (part + 1) / parts, group};
-  }
-};
 
 BlockShape block_shape(Simd simd) { return DNDETR_FOR(simd, kShape); }
 
@@ -91,32 +52,17 @@ int team_of(const Conv3x3& p, int threads) {
 std::int64_t kernel_places(const Conv3x3& p) { return std::int64_t(kPlaces) * p.inputs * p.outputs; }
 
 std::int64_t block_scratch(const Blocks& blocks, int inputs, BlockShape shape) {
-  return std::int64_t(kPlaces) * blocks.tiles * (inputs + blocks.group * shape.panel);
-}
-
-// Runs step(index) for all indices below `count`, in a team.
-template <class Step>
-void for_all(int count, int team, const Step& step) {
-#pragma omp parallel for schedule(dynamic) num_threads(team) if (team > 1)
-  for (int index = 0; index < count; ++index) step(index);
-}
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+  return std::int64_t(kPlaces) * blocks.rows * (inputs + blocks.group * shape.panel);
 }
 
 void convolve(const Map& map, const Map& out, const Grid& grid, const float* places, const float* bias, float* scratch,
               int team, Simd simd) {
   const BlockShape shape = block_shape(simd);
-  const Blocks blocks(grid, out.channels, shape, team);
+  const Blocks blocks(grid.count, out.channels, shape, team);
   const auto run = DNDETR_FOR(simd, convolve_block);
   for_all(blocks.count(), team, [&](int index) {
     float* own = scratch + thread_number() * block_scratch(blocks, map.channels, shape);
-    run(map, places, blocks.at(index, grid), bias, out, grid, own);
+    run(map, places, blocks[index], bias, out, grid, own);
   });
 }
 
@@ -128,7 +74,7 @@ Conv3x3Workspace conv3x3_workspace(const Conv3x3& p, int threads, Simd simd) {
   const BlockShape shape = block_shape(simd);
   const Grid grid(p.batch, p.height, p.width);
   const auto forward = [&](int inputs, int outputs) {
-    return kernel_places(p) + team * block_scratch(Blocks(grid, outputs, shape, team), inputs, shape);
+    return kernel_places(p) + team * block_scratch(Blocks(grid.count, outputs, shape, team), inputs, shape);
   };
   return {forward(p.inputs, p.outputs), forward(p.outputs, p.inputs),
           std::int64_t(kPlaces) * (std::int64_t(grid.count) * (p.inputs + p.outputs) + team * shape.panel * shape.panel)};
@@ -165,9 +111,9 @@ void conv3x3_grad_weight(const Conv3x3& p, float* x, float* grad_out, float* gra
   float* results = workspace + std::int64_t(kPlaces) * grid.count * p.inputs;
   float* scratch = results + std::int64_t(kPlaces) * grid.count * p.outputs;
   const auto windows_of = DNDETR_FOR(simd, transform_windows), gradients_of = DNDETR_FOR(simd, transform_gradients);
-  const int steps = rounded_up(grid.count, kMostTiles) / kMostTiles;
+  const int steps = rounded_up(grid.count, kMostRows) / kMostRows;
   for_all(steps, team, [&](int step) {
-    const int first = step * kMostTiles, count = std::min(kMostTiles, grid.count - first);
+    const int first = step * kMostRows, count = std::min(kMostRows, grid.count - first);
     const std::int64_t place = std::int64_t(first) * shape.panel;
     windows_of({x, p.height, p.width, p.inputs}, grid, first, count, grid.count, workspace + place);
     gradients_of({grad_out, p.height, p.width, p.outputs}, grid, first, count, grid.count, results + place);

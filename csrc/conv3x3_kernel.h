@@ -3,12 +3,10 @@
 
 #include "vectors.h"
 
-#include "products.h"
+#include "matrix_products.h"
 
 typedef Reals<float> Vec;
 
-constexpr BlockShape kShape = {kRows, kRows / 3, kPanel<float>};
-constexpr int kGradRows = 8;     // outputs whose gradients with respect to the kernel are summed together
 constexpr int kGradTiles = 128;  // tiles of two panels that stay in the first cache
 
 // The transforms of one line; each is applied to columns, then to rows.
@@ -193,34 +191,12 @@ DNDETR_TARGET void transform_turned_kernel(const float* kernel, int inputs, int 
   }
 }
 
-// to [R, kPanel] = tiles [R, panels of inputs] x kernel [inputs, kPanel].
-template <int R>
-DNDETR_PRODUCT void product(const float* tiles, std::int64_t from_panel, const float* kernel, int panels, float* to) {
-  constexpr int kWide = kPanel<float>;
-  Vec sum[R][2] = {};
-  for (int p = 0; p < panels; ++p, tiles += from_panel, kernel += kWide * kWide) {
-    multiply<kWide, 1>(tiles, kernel, kWide, kWide, sum);
-  }
-  store<R, 2, float>(sum, to, kWide);
-}
-
-// sums [kGradRows, kPanel] += gradients of results [tiles, kGradRows of kPanel] x windows [tiles, kPanel].
-DNDETR_PRODUCT void grad_product(const float* results, const float* windows, int tiles, float* sums) {
-  constexpr int kWide = kPanel<float>;
-  Vec sum[kGradRows][2];
-  load<kGradRows, 2, float>(sums, kWide, sum);
-  multiply<1, kWide>(results, windows, kWide, tiles, sum);
-  store<kGradRows, 2, float>(sum, sums, kWide);
-}
-
-#undef DNDETR_PRODUCT
-
 // Results of tiles first .. first + count for some panels of outputs. scratch: block.scratch() numbers.
 DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Block& block, const float* bias,
                                   const Map& out, const Grid& grid, float* scratch) {
   constexpr int kWide = kPanel<float>;
-  const int inputs = map.channels, panels = inputs / kWide, tiles = block.tiles;
-  const int height = rounded_up(block.count, kShape.unit);
+  const int inputs = map.channels, panels = inputs / kWide, tiles = block.rows;
+  const int height = rounded_up(block.count, kRowUnit);
   float* windows = scratch;
   float* products = windows + std::int64_t(kPlaces) * inputs * tiles;
   transform_windows(map, grid, block.first, block.count, tiles, windows);
@@ -236,14 +212,7 @@ DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Blo
       for (int k = 0; k < wide; ++k) {
         const float* by = kernel + (std::int64_t(place) * (out.channels / kWide) + group + k) * inputs * kWide;
         float* to = products + (std::int64_t(place) * block.group + k) * panel;
-        for (int t = 0; t < height;) {
-          // Two middle heights take less time than a full and a low one.
-          const int left = height - t, full = left >= kRows && left != kRows + kShape.unit;
-          const int rows = full ? kRows : std::min(left, 2 * kShape.unit);
-          const auto run = full ? product<kRows> : rows == kShape.unit ? product<kRows / 3> : product<kRows / 3 * 2>;
-          run(from + t * kWide, panel, by, panels, to + t * kWide);
-          t += rows;
-        }
+        row_products(from, panel, by, panels, height, to);
       }
     }
     const std::int64_t column = out.channels, row = column * out.width, place = panel * block.group;
@@ -271,10 +240,8 @@ DNDETR_TARGET void grad_kernel_block(const float* results, const float* windows,
     const float* rows = results + (std::int64_t(place) * (outputs / kWide) + output) * panel;
     const float* columns = windows + (std::int64_t(place) * (inputs / kWide) + input) * panel;
     for (int t = 0; t < tiles; t += kGradTiles) {
-      for (int k = 0; k < kWide; k += kGradRows) {
-        grad_product(rows + t * kWide + k, columns + t * kWide, std::min(kGradTiles, tiles - t),
-                     scratch + (place * kWide + k) * kWide);
-      }
+      column_products(rows + t * kWide, columns + t * kWide, std::min(kGradTiles, tiles - t),
+                      scratch + place * kWide * kWide);
     }
   }
   constexpr int kPlace = kWide * kWide;

@@ -143,7 +143,7 @@ struct Conv3x3 {
   int batch, height, width, inputs, outputs;
 };
 
-// Numbers that each function needs room for.
+// Numbers that each function needs room for, aligned to 64 bytes.
 struct Conv3x3Workspace {
   std::int64_t forward, grad_input, grad_weight;
 };

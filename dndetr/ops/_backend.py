@@ -212,6 +212,11 @@ def pointer(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), DTYPES[tensor.dtype]
 
 
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    """Where each tensor begins, 0 for none."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def cuda_stream(tensor: torch.Tensor) -> tuple[int, int]:
     """Where compiled CUDA code is to run, as it takes it: device index and handle of that device's current stream."""
     index = tensor.get_device()

@@ -42,8 +42,8 @@ def _forward(x, weight, bias):
     bias = None if bias is None else _aligned(bias.contiguous())
     if out.numel():
         module, sizes, threads, needed = _plan(x, weight)
-        given = (x, weight, bias, out, x.new_empty(needed[0]))
-        module.conv3x3(sizes, *(0 if tensor is None else tensor.data_ptr() for tensor in given), threads)
+        workspace = x.new_empty(needed[0])
+        module.conv3x3(sizes, _backend.addresses(x, weight, bias, out, workspace), threads)
     return out
 
 
@@ -56,11 +56,11 @@ def _backward(grad_out, x, weight, needs_x, needs_weight):
     grad_out, x, weight = _packed(grad_out), _packed(x), _packed(weight)
     module, sizes, threads, needed = _plan(x, weight)
     if needs_x:
-        given = (grad_out, weight, grad_x, x.new_empty(needed[1]))
-        module.conv3x3_grad_input(sizes, *(tensor.data_ptr() for tensor in given), threads)
+        workspace = x.new_empty(needed[1])
+        module.conv3x3_grad_input(sizes, _backend.addresses(grad_out, weight, grad_x, workspace), threads)
     if needs_weight:
-        given = (x, grad_out, grad_weight, x.new_empty(needed[2]))
-        module.conv3x3_grad_weight(sizes, *(tensor.data_ptr() for tensor in given), threads)
+        workspace = x.new_empty(needed[2])
+        module.conv3x3_grad_weight(sizes, _backend.addresses(x, grad_out, grad_weight, workspace), threads)
     return grads
 
 
