@@ -250,17 +250,19 @@ void set_loss_backward(const dndetr::SetLoss& problem, std::uintptr_t grad_total
                             array_at(grad_logits), array_at(grad_boxes), threads, chosen);
 }
 
-// `sizes`: batch, height, width, inputs, outputs.
-dndetr::Conv3x3 conv3x3_problem(std::array<int, 5> sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}; }
+// `sizes`: batch, height, width, inputs, outputs, stride.
+dndetr::Conv3x3 conv3x3_problem(std::array<int, 6> sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+}
 
-std::array<std::int64_t, 3> conv3x3_workspace(std::array<int, 5> sizes, int threads, const std::string& simd) {
+std::array<std::int64_t, 3> conv3x3_workspace(std::array<int, 6> sizes, int threads, const std::string& simd) {
   const auto needed = dndetr::conv3x3_workspace(conv3x3_problem(sizes), threads, simd_named(simd));
   return {needed.forward, needed.grad_input, needed.grad_weight};
 }
 
 // `arrays`: addresses as the launcher has them, 0 for none, the workspace last.
 template <auto Launcher, std::size_t Count>
-void conv3x3(std::array<int, 5> sizes, std::array<std::uintptr_t, Count> arrays, int threads, const std::string& simd) {
+void conv3x3(std::array<int, 6> sizes, std::array<std::uintptr_t, Count> arrays, int threads, const std::string& simd) {
   const dndetr::Conv3x3 problem = conv3x3_problem(sizes);
   const dndetr::Simd chosen = simd_named(simd);
   py::gil_scoped_release release;

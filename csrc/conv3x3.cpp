@@ -14,7 +14,9 @@
 namespace dndetr {
 namespace {
 
-constexpr int kSide = 4, kWindow = kSide + 2, kPlaces = kWindow * kWindow;
+constexpr int kSide = 4;  // of a tile of results
+constexpr int kWays = 6;  // that a line of a kernel can be met, so many places a kernel has
+constexpr int kKernelPlaces = kWays * kWays;
 
 // The points 0, +-a, +-b and infinity, at which polynomials are multiplied. Around 1, so that powers stay of one size:
 // with 1 and 2 results have 2.5 times the error. All squares are exact.
@@ -27,101 +29,114 @@ struct Map {
   int height, width, channels;
 };
 
-// Tiles of 4x4 pixels, the last ones of rows and columns partly outside.
+// Tiles of 4x4 results, the last ones of rows and columns partly outside.
 struct Grid {
   int columns, per_image, count;
 
-  Grid(int images, int height, int width)
-      : columns(rounded_up(width, kSide) / kSide),
-        per_image(rounded_up(height, kSide) / kSide * columns),
-        count(images * per_image) {}
+  explicit Grid(const Conv3x3& p)
+      : columns(rounded_up(p.out_width(), kSide) / kSide),
+        per_image(rounded_up(p.out_height(), kSide) / kSide * columns),
+        count(p.batch * per_image) {}
 };
 
 #define DNDETR_KERNELS "conv3x3_kernel.h"
 #include "instruction_sets.h"
 
+#define DNDETR_STRIDE(simd, p, function) \
+  (p.stride == 1 ? DNDETR_FOR(simd, function<1>) : DNDETR_FOR(simd, function<2>))
+
 BlockShape block_shape(Simd simd) { return DNDETR_FOR(simd, kShape); }
+
+// Of a window, in the transformed domain.
+std::int64_t places(const Conv3x3& p) { return p.stride == 1 ? 36 : 81; }
+std::int64_t kernel_size(const Conv3x3& p) { return std::int64_t(kKernelPlaces) * p.inputs * p.outputs; }
 
 // Threads for a call: waking a team takes longer than a small problem.
 int team_of(const Conv3x3& p, int threads) {
   constexpr double kProductsPerTeam = 1e7;
-  const double products = double(Grid(p.batch, p.height, p.width).count) * kPlaces * p.inputs * p.outputs;
-  return products > kProductsPerTeam ? threads : 1;
+  return double(Grid(p).count) * places(p) * p.inputs * p.outputs > kProductsPerTeam ? threads : 1;
 }
 
-std::int64_t kernel_places(const Conv3x3& p) { return std::int64_t(kPlaces) * p.inputs * p.outputs; }
+// One of the two convolutions, whose scratch lies behind the transformed kernel.
+class Convolution {
+ public:
+  Convolution(const Conv3x3& p, int inputs, int outputs, int threads, Simd simd)
+      : grid_(p),
+        shape_(block_shape(simd)),
+        team_(team_of(p, threads)),
+        blocks_(grid_.count, outputs, shape_, team_),
+        panels_(outputs / shape_.panel),
+        kernel_(kernel_size(p)),
+        scratch_(places(p) * blocks_.rows * (inputs + blocks_.group * shape_.panel)) {}
 
-std::int64_t block_scratch(const Blocks& blocks, int inputs, BlockShape shape) {
-  return std::int64_t(kPlaces) * blocks.rows * (inputs + blocks.group * shape.panel);
-}
+  std::int64_t workspace() const { return kernel_ + team_ * scratch_; }
 
-void convolve(const Map& map, const Map& out, const Grid& grid, const float* places, const float* bias, float* scratch,
-              int team, Simd simd) {
-  const BlockShape shape = block_shape(simd);
-  const Blocks blocks(grid.count, out.channels, shape, team);
-  const auto run = DNDETR_FOR(simd, convolve_block);
-  for_all(blocks.count(), team, [&](int index) {
-    float* own = scratch + thread_number() * block_scratch(blocks, map.channels, shape);
-    run(map, places, blocks[index], bias, out, grid, own);
-  });
-}
+  template <class Prepare, class Run>
+  void operator()(const Map& map, const Map& out, const float* bias, float* workspace, const Prepare& prepare,
+                  const Run& run) const {
+    for_all(panels_, team_, prepare);
+    for_all(blocks_.count(), team_, [&](int index) {
+      run(map, workspace, blocks_[index], bias, out, grid_, workspace + kernel_ + thread_number() * scratch_);
+    });
+  }
+
+ private:
+  Grid grid_;
+  BlockShape shape_;
+  int team_;
+  Blocks blocks_;
+  int panels_;
+  std::int64_t kernel_, scratch_;
+};
 
 }  // namespace
 
 Conv3x3Workspace conv3x3_workspace(const Conv3x3& p, int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const int team = team_of(p, threads);
-  const BlockShape shape = block_shape(simd);
-  const Grid grid(p.batch, p.height, p.width);
-  const auto forward = [&](int inputs, int outputs) {
-    return kernel_places(p) + team * block_scratch(Blocks(grid.count, outputs, shape, team), inputs, shape);
-  };
-  return {forward(p.inputs, p.outputs), forward(p.outputs, p.inputs),
-          std::int64_t(kPlaces) * (std::int64_t(grid.count) * (p.inputs + p.outputs) + team * shape.panel * shape.panel)};
+  const int panel = block_shape(simd).panel;
+  return {Convolution(p, p.inputs, p.outputs, threads, simd).workspace(),
+          Convolution(p, p.outputs, p.inputs, threads, simd).workspace(),
+          places(p) * Grid(p).count * (p.inputs + p.outputs) +
+              std::int64_t(team_of(p, threads)) * kKernelPlaces * panel * panel};
 }
 
 void conv3x3(const Conv3x3& p, float* x, const float* weight, const float* bias, float* out, float* workspace,
              int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const int team = team_of(p, threads);
-  const auto prepare = DNDETR_FOR(simd, transform_kernel);
-  for_all(p.outputs / block_shape(simd).panel, team,
-          [&](int panel) { prepare(weight, p.inputs, p.outputs, panel, workspace); });
-  convolve({x, p.height, p.width, p.inputs}, {out, p.height, p.width, p.outputs}, Grid(p.batch, p.height, p.width),
-           workspace, bias, workspace + kernel_places(p), team, simd);
+  const auto prepare = DNDETR_STRIDE(simd, p, transform_kernel);
+  Convolution(p, p.inputs, p.outputs, threads, simd)(
+      {x, p.height, p.width, p.inputs}, {out, p.out_height(), p.out_width(), p.outputs}, bias, workspace,
+      [&](int panel) { prepare(weight, p.inputs, p.outputs, panel, workspace); }, DNDETR_STRIDE(simd, p, convolve_block));
 }
 
 void conv3x3_grad_input(const Conv3x3& p, float* grad_out, const float* weight, float* grad_x, float* workspace,
                         int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const int team = team_of(p, threads);
-  const auto prepare = DNDETR_FOR(simd, transform_turned_kernel);
-  for_all(p.inputs / block_shape(simd).panel, team,
-          [&](int panel) { prepare(weight, p.inputs, p.outputs, panel, workspace); });
-  convolve({grad_out, p.height, p.width, p.outputs}, {grad_x, p.height, p.width, p.inputs},
-           Grid(p.batch, p.height, p.width), workspace, nullptr, workspace + kernel_places(p), team, simd);
+  const auto prepare = DNDETR_STRIDE(simd, p, transform_turned_kernel);
+  Convolution(p, p.outputs, p.inputs, threads, simd)(
+      {grad_out, p.out_height(), p.out_width(), p.outputs}, {grad_x, p.height, p.width, p.inputs}, nullptr, workspace,
+      [&](int panel) { prepare(weight, p.inputs, p.outputs, panel, workspace); }, DNDETR_STRIDE(simd, p, grad_input_block));
 }
 
 void conv3x3_grad_weight(const Conv3x3& p, float* x, float* grad_out, float* grad_weight, float* workspace,
                          int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const int team = team_of(p, threads);
-  const Grid grid(p.batch, p.height, p.width);
-  const BlockShape shape = block_shape(simd);
-  float* results = workspace + std::int64_t(kPlaces) * grid.count * p.inputs;
-  float* scratch = results + std::int64_t(kPlaces) * grid.count * p.outputs;
-  const auto windows_of = DNDETR_FOR(simd, transform_windows), gradients_of = DNDETR_FOR(simd, transform_gradients);
-  const int steps = rounded_up(grid.count, kMostRows) / kMostRows;
-  for_all(steps, team, [&](int step) {
+  const int team = team_of(p, threads), panel = block_shape(simd).panel;
+  const Grid grid(p);
+  float* results = workspace + places(p) * grid.count * p.inputs;
+  float* scratch = results + places(p) * grid.count * p.outputs;
+  const auto windows_of = DNDETR_STRIDE(simd, p, transform_windows);
+  const auto gradients_of = DNDETR_STRIDE(simd, p, transform_gradients);
+  for_all(rounded_up(grid.count, kMostRows) / kMostRows, team, [&](int step) {
     const int first = step * kMostRows, count = std::min(kMostRows, grid.count - first);
-    const std::int64_t place = std::int64_t(first) * shape.panel;
+    const std::int64_t place = std::int64_t(first) * panel;
     windows_of({x, p.height, p.width, p.inputs}, grid, first, count, grid.count, workspace + place);
-    gradients_of({grad_out, p.height, p.width, p.outputs}, grid, first, count, grid.count, results + place);
+    gradients_of({grad_out, p.out_height(), p.out_width(), p.outputs}, grid, first, count, grid.count, results + place);
   });
-  const int inputs = p.inputs / shape.panel, outputs = p.outputs / shape.panel;
-  const auto run = DNDETR_FOR(simd, grad_kernel_block);
+  const int inputs = p.inputs / panel, outputs = p.outputs / panel;
+  const auto run = DNDETR_STRIDE(simd, p, grad_kernel_block);
   for_all(outputs * inputs, team, [&](int index) {
-    float* own = scratch + std::int64_t(thread_number()) * kPlaces * shape.panel * shape.panel;
+    float* own = scratch + std::int64_t(thread_number()) * kKernelPlaces * panel * panel;
     run(results, workspace, p.inputs, p.outputs, grid.count, index / inputs, index % inputs, grad_weight, own);
   });
 }

@@ -7,72 +7,9 @@
 
 typedef Reals<float> Vec;
 
+#include "conv3x3_lines.h"
+
 constexpr int kGradTiles = 128;  // tiles of two panels that stay in the first cache
-
-// The transforms of one line; each is applied to columns, then to rows.
-
-// 6 pixels -> 6 places (B^T).
-struct OfWindow {
-  static constexpr int from = 6, to = 6;
-  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[6]) {
-    const Vec even_a = x[4] - kB2 * x[2], odd_a = kA * (x[3] - kB2 * x[1]);
-    const Vec even_b = x[4] - kA2 * x[2], odd_b = kB * (x[3] - kA2 * x[1]);
-    y[0] = kA2 * kB2 * x[0] - (kA2 + kB2) * x[2] + x[4];
-    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
-    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
-    y[5] = kA2 * kB2 * x[1] - (kA2 + kB2) * x[3] + x[5];
-  }
-};
-
-// 3 taps -> 6 places (G).
-struct OfKernel {
-  static constexpr int from = 3, to = 6;
-  static DNDETR_KERNEL void apply(const Vec (&x)[3], Vec (&y)[6]) {
-    const Vec even_a = kPerA * x[0] + kPerA * kA2 * x[2], odd_a = kPerA * kA * x[1];
-    const Vec even_b = kPerB * x[0] + kPerB * kB2 * x[2], odd_b = kPerB * kB * x[1];
-    y[0] = kPerZero * x[0];
-    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
-    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
-    y[5] = x[2];
-  }
-};
-
-// 6 places -> 4 results (A^T).
-struct ToResult {
-  static constexpr int from = 6, to = 4;
-  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[4]) {
-    const Vec even_a = x[1] + x[2], odd_a = x[1] - x[2], even_b = x[3] + x[4], odd_b = x[3] - x[4];
-    y[0] = x[0] + even_a + even_b;
-    y[1] = kA * odd_a + kB * odd_b;
-    y[2] = kA2 * even_a + kB2 * even_b;
-    y[3] = kA * kA2 * odd_a + kB * kB2 * odd_b + x[5];
-  }
-};
-
-// 4 gradients of results -> 6 places (A).
-struct OfGradient {
-  static constexpr int from = 4, to = 6;
-  static DNDETR_KERNEL void apply(const Vec (&x)[4], Vec (&y)[6]) {
-    const Vec even_a = x[0] + kA2 * x[2], odd_a = kA * x[1] + kA * kA2 * x[3];
-    const Vec even_b = x[0] + kB2 * x[2], odd_b = kB * x[1] + kB * kB2 * x[3];
-    y[0] = x[0];
-    y[1] = even_a + odd_a, y[2] = even_a - odd_a;
-    y[3] = even_b + odd_b, y[4] = even_b - odd_b;
-    y[5] = x[3];
-  }
-};
-
-// 6 places -> gradients of 3 taps (G^T).
-struct ToKernel {
-  static constexpr int from = 6, to = 3;
-  static DNDETR_KERNEL void apply(const Vec (&x)[6], Vec (&y)[3]) {
-    const Vec even_a = kPerA * (x[1] + x[2]), odd_a = kPerA * (x[1] - x[2]);
-    const Vec even_b = kPerB * (x[3] + x[4]), odd_b = kPerB * (x[3] - x[4]);
-    y[0] = kPerZero * x[0] + even_a + even_b;
-    y[1] = kA * odd_a + kB * odd_b;
-    y[2] = kA2 * even_a + kB2 * even_b + x[5];
-  }
-};
 
 // A square of registers in memory, `row` and `column` numbers apart.
 struct Square {
@@ -112,30 +49,29 @@ struct Results {
 template <class Line, class Source, class Sink>
 DNDETR_KERNEL void transform(const Source& from, const Sink& to) {
   Vec half[Line::to][Line::from];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int j = 0; j < Line::from; ++j) {
     Vec x[Line::from], y[Line::to];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < Line::from; ++i) x[i] = from.get(i, j);
     Line::apply(x, y);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int i = 0; i < Line::to; ++i) half[i][j] = y[i];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
   for (int i = 0; i < Line::to; ++i) {
     Vec y[Line::to];
     Line::apply(half[i], y);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int j = 0; j < Line::to; ++j) to.put(i, j, y[j]);
   }
 }
 
-// Places [36, panels, tiles, kPanel] of one tile's parts of a map: its window, or its own pixels.
+// Places [places, panels, tiles, kPanel] of one tile's window of a map.
 template <class Line>
 DNDETR_TARGET void transform_tile(const Map& map, const Grid& grid, int tile, int index, int tiles, float* places) {
-  constexpr int kBorder = Line::from == kWindow ? 1 : 0;
   const int image = tile / grid.per_image, inside = tile % grid.per_image;
-  const int y = inside / grid.columns * kSide - kBorder, x = inside % grid.columns * kSide - kBorder;
+  const int y = inside / grid.columns * Line::step - Line::border, x = inside % grid.columns * Line::step - Line::border;
   const std::int64_t column = map.channels, row = column * map.width, panel = std::int64_t(tiles) * kPanel<float>;
   const float* at0 = map.data + image * row * map.height + y * row + x * column;
   const int low_row = std::max(0, -y), low_column = std::max(0, -x);
@@ -144,7 +80,7 @@ DNDETR_TARGET void transform_tile(const Map& map, const Grid& grid, int tile, in
   const std::int64_t place = panel * (map.channels / kPanel<float>);
   for (int c = 0; c < map.channels; c += kLanes<float>) {
     float* to = places + c / kPanel<float> * panel + index * kPanel<float> + c % kPanel<float>;
-    const Square square = {to, place * kWindow, place};
+    const Square square = {to, place * Line::to, place};
     if (whole) {
       transform<Line>(Pixels<true>{at0 + c, row, column}, square);
     } else {
@@ -153,14 +89,21 @@ DNDETR_TARGET void transform_tile(const Map& map, const Grid& grid, int tile, in
   }
 }
 
-DNDETR_TARGET void transform_windows(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
-  for (int t = 0; t < count; ++t) transform_tile<OfWindow>(map, grid, first + t, t, tiles, places);
+template <class Line>
+DNDETR_TARGET void transform_tiles(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
+  for (int t = 0; t < count; ++t) transform_tile<Line>(map, grid, first + t, t, tiles, places);
 }
+template <int Stride>
+DNDETR_TARGET void transform_windows(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
+  transform_tiles<typename Lines<Stride>::Window>(map, grid, first, count, tiles, places);
+}
+template <int Stride>
 DNDETR_TARGET void transform_gradients(const Map& map, const Grid& grid, int first, int count, int tiles, float* places) {
-  for (int t = 0; t < count; ++t) transform_tile<OfGradient>(map, grid, first + t, t, tiles, places);
+  transform_tiles<typename Lines<Stride>::Grad>(map, grid, first, count, tiles, places);
 }
 
 // Kernel [outputs, 3, 3, inputs] -> the places [36, outputs / kPanel, inputs, kPanel] of a panel of outputs.
+template <int Stride>
 DNDETR_TARGET void transform_kernel(const float* kernel, int inputs, int outputs, int panel, float* places) {
   constexpr int kBlock = kLanes<float>;
   alignas(64) float taps[9 * kBlock * kPanel<float>];
@@ -172,34 +115,37 @@ DNDETR_TARGET void transform_kernel(const float* kernel, int inputs, int outputs
     }
     for (int n = 0; n < kBlock * kPanel<float>; n += kLanes<float>) {
       float* to = places + (std::int64_t(panel) * inputs + c) * kPanel<float> + n;
-      transform<OfKernel>(Square{taps + n, 3 * kBlock * kPanel<float>, kBlock * kPanel<float>},
-                          Square{to, place * kWindow, place});
+      transform<typename Lines<Stride>::Kernel>(Square{taps + n, 3 * kBlock * kPanel<float>, kBlock * kPanel<float>},
+                          Square{to, place * kWays, place});
     }
   }
 }
 
 // The same of the kernel that gradients are convolved with: inputs and outputs change places, taps are turned round.
+template <int Stride>
 DNDETR_TARGET void transform_turned_kernel(const float* kernel, int inputs, int outputs, int panel, float* places) {
   const std::int64_t place = std::int64_t(outputs) * inputs;
   for (int k = 0; k < outputs; ++k) {
     for (int n = 0; n < kPanel<float>; n += kLanes<float>) {
       const float* last = kernel + (std::int64_t(k) * 9 + 8) * inputs + panel * kPanel<float> + n;
       float* to = places + (std::int64_t(panel) * outputs + k) * kPanel<float> + n;
-      transform<OfKernel>(Square{const_cast<float*>(last), -3 * std::int64_t(inputs), -inputs},
-                          Square{to, place * kWindow, place});
+      transform<typename Lines<Stride>::Kernel>(Square{const_cast<float*>(last), -3 * std::int64_t(inputs), -inputs},
+                          Square{to, place * kWays, place});
     }
   }
 }
 
-// Results of tiles first .. first + count for some panels of outputs. scratch: block.scratch() numbers.
-DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Block& block, const float* bias,
+// Results of a block's tiles for some panels of outputs.
+template <class Window, class Result>
+DNDETR_TARGET void convolve_tiles(const Map& map, const float* kernel, const Block& block, const float* bias,
                                   const Map& out, const Grid& grid, float* scratch) {
+  constexpr int kPlaces = Window::to * Window::to;
   constexpr int kWide = kPanel<float>;
   const int inputs = map.channels, panels = inputs / kWide, tiles = block.rows;
   const int height = rounded_up(block.count, kRowUnit);
   float* windows = scratch;
   float* products = windows + std::int64_t(kPlaces) * inputs * tiles;
-  transform_windows(map, grid, block.first, block.count, tiles, windows);
+  transform_tiles<Window>(map, grid, block.first, block.count, tiles, windows);
   for (int p = 0; p < kPlaces * panels; ++p) {
     std::memset(windows + (std::int64_t(p) * tiles + block.count) * kWide, 0,
                 (height - block.count) * kWide * sizeof(float));
@@ -210,7 +156,8 @@ DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Blo
     for (int place = 0; place < kPlaces; ++place) {
       const float* from = windows + place * panels * panel;
       for (int k = 0; k < wide; ++k) {
-        const float* by = kernel + (std::int64_t(place) * (out.channels / kWide) + group + k) * inputs * kWide;
+        const float* by =
+            kernel + (std::int64_t(kernel_place<Window::to>(place)) * (out.channels / kWide) + group + k) * inputs * kWide;
         float* to = products + (std::int64_t(place) * block.group + k) * panel;
         row_products(from, panel, by, panels, height, to);
       }
@@ -218,38 +165,50 @@ DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Blo
     const std::int64_t column = out.channels, row = column * out.width, place = panel * block.group;
     for (int t = 0; t < block.count; ++t) {
       const int tile = block.first + t, image = tile / grid.per_image, inside = tile % grid.per_image;
-      const int y = inside / grid.columns * kSide, x = inside % grid.columns * kSide;
+      const int y = inside / grid.columns * Result::to, x = inside % grid.columns * Result::to;
       float* at0 = out.data + image * row * out.height + y * row + x * column + group * kWide;
       for (int k = 0; k < wide * kWide; k += kLanes<float>) {
-        const Square square = {products + k / kWide * panel + t * kWide + k % kWide, place * kWindow, place};
+        const Square square = {products + k / kWide * panel + t * kWide + k % kWide, place * Result::from, place};
         const Vec shift = bias ? at(bias + group * kWide + k) : Vec{};
-        transform<ToResult>(square, Results{at0 + k, row, column, out.height - y, out.width - x, shift});
+        transform<Result>(square, Results{at0 + k, row, column, out.height - y, out.width - x, shift});
       }
     }
   }
 }
 
+template <int Stride>
+DNDETR_TARGET void convolve_block(const Map& map, const float* kernel, const Block& block, const float* bias,
+                                  const Map& out, const Grid& grid, float* scratch) {
+  convolve_tiles<typename Lines<Stride>::Window, typename Lines<Stride>::Result>(map, kernel, block, bias, out, grid, scratch);
+}
+template <int Stride>
+DNDETR_TARGET void grad_input_block(const Map& map, const float* kernel, const Block& block, const float* bias,
+                                    const Map& out, const Grid& grid, float* scratch) {
+  typedef Lines<Stride> L;
+  convolve_tiles<typename L::GradWindow, typename L::GradPixels>(map, kernel, block, bias, out, grid, scratch);
+}
+
 // The gradient [outputs, 3, 3, inputs] of a kernel where a panel of outputs meets one of inputs, from places of all tiles.
-// scratch: 36 * kPanel * kPanel numbers.
+// scratch: kKernelPlaces * kPanel * kPanel numbers.
+template <int Stride>
 DNDETR_TARGET void grad_kernel_block(const float* results, const float* windows, int inputs, int outputs, int tiles,
                                      int output, int input, float* grad, float* scratch) {
-  constexpr int kWide = kPanel<float>;
+  constexpr int kWide = kPanel<float>, kPlace = kWide * kWide, kSidePlaces = Lines<Stride>::Window::to;
   const std::int64_t panel = std::int64_t(tiles) * kWide;
-  std::memset(scratch, 0, kPlaces * kWide * kWide * sizeof(float));
-  for (int place = 0; place < kPlaces; ++place) {
+  std::memset(scratch, 0, kKernelPlaces * kPlace * sizeof(float));
+  for (int place = 0; place < kSidePlaces * kSidePlaces; ++place) {
     const float* rows = results + (std::int64_t(place) * (outputs / kWide) + output) * panel;
     const float* columns = windows + (std::int64_t(place) * (inputs / kWide) + input) * panel;
     for (int t = 0; t < tiles; t += kGradTiles) {
       column_products(rows + t * kWide, columns + t * kWide, std::min(kGradTiles, tiles - t),
-                      scratch + place * kWide * kWide);
+                      scratch + kernel_place<kSidePlaces>(place) * kPlace);
     }
   }
-  constexpr int kPlace = kWide * kWide;
   for (int k = 0; k < kWide; ++k) {
     for (int c = 0; c < kWide; c += kLanes<float>) {
       float* to = grad + (std::int64_t(output) * kWide + k) * 9 * inputs + input * kWide + c;
-      transform<ToKernel>(Square{scratch + k * kWide + c, kPlace * kWindow, kPlace},
-                          Square{to, 3 * std::int64_t(inputs), inputs});
+      transform<typename Lines<Stride>::GradKernel>(Square{scratch + k * kWide + c, kPlace * kWays, kPlace},
+                                                    Square{to, 3 * std::int64_t(inputs), inputs});
     }
   }
 }

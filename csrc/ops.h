@@ -137,10 +137,14 @@ void attention(const Attention& problem, Heads out, void* lse, int threads, Simd
 void attention_backward(const Attention& problem, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
                         int threads, Simd simd);
 
-// A 3x3 convolution with stride 1 and a border of one zero, in float32: x [B, H, W, inputs], weight [outputs, 3, 3, inputs],
-// out [B, H, W, outputs], all contiguous and aligned to 64 bytes. Inputs and outputs are multiples of 32.
+// A 3x3 convolution of stride 1 or 2 with a border of one zero, in float32: x [B, H, W, inputs],
+// weight [outputs, 3, 3, inputs], out [B, out_height, out_width, outputs], all contiguous and aligned to 64 bytes. Inputs and
+// outputs are multiples of 32.
 struct Conv3x3 {
-  int batch, height, width, inputs, outputs;
+  int batch, height, width, inputs, outputs, stride;
+
+  int out_height() const { return (height + stride - 1) / stride; }
+  int out_width() const { return (width + stride - 1) / stride; }
 };
 
 // Numbers that each function needs room for, aligned to 64 bytes.

@@ -62,8 +62,8 @@ def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What ``conv`` does, with these weights."""
-    if conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1):
-        return conv3x3(x, weight, bias)
+    if conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1):
+        return conv3x3(x, weight, bias, conv.stride[0])
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 

@@ -25,15 +25,23 @@ def simd(request, extension, monkeypatch):
     return request.param
 
 
-def ours(x, weight, bias=None):
-    return conv3x3(x, weight, bias, backend="cpp")
+def ours(x, weight, bias=None, stride=1):
+    return conv3x3(x, weight, bias, stride, backend="cpp")
 
 
-def compare(inputs):
+def convolutions(stride):
+    """Ours and torch's, of tensors alone."""
+    return (
+        lambda x, weight, bias=None: ours(x, weight, bias, stride),
+        lambda x, weight, bias=None: conv3x3_reference(x, weight, bias, stride),
+    )
+
+
+def compare(inputs, stride):
     """Output and gradients by name against torch's in float64."""
-    names = NAMES[: len(inputs)]
-    exact = outputs(conv3x3_reference, [tensor.double() for tensor in inputs], names)
-    found = outputs(ours, inputs, names)
+    names, (mine, reference) = NAMES[: len(inputs)], convolutions(stride)
+    exact = outputs(reference, [tensor.double() for tensor in inputs], names)
+    found = outputs(mine, inputs, names)
     for name, truth in exact.items():
         assert found[name].isfinite().all(), name
         if truth.numel():
@@ -55,28 +63,31 @@ def calls(extension, monkeypatch):
     return ran
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_output_and_gradients(simd, name):
-    compare(make_case(name))
+def test_output_and_gradients(simd, name, stride):
+    compare(make_case(name), stride)
 
 
-@pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("width", [1, 3, 6, 12])
-def test_every_cut_of_the_last_tiles(simd, height, width):
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("width", [1, 3, 6, 12, 15])
+def test_every_cut_of_the_last_tiles(simd, height, width, stride):
     torch.manual_seed(0)
     x, weight = torch.randn(2, 32, height, width), torch.randn(32, 32, 3, 3)
-    compare((x, weight))
+    compare((x, weight), stride)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("name", ["many-tiles", "wide"])
-def test_threads_change_no_bit(simd, name, threads):
+def test_threads_change_no_bit(simd, name, threads, stride):
     """However tiles and outputs are shared out; three threads share outputs of the wide one."""
-    inputs, before = make_case(name), torch.get_num_threads()
-    once = outputs(ours, inputs, NAMES)
+    inputs, before, (mine, _) = make_case(name), torch.get_num_threads(), convolutions(stride)
+    once = outputs(mine, inputs, NAMES)
     try:
         torch.set_num_threads(threads)
-        again = outputs(ours, inputs, NAMES)
+        again = outputs(mine, inputs, NAMES)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(once[name], again[name]) for name in once)
@@ -92,12 +103,13 @@ def test_any_layout_is_taken():
     assert expected.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradients_of_any_layout():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_of_any_layout(stride):
     x, weight, bias = make_case("edges")
-    given = torch.randn_like(conv3x3_reference(x, weight, bias)).contiguous()
+    given = torch.randn_like(conv3x3_reference(x, weight, bias, stride)).contiguous()
     for same in (given, given.to(memory_format=torch.channels_last), given[:1].expand_as(given)):
         found, expected = [], []
-        for convolve, results in ((ours, found), (conv3x3_reference, expected)):
+        for convolve, results in zip(convolutions(stride), (found, expected), strict=True):
             leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
             results += torch.autograd.grad(convolve(*leaves), leaves, same)
         for a, b in zip(found, expected, strict=True):
@@ -151,9 +163,15 @@ class Convolution(torch.nn.Module):
         return conv3x3(x, self.weight)
 
 
-def test_registration():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_registration(stride):
     inputs = [tensor.requires_grad_() for tensor in make_case("edges")]
-    torch.library.opcheck(torch.ops.dndetr.conv3x3, inputs)
+    torch.library.opcheck(torch.ops.dndetr.conv3x3, (*inputs, stride))
+
+
+def test_other_strides_are_refused():
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        conv3x3(*make_case("one-tile"), stride=3)
 
 
 def test_compiles_whole(extension):
@@ -164,7 +182,7 @@ def test_compiles_whole(extension):
 
 @pytest.mark.parametrize("norm", ["frozen", "batch"])
 def test_a_backbone_takes_it_where_it_can(calls, norm):
-    """Convolutions of 3x3 with stride 1 and channels in whole panels; results and gradients are torch's."""
+    """Convolutions of 3x3 with channels in whole panels; results and gradients are torch's."""
     torch.manual_seed(0)
     backbone = ResNet((1, 2), (32, 64), norm=norm, frozen=0, outputs=(1, 2))
     backbone.to(memory_format=torch.channels_last)
@@ -177,7 +195,7 @@ def test_a_backbone_takes_it_where_it_can(calls, norm):
         return [*maps, *(parameter.grad.clone() for parameter in backbone.parameters())]
 
     found = run()
-    assert calls.count("conv3x3") == 5  # of six: the second stage's first has stride 2
+    assert calls.count("conv3x3") == 6
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DNDETR_BACKEND", "reference")
         _backend.forget()
