@@ -15,9 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
+from floors import floating_point_floor
 from operations import Operations
 from peers import hf_step, make_batch, our_step
-from torch.utils.flop_counter import FlopCounterMode
 
 import dndetr.criterion
 from dndetr.ops import _backend
@@ -83,33 +83,6 @@ def shares(step, batch) -> dict[str, float]:
     return {name: round(seconds / whole, 3) for name, seconds in spent.items()} | {
         "other": round(1 - sum(spent.values()) / whole, 3)
     }
-
-
-def floating_point_floor(function) -> float:
-    """Seconds that the step's products and convolutions take at the rate measured for large ones, now."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    convolutions = products = 0
-    for operation, count in counter.get_flop_counts()["Global"].items():
-        if "conv" in str(operation):
-            convolutions += count
-        else:
-            products += count
-    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
-    x, w = torch.randn(2, 256, 60, 80).contiguous(memory_format=torch.channels_last), torch.randn(256, 256, 3, 3)
-    w = w.contiguous(memory_format=torch.channels_last)
-    product_rate = 2 * 4096 * 1024 * 1024 / shortest(lambda: a @ b)
-    convolution_rate = 2 * 2 * 60 * 80 * 256 * 256 * 9 / shortest(lambda: torch.conv2d(x, w, padding=1))
-    return products / product_rate + convolutions / convolution_rate
-
-
-def shortest(function, calls: int = 7) -> float:
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

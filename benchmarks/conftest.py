@@ -1,6 +1,5 @@
-"""Provenance of every benchmark result: machine, versions, commit; written to the JSON's ``extra_info``."""
+"""Provenance of every benchmark result (machine, versions, commit), and the file that ``--results`` names."""
 
-import json
 import os
 import platform
 import subprocess
@@ -10,6 +9,7 @@ import pytest
 
 from dndetr import _process  # noqa: F401 isort: skip  (before torch: everything is timed as it runs in training)
 import torch
+from recording import Recording
 
 import dndetr
 from dndetr.ops import _backend
@@ -17,9 +17,25 @@ from dndetr.ops import _backend
 
 def _commit() -> str:
     root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    described = _told("git", "-C", str(root), "describe", "--always", "--dirty")
+    return described or os.environ.get("DNDETR_COMMIT") or "unknown"
+
+
+def _told(*command: str) -> str:
+    """What a command prints; nothing where it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _gpu() -> dict:
+    """What else a GPU's numbers depend on; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    told = _told("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0").split(", ")
+    return {"cuda": torch.version.cuda, **dict(zip(fields, told, strict=False))}
 
 
 @pytest.fixture(scope="session")
@@ -38,29 +54,17 @@ def provenance() -> dict:
         "threads": torch.get_num_threads(),
         "simd": None if _backend.extension_obstacle("simd") else _backend.compiled().simd(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **_gpu(),
     }
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write what was measured to this JSON file")
     parser.addoption("--rounds", type=int, default=3, help="how often bench_step times each whole step")
+    parser.addoption("--images", type=int, default=2, help="images in a batch of bench_step")
 
 
 @pytest.fixture(scope="session")
 def record(request, provenance):
     """record(name, seconds, **counted): keep a result, ``seconds`` by implementation, for ``--results``."""
-    results = {}
-
-    def keep(name: str, seconds: dict[str, float], **counted) -> None:
-        results[name] = {"seconds": seconds, **counted}
-
-    yield keep
-    path = request.config.getoption("--results")
-    if path and results:
-        content = {"provenance": provenance, "results": {}}
-        if path.is_file():  # other benchmarks may have been run on their own
-            before = json.loads(path.read_text())
-            if before["provenance"] == provenance:
-                content["results"] = before["results"]
-        content["results"] |= results
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    return Recording(request.config.getoption("--results"), provenance)
