@@ -1,61 +1,17 @@
-"""Provenance of every benchmark result (machine, versions, commit), and the file that ``--results`` names."""
+"""Provenance and file of every benchmark result (``--results``)."""
 
-import os
-import platform
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from dndetr import _process  # noqa: F401 isort: skip  (before torch: everything is timed as it runs in training)
-import torch
-from recording import Recording
-
-import dndetr
-from dndetr.ops import _backend
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[1]
-    described = _told("git", "-C", str(root), "describe", "--always", "--dirty")
-    return described or os.environ.get("DNDETR_COMMIT") or "unknown"
-
-
-def _told(*command: str) -> str:
-    """What a command prints; nothing where it fails or does not exist."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _gpu() -> dict:
-    """What else a GPU's numbers depend on; nothing where there is none."""
-    if not torch.cuda.is_available():
-        return {}
-    fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
-    told = _told("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0").split(", ")
-    return {"cuda": torch.version.cuda, **dict(zip(fields, told, strict=False))}
+import recording
 
 
 @pytest.fixture(scope="session")
 def provenance() -> dict:
     """Where a number comes from."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "commit": _commit(),
-        "dndetr": dndetr.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "simd": None if _backend.extension_obstacle("simd") else _backend.compiled().simd(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **_gpu(),
-    }
+    return recording.provenance()
 
 
 def pytest_addoption(parser):
@@ -67,4 +23,4 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def record(request, provenance):
     """record(name, seconds, **counted): keep a result, ``seconds`` by implementation, for ``--results``."""
-    return Recording(request.config.getoption("--results"), provenance)
+    return recording.Recording(request.config.getoption("--results"), provenance)
