@@ -1,7 +1,7 @@
 """A training step of Hugging Face's Deformable DETR on the CPU before and after ``dndetr.accelerate``, alternately.
 
-``pytest benchmarks/bench_hf.py -s``. ResNet-50 and their default configuration (6 + 6 layers, 4 levels, 300 queries)
-with losses of every layer; random weights and images. Also compares the two losses.
+``pytest benchmarks/bench_hf.py -s --results FILE``. ResNet-50 and their default configuration (6 + 6 layers, 4 levels,
+300 queries) with losses of every layer; random weights and images. Also compares the two losses.
 """
 
 import statistics
@@ -49,7 +49,7 @@ def make_labels(counts: tuple[int, ...]) -> list[dict]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def bench_hf_step(benchmark, provenance, size):
+def bench_hf_step(record, size):
     height, width, repetitions = SIZES[size]
     model, images, labels = build(), torch.randn(BATCH, 3, height, width), make_labels((7, 12))
 
@@ -78,11 +78,9 @@ def bench_hf_step(benchmark, provenance, size):
         "ratio_of_fastest": min(seconds["before"]) / min(seconds["after"]),
         "ratio_of_processor_time": min(processor["before"]) / min(processor["after"]),
     }
-    benchmark.extra_info.update(
-        provenance, transformers=transformers.__version__, seconds=seconds, processor=processor, losses=losses, **ratios
-    )
+    name = f"step of HF DeformableDetr, accelerated, {BATCH} images of {size}"
+    about = {"transformers": transformers.__version__, "processor_seconds": processor, "losses": losses}
+    record(name, {"ours": after, "HF DeformableDetr": before}, **about)
     shown = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
     print(f"\nDeformable DETR step {size}, batch {BATCH}: {before:.2f} s, accelerated {after:.2f} s; {shown}")
     print(f"losses {losses['before']:.6f} and {losses['after']:.6f}; least processor seconds {processor}")
-    dndetr.accelerate(model)
-    benchmark.pedantic(step, rounds=1)

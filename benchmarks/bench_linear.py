@@ -1,6 +1,7 @@
 """Float32 linear layers on a CPU, ours (oneDNN's products) against torch's own, forward and both passes.
 
-``pytest benchmarks/bench_linear.py -s``: rows are tokens or queries of two images; both are timed alternately.
+``pytest benchmarks/bench_linear.py -s --results FILE``: rows are tokens or queries of two images; both are timed
+alternately.
 """
 
 import statistics
@@ -23,7 +24,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_linear(benchmark, record, provenance, shape, seconds=2.0):
+def bench_linear(record, shape, seconds=2.0):
     rows, inputs, outputs = SHAPES[shape]
     torch.manual_seed(0)
     values = [torch.randn(*size, requires_grad=True) for size in ((rows, inputs), (outputs, inputs), (outputs,))]
@@ -48,5 +49,3 @@ def bench_linear(benchmark, record, provenance, shape, seconds=2.0):
         record(f"linear, {passes}, {shape}", by_name)
         ratio = by_name["torch"] / by_name["ours"]
         print(f"\n{shape}, {passes}: ours {by_name['ours'] * 1e3:.2f} ms, torch {ratio:.2f}x that")
-    benchmark.extra_info.update(provenance, seconds=found)
-    benchmark(timed, linear)

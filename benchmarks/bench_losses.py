@@ -1,6 +1,7 @@
 """Set loss, and the whole criterion, against the reference and against the usual layer-by-layer sequence.
 
-``pytest benchmarks/bench_losses.py -s``: all are timed alternately in one process, forward and both passes.
+``pytest benchmarks/bench_losses.py -s --results FILE``: all are timed alternately in one process, forward and both
+passes, on the GPU where there is one; there the device's own time of ours is counted as well.
 """
 
 import importlib
@@ -8,6 +9,7 @@ import statistics
 import time
 from functools import partial
 
+import ceilings
 import pytest
 import torch
 from per_layer_losses import per_layer_losses
@@ -18,6 +20,7 @@ from dndetr.ops import LossWeights, set_loss
 
 op = importlib.import_module("dndetr.ops.set_loss")
 CRITERION = Criterion()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fused(backend, case):
@@ -32,38 +35,58 @@ def layer_by_layer(case):
     return per_layer_losses(Predictions(*case[:2], case[3]), case[4], CRITERION.cost, CRITERION.weights)[0]
 
 
-def timed(function, case) -> tuple[float, float]:
-    """Seconds of the forward pass, and of both passes."""
+def timed(function, case, device) -> tuple[float, float]:
+    """Seconds of the forward pass, and of both passes, until the device is done."""
     start = time.perf_counter()
     total = function(case)
+    _wait(device)
     middle = time.perf_counter()
     torch.autograd.grad(total, case[:2])
+    _wait(device)
     return middle - start, time.perf_counter() - start
 
 
-def medians(functions: dict, case, seconds: float) -> dict[str, list[float]]:
+def _wait(device) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def medians(functions: dict, case, device: str, seconds: float) -> dict[str, list[float]]:
     """Median seconds of each function, called in turn so that all meet the same machine."""
     times = {name: [] for name in functions}
+    for function in functions.values():
+        timed(function, case, device)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["ours"]) < 5:
         for name, function in functions.items():
-            times[name].append(timed(function, case))
+            times[name].append(timed(function, case, device))
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
+
+
+def gpu_times(function, case) -> tuple[float, float]:
+    """Seconds of the device alone, for the forward pass and for both."""
+
+    def both():
+        torch.autograd.grad(function(case), case[:2])
+
+    return ceilings.gpu_seconds(lambda: function(case)), ceilings.gpu_seconds(both)
 
 
 @pytest.mark.parametrize("what", ["set loss", "criterion"])
 @pytest.mark.parametrize("name", ["uneven", "coco"])
-def bench_losses(benchmark, record, provenance, name, what, seconds=2.0):
-    logits, boxes, *rest = op.make_case(name)
+def bench_losses(record, name, what, device=DEVICE, seconds=2.0):
+    logits, boxes, *rest = op.make_case(name, device)
     case = (logits.requires_grad_(), boxes.requires_grad_(), *rest)
     if what == "set loss":
         functions = {"ours": partial(fused, None), "reference": partial(fused, "reference")}
     else:
         functions = {"ours": criterion, "layer by layer": layer_by_layer}
-    found = medians(functions, case, seconds)
+    found = medians(functions, case, device, seconds)
+    of_gpu = gpu_times(functions["ours"], case) if device == "cuda" else None
     for index, passes in enumerate(("forward", "forward and backward")):
         by_name = {who: times[index] for who, times in found.items()}
-        record(f"{what}, {passes}, {name}", by_name)
-        print(f"\n{what} {name} {passes}: " + ", ".join(f"{who} {t * 1e3:.2f} ms" for who, t in by_name.items()))
-    benchmark.extra_info.update(provenance, seconds=found)
-    benchmark(timed, functions["ours"], case)
+        counted = {"gpu_seconds": of_gpu[index]} if of_gpu else {}
+        record(f"{what}, {passes}, {name}", by_name, **counted)
+        print(f"\n{what} {name} {passes}: " + ", ".join(f"{who} {t * 1e3:.3f} ms" for who, t in by_name.items()))
+        for kind, spent in counted.items():
+            print(f"  {kind} of ours: {spent * 1e6:.1f} us")

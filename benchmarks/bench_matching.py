@@ -1,15 +1,16 @@
 """Exact matching: our batch against what is used today, timed in turn in one process, on the CPU and on a GPU if any.
 
-``pytest benchmarks/bench_matching.py -s``; medians and their ratios are printed and stored in ``extra_info``.
-``bench_match`` starts from predictions: against the official path (cost of all queries with all targets of the batch,
-copied to the host, scipy image by image, all of it once per layer). ``bench_assign`` starts from costs: against a
-loop over scipy on ready float64 matrices, and the packages that are importable. Costs are DETR-like: "trained"
-predictions lie on their targets or scatter over the image, "collapsed" ones nearly coincide, as at the start.
+``pytest benchmarks/bench_matching.py -s --results FILE``; medians and their ratios are printed. ``bench_match`` starts
+from predictions: against the official path (cost of all queries with all targets of the batch, copied to the host,
+scipy image by image, all of it once per layer). ``bench_assign`` starts from costs: against a loop over scipy on ready
+float64 matrices, and the packages that are importable. Costs are DETR-like: "trained" predictions lie on their targets
+or scatter over the image, "collapsed" ones nearly coincide, as at the start.
 """
 
 import statistics
 import time
 
+import ceilings
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -94,13 +95,15 @@ def alternate(functions: dict, device: str, seconds: float = 1.0) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(benchmark, provenance, label: str, seconds: dict[str, float]) -> None:
-    """Print and store medians, and how many times as long as ours each other one takes."""
+def report(record, label: str, functions: dict, device: str) -> None:
+    """Time, print and store; on a GPU also the device's time of ours, which launches are no part of."""
+    seconds = alternate(functions, device)
+    found = {"gpu_seconds": ceilings.gpu_seconds(functions["ours"])} if device == "cuda" else {}
+    record(label, seconds, detail=True, **found)
     ours = seconds["ours"]
-    ratios = {name: value / ours for name, value in seconds.items() if name != "ours"}
-    benchmark.extra_info.update(provenance, seconds=seconds, ratios=ratios)
-    rest = ", ".join(f"{name} {seconds[name] * 1e3:.2f} ms ({ratio:.1f}x)" for name, ratio in ratios.items())
-    print(f"\n{label}: ours {ours * 1e3:.3f} ms, {rest}")
+    rest = [f"{name} {time * 1e3:.2f} ms ({time / ours:.1f}x)" for name, time in seconds.items() if name != "ours"]
+    rest += [f"{found['gpu_seconds'] * 1e6:.1f} us of the GPU"] if found else []
+    print(f"\n{label}: ours {ours * 1e3:.3f} ms, {', '.join(rest)}")
 
 
 def packages(cost: torch.Tensor, counts: torch.Tensor, matrices: list, device: str) -> dict:
@@ -129,7 +132,20 @@ def packages(cost: torch.Tensor, counts: torch.Tensor, matrices: list, device: s
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["trained", "collapsed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def bench_assign(benchmark, provenance, shape, kind, device):
+def bench_match(record, shape, kind, device):
+    logits, boxes, targets = predictions(*shape, kind)
+    costs = shape[0] * shape[1] * int(targets.counts.sum())  # of one layer, as the official path takes them
+    inputs = (logits.to(device), boxes.to(device), targets.to(device), CostWeights())
+    functions = {"ours": lambda: match(*inputs)}
+    if costs < MOST:
+        functions["official"] = lambda: official(*inputs)
+    report(record, f"match {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["trained", "collapsed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def bench_assign(record, shape, kind, device):
     logits, boxes, targets = predictions(*shape, kind)
     cost, counts = match_cost(logits, boxes, targets, CostWeights()).flatten(0, 1), targets.counts.repeat(LAYERS)
     # The loop gets its matrices ready: cut to the real targets, contiguous, query-major, on the host.
@@ -138,19 +154,4 @@ def bench_assign(benchmark, provenance, shape, kind, device):
     functions = {"ours": lambda: assign(cost, counts), "scipy": lambda: list(map(linear_sum_assignment, matrices))}
     if cost.numel() < MOST // 16:
         functions |= packages(cost, counts, matrices, device)
-    report(benchmark, provenance, f"assign {device} {IDS[SHAPES.index(shape)]} {kind}", alternate(functions, device))
-    benchmark.pedantic(functions["ours"], rounds=3)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["trained", "collapsed"])
-@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def bench_match(benchmark, provenance, shape, kind, device):
-    logits, boxes, targets = predictions(*shape, kind)
-    costs = shape[0] * shape[1] * int(targets.counts.sum())  # of one layer, as the official path takes them
-    inputs = (logits.to(device), boxes.to(device), targets.to(device), CostWeights())
-    functions = {"ours": lambda: match(*inputs)}
-    if costs < MOST:
-        functions["official"] = lambda: official(*inputs)
-    report(benchmark, provenance, f"match {device} {IDS[SHAPES.index(shape)]} {kind}", alternate(functions, device))
-    benchmark.pedantic(functions["ours"], rounds=3)
+    report(record, f"assign {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)

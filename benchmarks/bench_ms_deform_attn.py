@@ -1,8 +1,8 @@
 """Multi-scale deformable attention against the grid_sample composite and whatever peer can be imported.
 
-``pytest benchmarks/bench_ms_deform_attn.py -s``; ratios of medians are printed and stored in ``extra_info``, with bytes
-and their share of what this machine's memory does at best. Value, offsets and logits get gradients, as in the models;
-reference points do not. CPU results are always deterministic; on a GPU the deterministic backward has its own row.
+``pytest benchmarks/bench_ms_deform_attn.py -s --results FILE``; ratios of medians are printed, with bytes and their
+share of what this machine's memory does at best. Value, offsets and logits get gradients, as in the models; reference
+points do not. CPU results are always deterministic; on a GPU the deterministic backward has its own row.
 """
 
 import importlib
@@ -67,7 +67,7 @@ def functions(arguments, device) -> tuple[dict, dict]:
     fast = {"cpu": "cpp", "cuda": "cuda"}[device]
     runs = {
         "grid_sample": (partial(ms_deform_attn_fused, *arguments, backend="reference"), (value, offsets, logits)),
-        "dndetr": (partial(ms_deform_attn_fused, *arguments, backend=fast), (value, offsets, logits)),
+        "ours": (partial(ms_deform_attn_fused, *arguments, backend=fast), (value, offsets, logits)),
     }
     peers, missing = deform_attn_peers.importable(device)
     with torch.no_grad():
@@ -90,33 +90,33 @@ def timed(run, inputs, grad_out) -> tuple[float, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ON_CPU)
-def bench_ms_deform_attn(benchmark, provenance, best, name, dtype, seconds=1.5):
+def bench_ms_deform_attn(record, provenance, best, name, dtype, seconds=1.5):
     arguments = op.make_inputs(ON_CPU[name], dtype)
     runs, missing = functions(arguments, "cpu")
-    grad_out = torch.randn_like(runs["dndetr"][0]().detach())
+    grad_out = torch.randn_like(runs["ours"][0]().detach())
     times = {peer: [] for peer in runs}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["dndetr"]) < 5:
+    while time.perf_counter() < end or len(times["ours"]) < 5:
         for peer, (run, inputs) in runs.items():
             times[peer].append(timed(run, inputs, grad_out))
     median = {peer: [statistics.median(column) for column in zip(*rows, strict=True)] for peer, rows in times.items()}
-    report(benchmark, provenance, name, dtype, arguments, median, best, missing)
     goal = GOALS.get(name, {}).get(provenance["simd"])
+    found = {}
     if goal and dtype == torch.float32:
-        ratios = [slow / fast for slow, fast in zip(median["grid_sample"], median["dndetr"], strict=True)]
+        ratios = [slow / fast for slow, fast in zip(median["grid_sample"], median["ours"], strict=True)]
         reached = all(ratio >= wanted for ratio, wanted in zip(ratios, goal, strict=True))
-        benchmark.extra_info.update(goal=goal, goal_reached=reached)
-        print(f"  goal {goal[0]}x forward, {goal[1]}x both: {'reached' if reached else 'NOT REACHED'}")
-    benchmark(timed, *runs["dndetr"], grad_out)
+        found = {"goal": goal, "goal_reached": reached}
+        print(f"\ngoal {goal[0]}x forward, {goal[1]}x both: {'reached' if reached else 'NOT REACHED'}", end="")
+    report(record, f"{name}, {dtype}", arguments, median, best, missing, **found)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ON_GPU)
-def bench_ms_deform_attn_on_gpu(benchmark, provenance, best, name, dtype):
+def bench_ms_deform_attn_on_gpu(record, best, name, dtype):
     arguments = op.make_inputs(ON_GPU[name], dtype, "cuda")
     runs, missing = functions(arguments, "cuda")
-    grad_out = torch.randn_like(runs["dndetr"][0]().detach())
+    grad_out = torch.randn_like(runs["ours"][0]().detach())
     median = {}
     for peer, (run, inputs) in runs.items():
         try:
@@ -126,11 +126,10 @@ def bench_ms_deform_attn_on_gpu(benchmark, provenance, best, name, dtype):
             torch.cuda.empty_cache()
     torch.use_deterministic_algorithms(True)
     try:
-        median["dndetr, deterministic"] = gpu_times(*runs["dndetr"], grad_out)
+        median["ours, deterministic"] = gpu_times(*runs["ours"], grad_out)
     finally:
         torch.use_deterministic_algorithms(False)
-    report(benchmark, provenance, name, dtype, arguments, median, best, missing)
-    benchmark(lambda: (runs["dndetr"][0](), torch.cuda.synchronize()))
+    report(record, f"{name}, {dtype}", arguments, median, best, missing)
 
 
 def gpu_times(run, inputs, grad_out) -> list[float]:
@@ -141,13 +140,13 @@ def gpu_times(run, inputs, grad_out) -> list[float]:
     return [forward, ceilings.gpu_seconds(both)]
 
 
-def report(benchmark, provenance, name, dtype, arguments, median, best, missing) -> None:
+def report(record, name, arguments, median, best, missing, **found) -> None:
     """Print and store seconds, ratios, and shares of the ceilings."""
-    ours, moved = median["dndetr"], traffic(arguments)
+    ours, moved = median["ours"], traffic(arguments)
     ratios = {
         peer: [slow / fast for slow, fast in zip(times, ours, strict=True)]
         for peer, times in median.items()
-        if peer != "dndetr"
+        if peer != "ours"
     }
     shares = {kind: moved["gathered"] / ours[0] / rate for kind, rate in best.items() if kind.startswith("gather")}
     shares["copy"] = moved["forward"] / ours[0] / best["copy"]
@@ -155,10 +154,11 @@ def report(benchmark, provenance, name, dtype, arguments, median, best, missing)
     if "reductions in L2" in best:  # float32 sums, whatever the dtype of value
         reduced = moved["gathered"] * 4 // arguments[0].element_size()
         shares["reductions in L2"] = reduced / backward / best["reductions in L2"]
-    benchmark.extra_info.update(
-        provenance, seconds=median, ratios=ratios, bytes=moved, ceilings=best, shares=shares, missing=missing
-    )
-    print(f"\n{name} {dtype}: forward {ours[0] * 1e3:.3f} ms, both {ours[1] * 1e3:.3f} ms")
+    found |= {"bytes": moved, "ceilings": best, "shares": shares, "missing": missing, "detail": True}
+    for index, passes in enumerate(("forward", "forward and backward")):
+        seconds = {peer: times[index] for peer, times in median.items()}
+        record(f"deformable attention, {passes}, {name}", seconds, **found)
+    print(f"\n{name}: forward {ours[0] * 1e3:.3f} ms, both {ours[1] * 1e3:.3f} ms")
     for peer, (forward, both) in ratios.items():
         print(f"  {peer}: {forward:.1f}x forward, {both:.1f}x both")
     print("  of the ceiling: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))

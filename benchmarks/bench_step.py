@@ -1,38 +1,25 @@
 """Whole training steps: ours with denoising, Hugging Face's detector without, and ours on the plain torch references.
 
-``pytest benchmarks/bench_step.py -s --results FILE``: float32, two images of 480 x 640, ResNet-50, dropout 0, the same
-sizes for all. Minutes per model: ``--rounds N`` sets how often each is timed (3).
+``pytest benchmarks/bench_step.py -s --results FILE``, on a CPU: float32, two images (``--images``) of 480 x 640,
+ResNet-50, dropout 0, the same sizes for all. Minutes per model: ``--rounds N`` sets how often each is timed (3). Steps
+on a GPU are in ``bench_gpu_step.py``.
 """
 
 import contextlib
 import ctypes
 import gc
-import os
 import statistics
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
+from floors import floating_point_floor
 from operations import Operations
-from peers import hf_step, make_batch, our_step
-from torch.utils.flop_counter import FlopCounterMode
-
-import dndetr.criterion
-from dndetr.ops import _backend
+from peers import hf_step, make_batch, our_step, references
+from stages import STAGES, stages
 
 WARM = 3  # rounds until the memory that steps need has been touched
 PRESETS = ("dn-deformable-detr-r50", "dn-detr-r50")
-
-
-@contextlib.contextmanager
-def references():
-    """All ops on plain torch: the stand-in for the sequence of the official code."""
-    with mock.patch.dict(os.environ, DNDETR_BACKEND="reference"):
-        _backend.forget()
-        yield
-    _backend.forget()
 
 
 def peak_memory(function) -> int | None:
@@ -55,28 +42,17 @@ def _status(key: str) -> int:
 
 def shares(step, batch) -> dict[str, float]:
     """Part of one step's time in each of its stages."""
-    spent = dict.fromkeys(("forward", "matching", "losses", "backward", "optimizer"), 0.0)
+    spent = dict.fromkeys(STAGES, 0.0)
 
-    def timing(name, function):
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - start
+    @contextlib.contextmanager
+    def timed(name):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent[name] += time.perf_counter() - start
 
-        return timed
-
-    with contextlib.ExitStack() as stack:
-        for target, attribute, name in (
-            (step.model, "forward", "forward"),
-            (dndetr.criterion, "match", "matching"),
-            (dndetr.criterion, "set_loss", "losses"),
-            (torch.Tensor, "backward", "backward"),
-            (step.optimizer, "step", "optimizer"),
-        ):
-            replacement = timing(name, getattr(target, attribute))
-            stack.enter_context(mock.patch.object(target, attribute, replacement))
+    with stages(step, timed):
         start = time.perf_counter()
         step(batch)
         whole = time.perf_counter() - start
@@ -85,38 +61,11 @@ def shares(step, batch) -> dict[str, float]:
     }
 
 
-def floating_point_floor(function) -> float:
-    """Seconds that the step's products and convolutions take at the rate measured for large ones, now."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    convolutions = products = 0
-    for operation, count in counter.get_flop_counts()["Global"].items():
-        if "conv" in str(operation):
-            convolutions += count
-        else:
-            products += count
-    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
-    x, w = torch.randn(2, 256, 60, 80).contiguous(memory_format=torch.channels_last), torch.randn(256, 256, 3, 3)
-    w = w.contiguous(memory_format=torch.channels_last)
-    product_rate = 2 * 4096 * 1024 * 1024 / shortest(lambda: a @ b)
-    convolution_rate = 2 * 2 * 60 * 80 * 256 * 256 * 9 / shortest(lambda: torch.conv2d(x, w, padding=1))
-    return products / product_rate + convolutions / convolution_rate
-
-
-def shortest(function, calls: int = 7) -> float:
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def bench_step(request, record, preset):
     pytest.importorskip("transformers")
-    rounds = request.config.getoption("--rounds")
-    batch = make_batch(2, 480, 640, [7, 12])
+    rounds, images = (request.config.getoption(option) for option in ("--rounds", "--images"))
+    batch = make_batch(images, 480, 640, [7, 12])
     step, plain = our_step(preset), our_step(preset)
     peer = "HF DeformableDetr" if "deformable" in preset else "HF DabDetr"
     run = {"ours": lambda: step(batch), peer: hf_step(preset, batch), "reference ops": lambda: plain(batch)}
@@ -134,15 +83,15 @@ def bench_step(request, record, preset):
         with references() if name == "reference ops" else contextlib.nullcontext(), Operations() as operations:
             memory = peak_memory(function)
         counted[name] = {"operations": operations.count, "waits": operations.waits, "peak_memory": memory}
-    stages, floor = shares(step, batch), floating_point_floor(run["ours"])
+    parts, floor = shares(step, batch), floating_point_floor(run["ours"])
     record(
-        f"step of {preset}, 2 images of 480x640",
+        f"step of {preset}, {images} images of 480x640",
         median,
         counted=counted,
-        shares=stages,
+        shares=parts,
         floor=floor,
         floor_fraction=floor / median["ours"],
     )
     for name, seconds in median.items():
         print(f"\n{preset}: {name} {seconds:.2f} s ({seconds / median['ours']:.2f}x), {counted[name]}")
-    print(f"shares of ours: {stages}; floor {floor:.2f} s, {floor / median['ours']:.0%} of it reached")
+    print(f"shares of ours: {parts}; floor {floor:.2f} s, {floor / median['ours']:.0%} of it reached")

@@ -1,9 +1,12 @@
-"""What memory does at best on this machine, measured in the same run as the ops."""
+"""What memory, products and launches do at best on this machine, measured in the same run as what they limit."""
 
 import time
 
 import torch
 from device_code import call, library
+
+from dndetr.models.linear import linear
+from dndetr.ops.conv3x3 import conv3x3
 
 MIB = 1 << 20
 
@@ -11,6 +14,66 @@ MIB = 1 << 20
 def measure(device: str) -> dict[str, float]:
     """Bytes per second by kind. Rows are of 128 bytes, one head's channels of a pixel in float32."""
     return on_gpu() if device == "cuda" else on_cpu()
+
+
+def products(device: str) -> dict[str, float]:
+    """Floating-point operations per second of large products and 3x3 convolutions, as the model computes them.
+
+    On a GPU "products" and "convolutions" are bfloat16, as under autocast; on a CPU float32, with our own convolutions
+    apart, whose operations are counted as the definition has them.
+    """
+    if device == "cpu":
+        rows, weight = torch.randn(4096, 1024), torch.randn(1024, 1024)
+        image, kernel = _convolution(2, 60, 80)
+        return {
+            "products": 2 * rows.numel() * 1024 / _seconds(lambda: linear(rows, weight), 7),
+            "convolutions": 2 * 9 * 256 * image.numel() / _seconds(lambda: torch.conv2d(image, kernel, padding=1), 7),
+            "3x3 convolutions": 2 * 9 * 256 * image.numel() / _seconds(lambda: conv3x3(image, kernel), 7),
+        }
+    rates = {}
+    for name, dtype, size in (("products", torch.bfloat16, 8192), ("float32 products", torch.float32, 4096)):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        rates[name] = 2 * size**3 / gpu_seconds(lambda a=a, b=b: a @ b)
+    image, kernel = (x.to(device, torch.bfloat16) for x in _convolution(16, 100, 168))
+    seconds = gpu_seconds(lambda: torch.conv2d(image, kernel, padding=1))
+    return rates | {"convolutions": 2 * 9 * 256 * image.numel() / seconds}
+
+
+def _convolution(images: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image and a 3x3 kernel of 256 channels, both channels last."""
+    draws = torch.randn(images, 256, height, width), torch.randn(256, 256, 3, 3)
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in draws)
+
+
+def launches() -> dict[str, float]:
+    """Seconds that a GPU and its host need to start work: one small kernel, one graph of it, one empty wait."""
+    x = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        x.add_(1)
+
+    def each(function, count: int) -> float:
+        function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            function()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    return {
+        "small kernel": each(lambda: x.add_(1), 1000),
+        "small graph": each(graph.replay, 1000),
+        "wait for nothing": each(torch.cuda.synchronize, 1000),
+    }
+
+
+def to_device() -> float:
+    """Bytes per second of a copy from page-locked memory of the host."""
+    source = torch.empty(256 * MIB, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device="cuda")
+    return source.nbytes / gpu_seconds(lambda: target.copy_(source, non_blocking=True))
 
 
 def on_cpu() -> dict[str, float]:
@@ -53,24 +116,34 @@ def on_gpu() -> dict[str, float]:
     }
 
 
-def gpu_seconds(function, calls: int = 10, repeats: int = 10) -> float:
-    """Median seconds of GPU time of one call, replayed from a CUDA graph so that launches cost nothing."""
+def gpu_seconds(function, calls: int = 10, repeats: int = 10, budget: float = 0.5) -> float:
+    """Median seconds of GPU time of one call, replayed from a CUDA graph so that launches cost nothing.
+
+    calls in the graph and repeats of it: fewer, for a function that would take longer than ``budget`` seconds in all.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        function()
+        function()  # first uses compile and allocate
+        one = _elapsed(function)
     torch.cuda.current_stream().wait_stream(side)
+    affordable = max(3, int(budget / max(one, 1e-6)))
+    calls = max(1, min(calls, affordable // 3))
+    repeats = max(3, min(repeats, affordable // calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / calls)
+    times = [_elapsed(graph.replay) / calls for _ in range(repeats)]
     return sorted(times)[len(times) // 2]
+
+
+def _elapsed(function) -> float:
+    """Seconds between events on the current stream before and after a call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3

@@ -53,6 +53,12 @@ def original():
     """Deformable-DETR's extension, through whoever imported it as a module."""
     import MultiScaleDeformableAttention as extension
 
+    return _extension(_function(extension))
+
+
+def _function(extension):
+    """The differentiable function of an extension with the original one's two entries."""
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -66,7 +72,7 @@ def original():
             grad_value, grad_locations, grad_weights = extension.ms_deform_attn_backward(*inputs)
             return grad_value, None, None, grad_locations, grad_weights, None
 
-    return _extension(Function.apply)
+    return Function.apply
 
 
 def _extension(function):
@@ -82,27 +88,33 @@ def _extension(function):
 
 def classical():
     """Our own writing of the classical one-thread-per-channel mapping; float32 only."""
-    code = library("classical_deform_attn")
+    return _extension(_function(ClassicalExtension()))
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, shapes, locations, weights):
-            if value.dtype != torch.float32:
-                raise RuntimeError("the classical mapping is float32 only")
-            batch, queries, heads, levels, points, _ = locations.shape
-            ctx.sizes = [batch, queries, heads, value.shape[3], levels, points]
-            ctx.shapes = [side for shape in shapes for side in shape]
-            ctx.save_for_backward(value, locations, weights)
-            out = value.new_empty(batch, queries, heads * value.shape[3])
-            call(code.classical_forward, ctx.sizes, ctx.shapes, value, locations, weights, out)
-            return out
 
-        @staticmethod
-        def backward(ctx, grad_out):
-            value, locations, weights = ctx.saved_tensors
-            grads = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
-            inputs = (grad_out.contiguous(), value, locations, weights)
-            call(code.classical_backward, ctx.sizes, ctx.shapes, *inputs, *grads)
-            return grads[0], None, *grads[1:]
+class ClassicalExtension:
+    """What the original extension exports, with our own writing of its mapping behind it; float32 only."""
 
-    return Function.apply
+    def __init__(self):
+        self.code = library("classical_deform_attn")
+        self.shapes: dict[int, list[int]] = {}
+
+    def ms_deform_attn_forward(self, value, sizes, first, locations, weights, _):
+        if value.dtype != torch.float32:
+            raise RuntimeError("the classical mapping is float32 only")
+        out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+        call(self.code.classical_forward, *self._problem(value, sizes, locations), value, locations, weights, out)
+        return out
+
+    def ms_deform_attn_backward(self, value, sizes, first, locations, weights, grad_out, _):
+        grads = torch.zeros_like(value), torch.empty_like(locations), torch.empty_like(weights)
+        inputs = (grad_out.contiguous(), value, locations, weights)
+        call(self.code.classical_backward, *self._problem(value, sizes, locations), *inputs, *grads)
+        return grads
+
+    def _problem(self, value, sizes, locations) -> tuple[list[int], list[int]]:
+        """Sizes as the kernels take them; those of the levels, which lie on the device, are read once."""
+        pixels = value.shape[1]
+        if pixels not in self.shapes:
+            self.shapes[pixels] = sizes.flatten().tolist()
+        batch, queries, heads, levels, points, _ = locations.shape
+        return [batch, queries, heads, value.shape[3], levels, points], self.shapes[pixels]

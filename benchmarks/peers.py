@@ -1,6 +1,9 @@
 """Training steps to compare: ours by preset, and Hugging Face's detectors at the same sizes. Nothing is downloaded."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import nn
@@ -9,7 +12,9 @@ from dndetr.batch import Batch, Targets
 from dndetr.config import ModelConfig
 from dndetr.criterion import Criterion
 from dndetr.data.collate import TARGET_BUCKETS
+from dndetr.graphs import GraphedStep
 from dndetr.models.build import build_model
+from dndetr.ops import _backend
 from dndetr.optim import Schedule, build_optimizer
 from dndetr.presets import PRESETS
 from dndetr.processes import Processes
@@ -17,6 +22,14 @@ from dndetr.step import TrainStep
 from dndetr.window import Record
 
 CLASSES = 91
+
+
+@contextlib.contextmanager
+def references() -> Iterator[None]:
+    """All ops on plain torch: the stand-in for the sequence of the official code."""
+    # The other choices are put back, not forgotten: making them again runs self-tests, which would be timed.
+    with mock.patch.dict(os.environ, DNDETR_BACKEND="reference"), mock.patch.dict(_backend._decisions, clear=True):
+        yield
 
 
 def make_batch(images: int, height: int, width: int, counts: list[int]) -> Batch:
@@ -33,19 +46,25 @@ def make_batch(images: int, height: int, width: int, counts: list[int]) -> Batch
     return Batch(pixels, sizes, targets, sizes, torch.arange(images))
 
 
-def our_step(preset: str, groups: int | None = None) -> TrainStep:
-    """The whole step of a preset, without moving average (Hugging Face's has none)."""
+def our_step(
+    preset: str,
+    groups: int | None = None,
+    device: str = "cpu",
+    precision: torch.dtype = torch.float32,
+    graph: bool = False,
+) -> TrainStep:
+    """The whole step of a preset, without moving average (Hugging Face's has none); graph: captured, on a GPU."""
     config = PRESETS[preset]()
     torch.manual_seed(0)
-    model = build_model(config.model, CLASSES).to(memory_format=torch.channels_last).train()
+    model = build_model(config.model, CLASSES).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.lr)
-    return TrainStep(
+    return (GraphedStep if graph else TrainStep)(
         model,
         Criterion(),
         optimizer,
         Schedule(optimizer, lambda step: 1.0),
         None,
-        Record(10, config.model.decoder_layers, "cpu"),
+        Record(10, config.model.decoder_layers, device),
         classes=CLASSES,
         groups=config.denoising.groups if groups is None else groups,
         label_noise=config.denoising.label_noise,
@@ -53,10 +72,16 @@ def our_step(preset: str, groups: int | None = None) -> TrainStep:
         batch_active=False,
         max_queries=config.denoising.max_queries,
         clip_norm=config.optimizer.clip_norm,
-        precision=torch.float32,
-        noise_generator=torch.Generator().manual_seed(0),
+        precision=precision,
+        noise_generator=torch.Generator(device).manual_seed(0),
         processes=Processes({}),
+        **({"say": _refuse} if graph else {}),
     )
+
+
+def _refuse(text: str) -> None:
+    """A step that should have been captured and was not is no result."""
+    raise RuntimeError(text)
 
 
 def hf_model(config: ModelConfig) -> nn.Module:
@@ -94,19 +119,28 @@ def hf_model(config: ModelConfig) -> nn.Module:
     return model.train()
 
 
-def hf_step(preset: str, batch: Batch) -> Callable[[], torch.Tensor]:
-    """A training step of Hugging Face's detector, with the same clipping and optimiser as ours."""
-    model = hf_model(PRESETS[preset]().model)
+def hf_step(
+    preset: str, batch: Batch, device: str = "cpu", precision: torch.dtype = torch.float32
+) -> Callable[[], torch.Tensor]:
+    """A training step of Hugging Face's detector, with the same clipping and optimiser as ours.
+
+    precision: of autocast, float32 for none. The images come from the host in every step, as ours do.
+    """
+    model = hf_model(PRESETS[preset]().model).to(device)
     optimizer = build_optimizer(model, 1e-4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    mask = torch.ones(batch.images.shape[0], *batch.images.shape[-2:], dtype=torch.int64)
+    images = batch.images if device == "cpu" else batch.images.pin_memory()
+    mask = torch.ones(images.shape[0], *images.shape[-2:], dtype=torch.int64, device=device)
     labels = [
         {"class_labels": batch.targets.labels[image, :count], "boxes": batch.targets.boxes[image, :count]}
         for image, count in enumerate(batch.targets.counts.tolist())
     ]
+    labels = [{name: value.to(device) for name, value in label.items()} for label in labels]
 
     def step() -> torch.Tensor:
-        loss = model(pixel_values=batch.images, pixel_mask=mask, labels=labels).loss
+        arrived = images.to(device, non_blocking=True)
+        with torch.autocast(device, precision, enabled=precision != torch.float32):
+            loss = model(pixel_values=arrived, pixel_mask=mask, labels=labels).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 0.1, foreach=True)
         optimizer.step()

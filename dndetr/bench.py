@@ -5,7 +5,8 @@
     python -m dndetr.bench readme              rewrites the table (--check: only says whether it is stale)
 
 A result file holds ``provenance`` (device, versions, commit) and ``results``: name -> ``seconds``, the median of each
-implementation that was timed, ours under "ours", and whatever else was counted.
+implementation that was timed, ours under "ours", and whatever else was counted. The README leaves out what is marked
+``detail``.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def table(results: Sequence[dict]) -> str:
         rows = []
         for name, result in content["results"].items():
             seconds = dict(result["seconds"])
-            ours = seconds.pop("ours", None)
+            ours = None if result.get("detail") else seconds.pop("ours", None)
             for who, theirs in seconds.items() if ours else ():
                 rows.append(
                     f"| {name} | {milliseconds(ours)} | {who} | {milliseconds(theirs)} | {theirs / ours:.1f}x |"

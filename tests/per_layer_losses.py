@@ -50,12 +50,14 @@ def per_layer_losses(
 ) -> tuple[Tensor, Tensor]:
     """Total loss and parts [Y, 6], as :func:`dndetr.ops.set_loss` gives them."""
     logits, boxes, layout = predictions
+    device = logits.device
     counts = targets.counts.tolist()
     labels = [row[:count] for row, count in zip(targets.labels, counts, strict=True)]
     truths = [row[:count] for row, count in zip(targets.boxes, counts, strict=True)]
     objects = torch.as_tensor([sum(counts)], dtype=torch.float).clamp(min=1).item()
     in_image = [torch.arange(count) + layout.slots * g for count in counts for g in range(layout.groups)]
-    image = torch.cat([torch.full((count * layout.groups,), b) for b, count in enumerate(counts)])
+    slots = torch.cat(in_image).to(device) if in_image else None
+    image = torch.cat([torch.full((count * layout.groups,), b) for b, count in enumerate(counts)]).to(device)
     rows = []
     for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
         noised_logits, own_logits = layer_logits.split([layout.denoising, layout.matching], 1)
@@ -64,25 +66,25 @@ def per_layer_losses(
             pairs = matched(own_logits.detach(), own_boxes.detach(), labels, truths, cost)
         batch = torch.cat([torch.full_like(queries, b) for b, (queries, _) in enumerate(pairs)])
         queries = torch.cat([queries for queries, _ in pairs])
-        classes = torch.full(own_logits.shape[:2], own_logits.shape[2])
+        classes = torch.full(own_logits.shape[:2], own_logits.shape[2], device=device)
         classes[batch, queries] = torch.cat([label[found] for label, (_, found) in zip(labels, pairs, strict=True)])
-        onehot = torch.zeros(*own_logits.shape[:2], own_logits.shape[2] + 1, dtype=own_logits.dtype)
+        onehot = torch.zeros(*own_logits.shape[:2], own_logits.shape[2] + 1, dtype=own_logits.dtype, device=device)
         onehot = onehot.scatter_(2, classes[..., None], 1)[..., :-1]
         label_loss = focal(own_logits, onehot, objects, weights.alpha)
         truth = torch.cat([boxes[found] for boxes, (_, found) in zip(truths, pairs, strict=True)])
         l1, giou = paired_losses(own_boxes[batch, queries], truth, objects)
         if layout.groups:
-            slots = torch.cat(in_image)
             picked = noised_logits[image, slots]
             known = torch.cat([label for label in labels for _ in range(layout.groups)])
-            onehot = torch.zeros(len(known), picked.shape[1] + 1).scatter_(1, known[:, None], 1)[None, :, :-1]
+            onehot = torch.zeros(len(known), picked.shape[1] + 1, device=device)
+            onehot = onehot.scatter_(1, known[:, None], 1)[None, :, :-1]
             noised_objects = objects * layout.groups
             dn_label = focal(picked[None], onehot, noised_objects, weights.alpha)
             truth = torch.cat([boxes for boxes in truths for _ in range(layout.groups)])
             dn_l1, dn_giou = paired_losses(noised_boxes[image, slots], truth, noised_objects)
         else:
-            dn_label = dn_l1 = dn_giou = torch.as_tensor(0.0)
+            dn_label = dn_l1 = dn_giou = torch.as_tensor(0.0, device=device)
         rows.append(torch.stack((label_loss, l1, giou, dn_label, dn_l1, dn_giou)))
     parts = torch.stack(rows)
-    coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
+    coefficients = torch.tensor((weights.label, weights.l1, weights.giou) * 2, device=device)
     return (parts * coefficients).sum(), parts

@@ -32,6 +32,15 @@ def test_a_stale_table_is_noticed_and_renewed():
         bench.renewed("no markers", [])
 
 
+def test_the_table_leaves_out_details_but_comparisons_do_not(tmp_path, capsys):
+    found = content({"ours": 0.5, "theirs": 1.5})
+    found["results"]["one of many"] = {"seconds": {"ours": 0.1, "theirs": 0.2}, "detail": True}
+    assert "the step" in bench.table([found]) and "one of many" not in bench.table([found])
+    path = write(tmp_path / "a.json", found)
+    assert bench.main(["compare", path, path]) == 0
+    assert "one of many" in capsys.readouterr().out
+
+
 def test_comparison(tmp_path, capsys):
     a = write(tmp_path / "a.json", content({"ours": 0.4, "theirs": 1.0}))
     b = write(tmp_path / "b.json", content({"ours": 0.1, "theirs": 2.0}))

@@ -48,6 +48,14 @@ def test_shape_dtype_padding(name):
     assert cost.transpose(-1, -2).is_contiguous()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_cost_is_the_reference(name):
+    logits, boxes, targets = make_case(name, "cuda")
+    cost = match_cost(logits, boxes, targets, backend="triton")
+    torch.testing.assert_close(cost, match_cost_reference(logits, boxes, targets, CostWeights()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bf16", "f16"])
 def test_low_precision_logits_are_used_in_float32(name):
     logits, boxes, targets = make_case(name)

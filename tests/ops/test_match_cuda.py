@@ -257,6 +257,15 @@ def test_gpu_solver_answers_as_the_one_in_cpp():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_matches_as_the_cpu_does(name):
+    logits, boxes, targets = make_case(name)
+    there = match(logits.cuda(), boxes.cuda(), targets.to("cuda"), backend="cuda")
+    for found, expected in zip(there, match(logits, boxes, targets), strict=True):
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.gpu
 def test_gpu_ten_thousand_problems():
     cost, counts = costs("random", 10_000, 100, 20, 11)
     assert torch.equal(assign(cost.cuda(), counts.cuda()).cpu(), assign(cost, counts, backend="reference"))

@@ -23,7 +23,7 @@ def run(case, backend, dtype=None, weights=WEIGHTS):
     logits, boxes, *rest = case
     inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (logits, boxes)]
     total, parts = set_loss(*inputs, *rest, weights, backend)
-    slant = torch.linspace(0.5, 2, parts.numel(), dtype=parts.dtype).view_as(parts)
+    slant = torch.linspace(0.5, 2, parts.numel(), dtype=parts.dtype, device=parts.device).view_as(parts)
     grads = torch.autograd.grad(0.7 * total + (slant * parts).sum(), inputs)
     return dict(zip(NAMES, (total.detach(), parts.detach(), *grads), strict=True))
 
@@ -305,6 +305,17 @@ def test_triton_in_the_interpreter(root):
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", op.CASES)
+def test_gpu_is_as_precise_as_the_reference(name):
+    case = op.make_case(name, "cuda")
+    exact, plain, given = (run(case, *how) for how in (("reference", torch.float64), ("reference",), ("triton",)))
+    rounding = 1e-12 if case[0].dtype == torch.float64 else 4e-6
+    for part in NAMES:
+        assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
+        assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -1,0 +1,55 @@
+"""What a step's products and convolutions cost at least: their operations, at the rate that large ones reach."""
+
+from collections.abc import Callable
+
+import ceilings
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dndetr.ops.conv3x3  # noqa: F401  (defines the op)
+
+
+def _linear_pointwise(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) -> int:
+    """oneDNN's a [..., K] times b [N, K] transposed."""
+    return 2 * a.numel() * b[0]
+
+
+def _conv3x3(x: torch.Size, weight: torch.Size, bias=None, out_shape=None) -> int:
+    """x [B, C, H, W], weight [K, C, 3, 3]: as the definition has it, however it is computed."""
+    return 2 * weight.numel() * x[0] * x[2] * x[3]
+
+
+def _conv3x3_backward(grad_out, x, weight, needs_x: bool, needs_weight: bool, out_shape=None) -> int:
+    return (needs_x + needs_weight) * _conv3x3(x, weight)
+
+
+# What torch's counter does not know, and what it is counted as.
+_FORMULAS = {torch.ops.dndetr.conv3x3: _conv3x3, torch.ops.dndetr.conv3x3_backward: _conv3x3_backward}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
+
+
+def operations(function: Callable[[], object]) -> dict[str, int]:
+    """Floating-point operations of a call by kind; our other ops, attention too, count as none."""
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        function()
+    counted = {"products": 0, "convolutions": 0, "3x3 convolutions": 0}
+    for operation, count in counter.get_flop_counts()["Global"].items():
+        name = str(operation)
+        kind = "3x3 convolutions" if "conv3x3" in name else "convolutions" if "conv" in name else "products"
+        counted[kind] += count
+    return counted
+
+
+def floor(counted: dict[str, int], rates: dict[str, float]) -> float:
+    """Seconds that ``operations`` take at the rates of ``ceilings.products``."""
+    return sum(count / rates[kind] for kind, count in counted.items())
+
+
+def floating_point_floor(function: Callable[[], object], device: str = "cpu") -> float:
+    """Seconds that a call's products and convolutions take at the rates measured for large ones, now."""
+    counted = operations(function)
+    rates = ceilings.products(device)
+    if device != "cpu":  # one unit computes all of them there, and convolutions never reach what products do
+        rates = {kind: rates["products"] for kind in counted}
+    return floor(counted, rates)

@@ -1,0 +1,76 @@
+"""The result file of benchmarks, written anew with every result, so that what was measured outlives a kill."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import dndetr
+from dndetr.checkpoint import write_json_atomic
+from dndetr.ops import _backend
+
+
+class Recording:
+    """Results by name, in memory and in the file at ``path`` (None: nowhere).
+
+    Results that the file already has from the same provenance are kept: benchmarks may be run one by one.
+    """
+
+    def __init__(self, path: Path | None, provenance: dict):
+        self.path = path
+        self.content = {"provenance": provenance, "results": {}}
+        if path is not None and path.is_file():
+            before = json.loads(path.read_text())
+            if before["provenance"] == provenance:
+                self.content["results"] = before["results"]
+
+    def __call__(self, name: str, seconds: dict[str, float], **counted) -> None:
+        """Keep a result, ``seconds`` by implementation; ``detail=True`` keeps it out of the README's table."""
+        self.content["results"][name] = {"seconds": seconds, **counted}
+        if self.path is not None:
+            write_json_atomic(self.path, self.content, indent=1)
+
+
+def provenance() -> dict:
+    """Where a number comes from: machine, versions, commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "commit": _commit(),
+        "dndetr": dndetr.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": None if _backend.extension_obstacle("simd") else _backend.compiled().simd(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **_gpu(),
+    }
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    described = _told("git", "-C", str(root), "describe", "--always", "--dirty")
+    return described or os.environ.get("DNDETR_COMMIT") or "unknown"
+
+
+def _told(*command: str) -> str:
+    """What a command prints; nothing where it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _gpu() -> dict:
+    """What else a GPU's numbers depend on; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    told = _told("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0").split(", ")
+    return {"cuda": torch.version.cuda, **dict(zip(fields, told, strict=False))}
