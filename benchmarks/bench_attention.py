@@ -104,7 +104,7 @@ def medians(runs: dict, budget: float) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(record, title, sdpa, contenders, inputs, grad_out):
+def report(benchmark, record, title, sdpa, contenders, inputs, grad_out):
     """Time every contender forward and both ways, eager and (on a GPU) replayed."""
     for mode in ("eager", "graph") if GPU else ("eager",):
         for backward in (False, True):
@@ -123,12 +123,13 @@ def report(record, title, sdpa, contenders, inputs, grad_out):
             record(name, found, sdpa=sdpa, missing=missing, detail=True)
             ratios = ", ".join(f"{who} {seconds / found['ours']:.2f}x" for who, seconds in found.items())
             print(f"\n{name}: ours {found['ours'] * 1e3:.3f} ms; {ratios} (SDPA: {sdpa})", end="")
+    benchmark(passes(contenders["ours"], inputs, grad_out, True))
 
 
 @pytest.mark.parametrize("queries", LAYOUTS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def bench_group_attention(record, queries, batch, dtype):
+def bench_group_attention(benchmark, record, queries, batch, dtype):
     layout = LAYOUTS[queries]
     packed = torch.randn(batch, queries, 3, HEADS, WIDTH, dtype=dtype, device=DEVICE)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -143,7 +144,7 @@ def bench_group_attention(record, queries, batch, dtype):
         contenders["flex"] = flex(layout, queries)
     title = f"group attention, Q {queries}, B {batch}, {dtype}"
     grad_out = torch.randn(batch, queries, HEADS, WIDTH, dtype=dtype, device=DEVICE).transpose(1, 2)
-    report(record, title, sdpa_backend(q, k, v, ~blocked), contenders, (q, k, v), grad_out)
+    report(benchmark, record, title, sdpa_backend(q, k, v, ~blocked), contenders, (q, k, v), grad_out)
 
 
 def concatenated(q_content, q_position, k_content, k_position, v, mask):
@@ -155,7 +156,7 @@ def concatenated(q_content, q_position, k_content, k_position, v, mask):
 @pytest.mark.parametrize("size", KEYS if GPU else ["C5"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def bench_conditional_attention(record, size, batch, dtype):
+def bench_conditional_attention(benchmark, record, size, batch, dtype):
     queries, keys = 500, KEYS[size]
 
     def heads(length):
@@ -170,4 +171,4 @@ def bench_conditional_attention(record, size, batch, dtype):
     }
     wide = torch.cat(inputs[:2], -1), torch.cat(inputs[2:4], -1), inputs[4], mask
     title = f"conditional attention, {size}, B {batch}, {dtype}"
-    report(record, title, sdpa_backend(*wide), contenders, inputs, heads(queries))
+    report(benchmark, record, title, sdpa_backend(*wide), contenders, inputs, heads(queries))

@@ -74,7 +74,7 @@ def gpu_times(function, case) -> tuple[float, float]:
 
 @pytest.mark.parametrize("what", ["set loss", "criterion"])
 @pytest.mark.parametrize("name", ["uneven", "coco"])
-def bench_losses(record, name, what, device=DEVICE, seconds=2.0):
+def bench_losses(benchmark, record, name, what, device=DEVICE, seconds=2.0):
     logits, boxes, *rest = op.make_case(name, device)
     case = (logits.requires_grad_(), boxes.requires_grad_(), *rest)
     if what == "set loss":
@@ -90,3 +90,4 @@ def bench_losses(record, name, what, device=DEVICE, seconds=2.0):
         print(f"\n{what} {name} {passes}: " + ", ".join(f"{who} {t * 1e3:.3f} ms" for who, t in by_name.items()))
         for kind, spent in counted.items():
             print(f"  {kind} of ours: {spent * 1e6:.1f} us")
+    benchmark(timed, functions["ours"], case, device)

@@ -95,7 +95,7 @@ def alternate(functions: dict, device: str, seconds: float = 1.0) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(record, label: str, functions: dict, device: str) -> None:
+def report(benchmark, record, label: str, functions: dict, device: str) -> None:
     """Time, print and store; on a GPU also the device's time of ours, which launches are no part of."""
     seconds = alternate(functions, device)
     found = {"gpu_seconds": ceilings.gpu_seconds(functions["ours"])} if device == "cuda" else {}
@@ -104,6 +104,7 @@ def report(record, label: str, functions: dict, device: str) -> None:
     rest = [f"{name} {time * 1e3:.2f} ms ({time / ours:.1f}x)" for name, time in seconds.items() if name != "ours"]
     rest += [f"{found['gpu_seconds'] * 1e6:.1f} us of the GPU"] if found else []
     print(f"\n{label}: ours {ours * 1e3:.3f} ms, {', '.join(rest)}")
+    benchmark.pedantic(functions["ours"], rounds=3)
 
 
 def packages(cost: torch.Tensor, counts: torch.Tensor, matrices: list, device: str) -> dict:
@@ -132,20 +133,20 @@ def packages(cost: torch.Tensor, counts: torch.Tensor, matrices: list, device: s
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["trained", "collapsed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def bench_match(record, shape, kind, device):
+def bench_match(benchmark, record, shape, kind, device):
     logits, boxes, targets = predictions(*shape, kind)
     costs = shape[0] * shape[1] * int(targets.counts.sum())  # of one layer, as the official path takes them
     inputs = (logits.to(device), boxes.to(device), targets.to(device), CostWeights())
     functions = {"ours": lambda: match(*inputs)}
     if costs < MOST:
         functions["official"] = lambda: official(*inputs)
-    report(record, f"match {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)
+    report(benchmark, record, f"match {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["trained", "collapsed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def bench_assign(record, shape, kind, device):
+def bench_assign(benchmark, record, shape, kind, device):
     logits, boxes, targets = predictions(*shape, kind)
     cost, counts = match_cost(logits, boxes, targets, CostWeights()).flatten(0, 1), targets.counts.repeat(LAYERS)
     # The loop gets its matrices ready: cut to the real targets, contiguous, query-major, on the host.
@@ -154,4 +155,4 @@ def bench_assign(record, shape, kind, device):
     functions = {"ours": lambda: assign(cost, counts), "scipy": lambda: list(map(linear_sum_assignment, matrices))}
     if cost.numel() < MOST // 16:
         functions |= packages(cost, counts, matrices, device)
-    report(record, f"assign {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)
+    report(benchmark, record, f"assign {device} {IDS[SHAPES.index(shape)]} {kind}", functions, device)

@@ -6,7 +6,7 @@ import ceilings
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import dndetr.ops.conv3x3  # noqa: F401  (defines the op)
+import dndetr.ops  # noqa: F401  (defines our ops)
 
 
 def _linear_pointwise(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) -> int:
@@ -14,13 +14,13 @@ def _linear_pointwise(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) ->
     return 2 * a.numel() * b[0]
 
 
-def _conv3x3(x: torch.Size, weight: torch.Size, bias=None, out_shape=None) -> int:
-    """x [B, C, H, W], weight [K, C, 3, 3]: as the definition has it, however it is computed."""
-    return 2 * weight.numel() * x[0] * x[2] * x[3]
+def _conv3x3(x: torch.Size, weight: torch.Size, bias, stride: int, out_shape: torch.Size) -> int:
+    """weight [K, C, 3, 3], out [B, K, H, W]: as the definition has it, however it is computed."""
+    return 2 * weight.numel() * out_shape[0] * out_shape[2] * out_shape[3]
 
 
-def _conv3x3_backward(grad_out, x, weight, needs_x: bool, needs_weight: bool, out_shape=None) -> int:
-    return (needs_x + needs_weight) * _conv3x3(x, weight)
+def _conv3x3_backward(grad_out, x, weight, stride: int, needs_x: bool, needs_weight: bool, out_shape=None) -> int:
+    return (needs_x + needs_weight) * _conv3x3(x, weight, None, stride, grad_out)
 
 
 # What torch's counter does not know, and what it is counted as.

@@ -10,7 +10,7 @@
 
 namespace dndetr {
 
-constexpr int kMostRows = 48;      // of a block: its part of both factors stays in the second cache
+constexpr int kMostRows = 24;      // of a block, so that its part of one factor stays in the second cache
 constexpr int kGroupColumns = 64;  // whose products are kept at once, where they are not a result yet
 
 constexpr int rounded_up(int count, int unit) { return (count + unit - 1) / unit * unit; }

@@ -2,6 +2,7 @@
 
 from .assign import assign
 from .conditional_attention import conditional_attention
+from .conv3x3 import conv3x3
 from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
@@ -16,6 +17,7 @@ __all__ = [
     "Matches",
     "assign",
     "conditional_attention",
+    "conv3x3",
     "group_attention",
     "match",
     "match_cost",
