@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.conditional_attention import conditional_attention
+from .activations import activation
 from .linear import Linear, linear
 
 
@@ -35,16 +36,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
-            x = F.relu(layer(x))
+            x = layer(x).relu_()
         return last(x)
-
-
-def activation(name: str) -> nn.Module:
-    """ "relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
-    choices = {"relu": nn.ReLU, "prelu": nn.PReLU, "gelu": nn.GELU}
-    if name not in choices:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(choices)}")
-    return choices[name]()
 
 
 class FeedForward(nn.Module):

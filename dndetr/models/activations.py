@@ -1,0 +1,42 @@
+"""Activations of feed-forward blocks."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PReLU(nn.PReLU):
+    """``nn.PReLU`` with one slope, whose gradients on a CPU are whole-tensor operations.
+
+    torch's own kernel takes ten times as long for them as for the output there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+        return _PReLU.apply(x, self.weight) if ours else F.prelu(x, self.weight)
+
+
+class _PReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slope):
+        ctx.save_for_backward(x, slope)
+        return F.prelu(x, slope)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        x, slope = ctx.saved_tensors
+        above = torch.ops.aten.threshold_backward(grad_out, x, 0)
+        grad_slope = torch.dot(grad_out.reshape(-1), x.clamp(max=0).reshape(-1)).view(1)
+        return above.lerp_(grad_out, slope), grad_slope
+
+
+def activation(name: str) -> nn.Module:
+    """ "relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
+    # A linear layer keeps its inputs for backward, not its outputs, so a ReLU may overwrite them.
+    choices = {"relu": partial(nn.ReLU, inplace=True), "prelu": PReLU, "gelu": nn.GELU}
+    if name not in choices:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(choices)}")
+    return choices[name]()
