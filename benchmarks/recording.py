@@ -36,21 +36,29 @@ class Recording:
 
 def provenance() -> dict:
     """Where a number comes from: machine, versions, commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "commit": _commit(),
         "dndetr": dndetr.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": None if _backend.extension_obstacle("simd") else _backend.compiled().simd(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **_gpu(),
     }
+
+
+def _cpu() -> str:
+    """The processor's name, with what tells generations apart where virtual machines hide the rest of it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines() if cpuinfo.is_file() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor()
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _commit() -> str:
