@@ -62,9 +62,13 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).resolve().parents[1]
-    described = _told("git", "-C", str(root), "describe", "--always", "--dirty")
-    return described or os.environ.get("DNDETR_COMMIT") or "unknown"
+    """The commit, "-dirty" where files were changed since, other than the results that are being written."""
+    git = ("git", "-C", str(Path(__file__).resolve().parents[1]))
+    commit = _told(*git, "describe", "--always")
+    changed = _told(
+        *git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"
+    )
+    return commit + "-dirty" * bool(changed) or os.environ.get("DNDETR_COMMIT") or "unknown"
 
 
 def _told(*command: str) -> str:

@@ -1,7 +1,11 @@
 """Benchmark results are in their file as soon as they are measured."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
+import recording
 from recording import Recording
 
 
@@ -34,3 +38,22 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Recording(None, {})("one", {"ours": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_results_does_not_make_the_commit_dirty(tmp_path, monkeypatch):
+    """Else a second run would find results of another provenance in its file, and drop them."""
+    for folder in ("benchmarks/results", "dndetr"):
+        (tmp_path / folder).mkdir(parents=True)
+    copy = Path(shutil.copy(recording.__file__, tmp_path / "benchmarks"))
+    (tmp_path / "dndetr/step.py").write_text("1")
+    (tmp_path / "benchmarks/results/cpu.json").write_text("{}")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(recording, "__file__", str(copy))
+    commit = recording._commit()
+    assert len(commit) >= 7 and not commit.endswith("-dirty")
+    (tmp_path / "benchmarks/results/cpu.json").write_text("{1: 2}")
+    assert recording._commit() == commit
+    (tmp_path / "dndetr/step.py").write_text("2")
+    assert recording._commit() == commit + "-dirty"
