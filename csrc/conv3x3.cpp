@@ -17,6 +17,7 @@ namespace {
 constexpr int kSide = 4;  // of a tile of results
 constexpr int kWays = 6;  // that a line of a kernel can be met, so many places a kernel has
 constexpr int kKernelPlaces = kWays * kWays;
+constexpr std::int64_t kMostPlaces = 16 << 20;  // numbers of transformed windows and gradients that are held at once
 
 // The points 0, +-a, +-b and infinity, at which polynomials are multiplied. Around 1, so that powers stay of one size:
 // with 1 and 2 results have 2.5 times the error. All squares are exact.
@@ -55,6 +56,12 @@ std::int64_t kernel_size(const Conv3x3& p) { return std::int64_t(kKernelPlaces) 
 int team_of(const Conv3x3& p, int threads) {
   constexpr double kProductsPerTeam = 1e7;
   return double(Grid(p).count) * places(p) * p.inputs * p.outputs > kProductsPerTeam ? threads : 1;
+}
+
+// Tiles whose part of a kernel's gradient is summed at once.
+int grad_tiles(const Conv3x3& p) {
+  const std::int64_t most = std::max<std::int64_t>(kMostPlaces / (places(p) * (p.inputs + p.outputs)), 1);
+  return std::min<std::int64_t>(Grid(p).count, rounded_up(most, kMostRows));
 }
 
 // One of the two convolutions, whose scratch lies behind the transformed kernel.
@@ -96,7 +103,7 @@ Conv3x3Workspace conv3x3_workspace(const Conv3x3& p, int threads, Simd simd) {
   const int panel = block_shape(simd).panel;
   return {Convolution(p, p.inputs, p.outputs, threads, simd).workspace(),
           Convolution(p, p.outputs, p.inputs, threads, simd).workspace(),
-          places(p) * Grid(p).count * (p.inputs + p.outputs) +
+          places(p) * grad_tiles(p) * (p.inputs + p.outputs) +
               std::int64_t(team_of(p, threads)) * kKernelPlaces * panel * panel};
 }
 
@@ -123,22 +130,26 @@ void conv3x3_grad_weight(const Conv3x3& p, float* x, float* grad_out, float* gra
   simd = std::min(simd, best_simd());
   const int team = team_of(p, threads), panel = block_shape(simd).panel;
   const Grid grid(p);
-  float* results = workspace + places(p) * grid.count * p.inputs;
-  float* scratch = results + places(p) * grid.count * p.outputs;
+  const int most = grad_tiles(p), inputs = p.inputs / panel, outputs = p.outputs / panel;
+  float* results = workspace + places(p) * most * p.inputs;
+  float* scratch = results + places(p) * most * p.outputs;
   const auto windows_of = DNDETR_STRIDE(simd, p, transform_windows);
   const auto gradients_of = DNDETR_STRIDE(simd, p, transform_gradients);
-  for_all(rounded_up(grid.count, kMostRows) / kMostRows, team, [&](int step) {
-    const int first = step * kMostRows, count = std::min(kMostRows, grid.count - first);
-    const std::int64_t place = std::int64_t(first) * panel;
-    windows_of({x, p.height, p.width, p.inputs}, grid, first, count, grid.count, workspace + place);
-    gradients_of({grad_out, p.out_height(), p.out_width(), p.outputs}, grid, first, count, grid.count, results + place);
-  });
-  const int inputs = p.inputs / panel, outputs = p.outputs / panel;
-  const auto run = DNDETR_STRIDE(simd, p, grad_kernel_block);
-  for_all(outputs * inputs, team, [&](int index) {
-    float* own = scratch + std::int64_t(thread_number()) * kKernelPlaces * panel * panel;
-    run(results, workspace, p.inputs, p.outputs, grid.count, index / inputs, index % inputs, grad_weight, own);
-  });
+  const auto add = DNDETR_STRIDE(simd, p, grad_kernel_block);
+  std::memset(grad_weight, 0, sizeof(float) * 9 * p.inputs * p.outputs);
+  for (int start = 0; start < grid.count; start += most) {
+    const int tiles = std::min(most, grid.count - start);
+    for_all(rounded_up(tiles, kMostRows) / kMostRows, team, [&](int step) {
+      const int first = step * kMostRows, count = std::min(kMostRows, tiles - first);
+      const std::int64_t place = std::int64_t(first) * panel;
+      windows_of({x, p.height, p.width, p.inputs}, grid, start + first, count, tiles, workspace + place);
+      gradients_of({grad_out, p.out_height(), p.out_width(), p.outputs}, grid, start + first, count, tiles, results + place);
+    });
+    for_all(outputs * inputs, team, [&](int index) {
+      float* own = scratch + std::int64_t(thread_number()) * kKernelPlaces * panel * panel;
+      add(results, workspace, p.inputs, p.outputs, tiles, index / inputs, index % inputs, grad_weight, own);
+    });
+  }
 }
 
 }  // namespace dndetr

@@ -20,6 +20,14 @@ struct Square {
   DNDETR_KERNEL void put(int i, int j, Vec x) const { at(at0 + i * row + j * column) = x; }
 };
 
+// One that is added to.
+struct Sums {
+  float* at0;
+  std::int64_t row, column;
+
+  DNDETR_KERNEL void put(int i, int j, Vec x) const { at(at0 + i * row + j * column) += x; }
+};
+
 // Part of a map, zero beyond its edges; of the rows and columns from `low` to below `high` there are pixels.
 template <bool Inside>
 struct Pixels {
@@ -188,8 +196,8 @@ DNDETR_TARGET void grad_input_block(const Map& map, const float* kernel, const B
   convolve_tiles<typename L::GradWindow, typename L::GradPixels>(map, kernel, block, bias, out, grid, scratch);
 }
 
-// The gradient [outputs, 3, 3, inputs] of a kernel where a panel of outputs meets one of inputs, from places of all tiles.
-// scratch: kKernelPlaces * kPanel * kPanel numbers.
+// Adds to the gradient [outputs, 3, 3, inputs] of a kernel where a panel of outputs meets one of inputs, from the places of
+// some tiles. scratch: kKernelPlaces * kPanel * kPanel numbers.
 template <int Stride>
 DNDETR_TARGET void grad_kernel_block(const float* results, const float* windows, int inputs, int outputs, int tiles,
                                      int output, int input, float* grad, float* scratch) {
@@ -208,7 +216,7 @@ DNDETR_TARGET void grad_kernel_block(const float* results, const float* windows,
     for (int c = 0; c < kWide; c += kLanes<float>) {
       float* to = grad + (std::int64_t(output) * kWide + k) * 9 * inputs + input * kWide + c;
       transform<typename Lines<Stride>::GradKernel>(Square{scratch + k * kWide + c, kPlace * kWays, kPlace},
-                                                    Square{to, 3 * std::int64_t(inputs), inputs});
+                                                    Sums{to, 3 * std::int64_t(inputs), inputs});
     }
   }
 }

@@ -10,7 +10,7 @@ from dndetr.ops.conv3x3 import CASES, conv3x3, conv3x3_reference, make_case
 
 SIMD = ("plain", "avx2", "avx512")
 NAMES = ("x", "weight", "bias")
-TOLERANCE = 24 * torch.finfo(torch.float32).eps  # of the largest number; torch's own sums are within 2 to 40
+TOLERANCE = 24 * torch.finfo(torch.float32).eps  # of the largest number
 
 
 @pytest.fixture(params=SIMD)
@@ -38,14 +38,15 @@ def convolutions(stride):
 
 
 def compare(inputs, stride):
-    """Output and gradients by name against torch's in float64."""
+    """Output and gradients by name against torch's in float64, within TOLERANCE or what torch is off in float32."""
     names, (mine, reference) = NAMES[: len(inputs)], convolutions(stride)
     exact = outputs(reference, [tensor.double() for tensor in inputs], names)
-    found = outputs(mine, inputs, names)
+    plain, found = outputs(reference, inputs, names), outputs(mine, inputs, names)
     for name, truth in exact.items():
         assert found[name].isfinite().all(), name
         if truth.numel():
-            assert (found[name] - truth).abs().max() <= TOLERANCE * truth.abs().max(), name
+            allowed = torch.maximum(TOLERANCE * truth.abs().max(), (plain[name] - truth).abs().max())
+            assert (found[name] - truth).abs().max() <= allowed, name
 
 
 @pytest.fixture
