@@ -133,9 +133,13 @@ def conv3x3(
     """
     if stride not in (1, 2):
         raise ValueError(f"conv3x3: stride must be 1 or 2, got {stride}")
+    fitting = x.dim() == 4 and weight.shape[1:] == (x.shape[1], 3, 3)
+    if not fitting or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = f"{list(x.shape)}, {list(weight.shape)}{'' if bias is None else f', {list(bias.shape)}'}"
+        raise ValueError(f"conv3x3: x must be [B, C, H, W], weight [K, C, 3, 3], bias [K]; got {shapes}")
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     takes = (
-        x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
+        all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
         and x.shape[1] % CHANNELS == len(weight) % CHANNELS == 0
         and not torch.is_autocast_enabled("cpu")
     )

@@ -155,6 +155,15 @@ def test_what_the_kernel_does_not_take_is_torchs(calls):
     assert torch.equal(conv3x3(x, weight, bias, backend="reference"), conv3x3_reference(x, weight, bias))
 
 
+def test_shapes_that_do_not_fit_are_named():
+    x, weight, bias = make_case("edges")
+    for wrong in ((x[0], weight, bias), (x, weight[:, :, :, :2], bias), (x, weight.repeat(1, 2, 1, 1), bias)):
+        with pytest.raises(ValueError, match=r"weight \[K, C, 3, 3\], bias \[K\]; got \["):
+            conv3x3(*wrong)
+    with pytest.raises(ValueError, match=r"\[96, 32, 3, 3\], \[95\]"):
+        conv3x3(x, weight, bias[1:])
+
+
 class Convolution(torch.nn.Module):
     def __init__(self, weight):
         super().__init__()
