@@ -140,6 +140,7 @@ def conv3x3(
     tensors = (x, weight) if bias is None else (x, weight, bias)
     takes = (
         all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+        and weight.numel() > 0
         and x.shape[1] % CHANNELS == len(weight) % CHANNELS == 0
         and not torch.is_autocast_enabled("cpu")
     )
