@@ -11,6 +11,12 @@
 set -uo pipefail
 out=${1:?"usage: benchmarks/gpu.sh OUT [SECONDS] [WHEELS]"}
 budget=${2:-540}
+refuse() { # WHY
+    echo "gpu.sh: $1" >&2
+    exit 2
+}
+[[ $budget =~ ^[1-9][0-9]*$ ]] || refuse "SECONDS must be a whole number, got $budget"
+[ -z "${3:-}" ] || [ -d "$3" ] || refuse "there is no folder of wheels $3"
 wheels=${3:+$(realpath "$3")}
 [ -n "${DRY_RUN:-}" ] || mkdir -p "$out"
 out=$(realpath -m "$out")
@@ -19,20 +25,19 @@ export PYTHONUNBUFFERED=1 # so that logs are complete whatever ends a stage
 failed=0
 
 all="device wheels build doctor tests sanitize ceilings step msda matching attention losses train"
-stages=${STAGES:-$all}
-for word in $stages; do
-    if [[ " $all " != *" ${word%%-*} "* ]]; then
-        echo "gpu.sh: there is no stage $word; the first words of stages are: $all" >&2
-        exit 2
-    fi
+read -ra stages <<<"${STAGES:-$all}"
+[ ${#stages[@]} -gt 0 ] || refuse "STAGES is empty; the first words of stages are: $all"
+for word in "${stages[@]}"; do
+    [[ " $all " == *" ${word%%-*} "* ]] || refuse "there is no stage $word; the first words of stages are: $all"
 done
+met=" " # words that stages were found for
 
 chosen() { # NAME
-    local word
-    for word in $stages; do
-        [[ $1 == "$word" || $1 == "$word"-* ]] && return
+    local word found=1
+    for word in "${stages[@]}"; do
+        [[ $1 == "$word" || $1 == "$word"-* ]] && met+="$word " && found=0
     done
-    return 1
+    return $found
 }
 
 note() { # NAME WHAT SECONDS REASON
@@ -140,4 +145,7 @@ if [ -n "${DRY_RUN:-}" ] || { [ -d "$shared/data/bccd" ] && [ -f "$weights" ]; }
 else
     skip train-bccd "DNDETR_SHARED holds no data/bccd, or no weights/${weights##*/}"
 fi
+for word in "${stages[@]}"; do
+    [[ $met == *" $word "* ]] || refuse "there was no stage $word"
+done
 exit "$failed"

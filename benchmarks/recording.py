@@ -22,10 +22,19 @@ class Recording:
     def __init__(self, path: Path | None, provenance: dict):
         self.path = path
         self.content = {"provenance": provenance, "results": {}}
-        if path is not None and path.is_file():
-            before = json.loads(path.read_text())
-            if before["provenance"] == provenance:
-                self.content["results"] = before["results"]
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text())
+                same, results = before["provenance"] == provenance, before["results"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"--results {path}: the file is there and holds no results; name another one"
+                ) from None
+            if same:
+                self.content["results"] = results
 
     def __call__(self, name: str, seconds: dict[str, float], **counted) -> None:
         """Keep a result, ``seconds`` by implementation; ``detail=True`` keeps it out of the README's table."""

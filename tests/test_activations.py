@@ -35,6 +35,23 @@ def test_prelu_of_any_strides_and_dtype():
             torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
 
 
+def test_what_is_not_one_slope_in_float32_is_torchs():
+    torch.manual_seed(0)
+    several, x = PReLU(5).requires_grad_(False), torch.randn(3, 5, 4, requires_grad=True)
+    several.weight.copy_(torch.linspace(0.1, 0.5, 5))
+    plain = nn.PReLU(5)
+    plain.load_state_dict(several.state_dict())
+    given, expected = (torch.autograd.grad(module(x).sum(), x)[0] for module in (several, plain))
+    assert torch.equal(given, expected)
+    scalar = torch.tensor(-2.0, requires_grad=True)
+    PReLU()(scalar).backward()
+    assert scalar.grad == 0.25
+    with torch.autocast("cpu", torch.bfloat16):
+        out = PReLU()(x)
+    out.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_prelu_keeps_its_name_in_a_checkpoint_and_exports():
     assert list(PReLU().state_dict()) == list(nn.PReLU().state_dict())
     exported = torch.export.export(PReLU(), (torch.randn(3, 4),))

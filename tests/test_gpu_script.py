@@ -93,6 +93,22 @@ def test_a_stage_that_does_not_exist(root):
     assert process.returncode == 2 and "no stage mdsa" in errors and out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "stages", "why"),
+    [
+        (("out",), "build step-desne", "there was no stage step-desne"),
+        (("out",), " ", "STAGES is empty"),
+        (("out", "1.5"), "build", "SECONDS must be a whole number, got 1.5"),
+        (("out", "09"), "build", "SECONDS must be a whole number, got 09"),
+        (("out", "60", "no/such"), "wheels", "there is no folder of wheels no/such"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(root, arguments, stages, why):
+    process = start(root, *arguments, STAGES=stages, DRY_RUN="1")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and why in errors
+
+
 def test_benchmarks_can_be_collected(root, planned):
     commands = [found for stage in planned if (found := after(stage.command, "-m", "pytest")) is not None]
     named = sorted({found[0] for found in commands if found[0].startswith("benchmarks/")})

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import recording
 from recording import Recording
 
@@ -32,6 +33,20 @@ def test_results_of_the_same_provenance_are_kept(tmp_path):
     assert list(results(path)) == ["one", "two"]
     Recording(path, {"commit": "b"})("three", {})
     assert list(results(path)) == ["three"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"provenance": {}}'])
+def test_a_file_that_holds_something_else_is_kept_and_named(tmp_path, text):
+    path = tmp_path / "out.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"out\.json: the file is there and holds no results"):
+        Recording(path, {})
+    assert path.read_text() == text
+
+
+def test_a_new_folder_is_made_before_anything_is_measured(tmp_path):
+    Recording(tmp_path / "new" / "out.json", {})
+    assert (tmp_path / "new").is_dir()
 
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):

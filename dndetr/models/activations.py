@@ -14,7 +14,14 @@ class PReLU(nn.PReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        ours = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and not torch.compiler.is_compiling()
+        ours = (
+            x.is_cpu
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.dim() > 0
+            and self.weight.numel() == 1
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
         return _PReLU.apply(x, self.weight) if ours else F.prelu(x, self.weight)
 
 

@@ -96,7 +96,12 @@ def _differentiate(ctx, grad_out):
     return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None
 
 
+def _refuse(ctx, *grads):
+    raise RuntimeError("conv3x3 can be differentiated once; with backend='reference' as often as torch's convolution")
+
+
 torch.library.register_autograd("dndetr::conv3x3", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("dndetr::conv3x3_backward", _refuse)
 
 
 def _empty_map(like: Tensor, *shape: int) -> Tensor:
@@ -129,7 +134,8 @@ def conv3x3(
     """Convolution with 3x3 kernels and a border of one zero.
 
     x [B, C, H, W], weight [K, C, 3, 3], bias [K], stride 1 or 2 -> [B, K, H / stride, W / stride], rounded up.
-    What the C++ kernel does not take (other than float32 on a CPU, autocast, channels no multiples of 32) is torch's.
+    What the C++ kernel does not take (other than float32 on a CPU, autocast, channels no multiples of 32) is torch's; the
+    kernel's results can be differentiated once.
     """
     if stride not in (1, 2):
         raise ValueError(f"conv3x3: stride must be 1 or 2, got {stride}")

@@ -155,6 +155,13 @@ def test_what_the_kernel_does_not_take_is_torchs(calls):
     assert torch.equal(conv3x3(x, weight, bias, backend="reference"), conv3x3_reference(x, weight, bias))
 
 
+def test_a_second_derivative_is_refused():
+    x, weight, bias = (tensor.requires_grad_() for tensor in make_case("edges"))
+    (grad_x,) = torch.autograd.grad(ours(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="conv3x3 can be differentiated once"):
+        grad_x.sum().backward()
+
+
 def test_shapes_that_do_not_fit_are_named():
     x, weight, bias = make_case("edges")
     for wrong in ((x[0], weight, bias), (x, weight[:, :, :, :2], bias), (x, weight.repeat(1, 2, 1, 1), bias)):
