@@ -134,8 +134,8 @@ def conv3x3(
     """Convolution with 3x3 kernels and a border of one zero.
 
     x [B, C, H, W], weight [K, C, 3, 3], bias [K], stride 1 or 2 -> [B, K, H / stride, W / stride], rounded up.
-    What the C++ kernel does not take (other than float32 on a CPU, autocast, channels no multiples of 32) is torch's; the
-    kernel's results can be differentiated once.
+    What the C++ kernel does not take (other than float32 on a CPU, autocast, channels no multiples of 32) is torch's.
+    The kernel's results can be differentiated once.
     """
     if stride not in (1, 2):
         raise ValueError(f"conv3x3: stride must be 1 or 2, got {stride}")
