@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class PReLU(nn.PReLU):
     """``nn.PReLU`` with one slope, whose gradients on a CPU are whole-tensor operations.
 
-    torch's own kernel takes ten times as long for them as for the output there.
+    torch's own kernel takes many times as long for them as for the output there.
     """
 
     def forward(self, x: Tensor) -> Tensor:
