@@ -28,26 +28,27 @@ struct Block {
 // Whole rows where there are enough of them for all threads, else parts of them.
 class Blocks {
  public:
-  int rows, group;
+  int rows, panels, group;
 
+  // `columns` are whole panels.
   Blocks(int count, int columns, BlockShape shape, int threads)
-      : group(std::max(1, kGroupColumns / shape.panel)), count_(count), panels_(rounded_up(columns, shape.panel) / shape.panel) {
+      : panels(columns / shape.panel), group(std::max(1, kGroupColumns / shape.panel)), count_(count) {
     const bool few = count < std::int64_t(threads) * kMostRows;
     const int rounds = few ? 1 : threads, blocks = std::max(1, rounded_up(count, kMostRows * rounds) / kMostRows);
     rows = std::max(shape.unit, rounded_up((count + blocks - 1) / blocks, shape.unit));
     blocks_ = rounded_up(count, rows) / rows;
-    parts_ = few && blocks_ ? std::min(panels_, (threads + blocks_ - 1) / blocks_) : 1;
+    parts_ = few && blocks_ ? std::min(panels, (threads + blocks_ - 1) / blocks_) : 1;
   }
 
   int count() const { return blocks_ * parts_; }
 
   Block operator[](int index) const {
     const int first = index / parts_ * rows, part = index % parts_;
-    return {rows, first, std::min(rows, count_ - first), panels_ * part / parts_, panels_ * (part + 1) / parts_, group};
+    return {rows, first, std::min(rows, count_ - first), panels * part / parts_, panels * (part + 1) / parts_, group};
   }
 
  private:
-  int count_, panels_, blocks_, parts_;
+  int count_, blocks_, parts_;
 };
 
 // Runs step(index) for all indices below `count`, in a team.

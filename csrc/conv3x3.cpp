@@ -72,7 +72,6 @@ class Convolution {
         shape_(block_shape(simd)),
         team_(team_of(p, threads)),
         blocks_(grid_.count, outputs, shape_, team_),
-        panels_(outputs / shape_.panel),
         kernel_(kernel_size(p)),
         scratch_(places(p) * blocks_.rows * (inputs + blocks_.group * shape_.panel)) {}
 
@@ -81,7 +80,7 @@ class Convolution {
   template <class Prepare, class Run>
   void operator()(const Map& map, const Map& out, const float* bias, float* workspace, const Prepare& prepare,
                   const Run& run) const {
-    for_all(panels_, team_, prepare);
+    for_all(blocks_.panels, team_, prepare);
     for_all(blocks_.count(), team_, [&](int index) {
       run(map, workspace, blocks_[index], bias, out, grid_, workspace + kernel_ + thread_number() * scratch_);
     });
@@ -92,7 +91,6 @@ class Convolution {
   BlockShape shape_;
   int team_;
   Blocks blocks_;
-  int panels_;
   std::int64_t kernel_, scratch_;
 };
 

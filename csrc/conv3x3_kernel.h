@@ -124,7 +124,7 @@ DNDETR_TARGET void transform_kernel(const float* kernel, int inputs, int outputs
     for (int n = 0; n < kBlock * kPanel<float>; n += kLanes<float>) {
       float* to = places + (std::int64_t(panel) * inputs + c) * kPanel<float> + n;
       transform<typename Lines<Stride>::Kernel>(Square{taps + n, 3 * kBlock * kPanel<float>, kBlock * kPanel<float>},
-                          Square{to, place * kWays, place});
+                                                Square{to, place * kWays, place});
     }
   }
 }
@@ -138,7 +138,7 @@ DNDETR_TARGET void transform_turned_kernel(const float* kernel, int inputs, int 
       const float* last = kernel + (std::int64_t(k) * 9 + 8) * inputs + panel * kPanel<float> + n;
       float* to = places + (std::int64_t(panel) * outputs + k) * kPanel<float> + n;
       transform<typename Lines<Stride>::Kernel>(Square{const_cast<float*>(last), -3 * std::int64_t(inputs), -inputs},
-                          Square{to, place * kWays, place});
+                                                Square{to, place * kWays, place});
     }
   }
 }
@@ -154,6 +154,7 @@ DNDETR_TARGET void convolve_tiles(const Map& map, const float* kernel, const Blo
   float* windows = scratch;
   float* products = windows + std::int64_t(kPlaces) * inputs * tiles;
   transform_tiles<Window>(map, grid, block.first, block.count, tiles, windows);
+  // Rows that only fill up the height are multiplied too, and must not be slow subnormal numbers.
   for (int p = 0; p < kPlaces * panels; ++p) {
     std::memset(windows + (std::int64_t(p) * tiles + block.count) * kWide, 0,
                 (height - block.count) * kWide * sizeof(float));

@@ -5,7 +5,7 @@ constexpr int kRows = DNDETR_VECTOR == 64 ? 12 : 6;  // two registers for each o
 template <class Real>
 constexpr int kLanes = Registers<Real>::lanes;
 template <class Real>
-constexpr int kPanel = 2 * kLanes<Real>;  // keys
+constexpr int kPanel = 2 * kLanes<Real>;  // columns that are summed together
 
 // Functions of their own, so that nothing but sums competes for registers.
 #define DNDETR_PRODUCT __attribute__((noinline)) DNDETR_TARGET
