@@ -23,8 +23,17 @@ def _conv3x3_backward(grad_out, x, weight, stride: int, needs_x: bool, needs_wei
     return (needs_x + needs_weight) * _conv3x3(x, weight, None, stride, grad_out)
 
 
+def _weight_gradients(grad_out: torch.Size, x: torch.Size, out_shape=None) -> int:
+    """grad_out [M, N], x [M, K]."""
+    return 2 * x.numel() * grad_out[1]
+
+
 # What torch's counter does not know, and what it is counted as.
-_FORMULAS = {torch.ops.dndetr.conv3x3: _conv3x3, torch.ops.dndetr.conv3x3_backward: _conv3x3_backward}
+_FORMULAS = {
+    torch.ops.dndetr.conv3x3: _conv3x3,
+    torch.ops.dndetr.conv3x3_backward: _conv3x3_backward,
+    torch.ops.dndetr.weight_gradients: _weight_gradients,
+}
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear_pointwise
 

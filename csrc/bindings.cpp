@@ -270,6 +270,23 @@ void conv3x3(std::array<int, 6> sizes, std::array<std::uintptr_t, Count> arrays,
   std::apply(run, arrays);
 }
 
+// `sizes`: rows, inputs, outputs.
+dndetr::WeightGradients weight_gradients_problem(std::array<std::int64_t, 3> sizes) {
+  return {sizes[0], static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
+}
+
+std::int64_t weight_gradients_workspace(std::array<std::int64_t, 3> sizes, int threads, const std::string& simd) {
+  return dndetr::weight_gradients_workspace(weight_gradients_problem(sizes), threads, simd_named(simd));
+}
+
+void weight_gradients(std::array<std::int64_t, 3> sizes, std::array<std::uintptr_t, 5> arrays, int threads,
+                      const std::string& simd) {
+  const auto at = [&](int index) { return reinterpret_cast<float*>(arrays[index]); };
+  const dndetr::Simd chosen = simd_named(simd);
+  py::gil_scoped_release release;
+  dndetr::weight_gradients(weight_gradients_problem(sizes), at(0), at(1), at(2), at(3), at(4), threads, chosen);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -338,4 +355,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads") = 1, py::arg("simd") = "", "grad_out, weight -> grad_x; workspace.");
   m.def("conv3x3_grad_weight", &conv3x3<dndetr::conv3x3_grad_weight, 4>, py::arg("sizes"), py::arg("arrays"),
         py::arg("threads") = 1, py::arg("simd") = "", "x, grad_out -> grad_weight; workspace.");
+  m.def("weight_gradients_workspace", &weight_gradients_workspace, py::arg("sizes"), py::arg("threads") = 1,
+        py::arg("simd") = "", "Numbers of workspace for a linear layer's gradients of weight and bias.");
+  m.def("weight_gradients", &weight_gradients, py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1,
+        py::arg("simd") = "", "grad_out, x -> grad_weight, grad_bias (or 0); workspace.");
 }

@@ -161,6 +161,18 @@ void conv3x3_grad_input(const Conv3x3& problem, float* grad_out, const float* we
 void conv3x3_grad_weight(const Conv3x3& problem, float* x, float* grad_out, float* grad_weight, float* workspace,
                          int threads, Simd simd);
 
+// Of a linear layer: x [rows, inputs], grad_out [rows, outputs], contiguous, in float32.
+struct WeightGradients {
+  std::int64_t rows;
+  int inputs, outputs;
+};
+
+// Numbers of workspace, aligned to 64 bytes.
+std::int64_t weight_gradients_workspace(const WeightGradients& problem, int threads, Simd simd);
+// grad_weight [outputs, inputs] = grad_out^T x, grad_bias [outputs], or null.
+void weight_gradients(const WeightGradients& problem, const float* grad_out, const float* x, float* grad_weight,
+                      float* grad_bias, float* workspace, int threads, Simd simd);
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
 // logits or boxes are, else float.
 struct SetLoss {

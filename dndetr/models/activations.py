@@ -1,7 +1,5 @@
 """Activations of feed-forward blocks."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,9 +39,8 @@ class _PReLU(torch.autograd.Function):
 
 
 def activation(name: str) -> nn.Module:
-    """ "relu", "prelu" (one learned slope, the official default for DAB) or "gelu"."""
-    # A linear layer keeps its inputs for backward, not its outputs, so a ReLU may overwrite them.
-    choices = {"relu": partial(nn.ReLU, inplace=True), "prelu": PReLU, "gelu": nn.GELU}
+    """ "prelu" (one learned slope, the official default for DAB) or "gelu"; "relu" is part of a linear layer."""
+    choices = {"prelu": PReLU, "gelu": nn.GELU}
     if name not in choices:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(choices)}")
+        raise ValueError(f"unknown activation {name!r}: choose relu, {' or '.join(choices)}")
     return choices[name]()

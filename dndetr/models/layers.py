@@ -36,7 +36,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
-            x = layer(x).relu_()
+            x = layer(x, relu=True)
         return last(x)
 
 
@@ -46,11 +46,12 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, activation_name: str):
         super().__init__()
         self.linear1, self.linear2 = Linear(width, hidden), Linear(hidden, width)
-        self.activation = activation(activation_name)
+        self.activation = None if activation_name == "relu" else activation(activation_name)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.linear2(self.activation(self.linear1(x))))
+        hidden = self.linear1(x, relu=True) if self.activation is None else self.activation(self.linear1(x))
+        return self.norm(x + self.linear2(hidden))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
