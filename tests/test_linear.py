@@ -1,8 +1,9 @@
-"""Linear layers: oneDNN's float32 products against torch's own in float64."""
+"""Linear layers: float32 products against torch's own in float64, and ReLUs that are part of them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dndetr.models import linear as module
 from dndetr.models.linear import Linear, linear
@@ -76,3 +77,47 @@ def test_only_float32_outside_autocast_and_export_is_ours(monkeypatch):
     assert any("linear" in str(node.target) for node in exported.graph.nodes)
     assert len(calls) == 1
     torch.autograd.gradcheck(layer, x.double().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_relu_may_follow_at_once(shape, with_bias, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(SHAPES[shape], dtype=dtype), torch.randn(40, 24, dtype=dtype)
+    bias = torch.randn(40, dtype=dtype) if with_bias else None
+    found = gradients(lambda *given: linear(*given, relu=True), x, weight, bias)
+    expected = gradients(lambda *given: linear(*given).relu(), x, weight, bias)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_relu_hides_no_nan():
+    x = torch.full((2, 16), float("nan"))
+    for dtype in (torch.float32, torch.float64):
+        assert linear(x.to(dtype), torch.ones(16, 16, dtype=dtype), relu=True).isnan().all()
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that only move numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten.clone, torch.ops.aten.new_zeros):
+            self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_relu_costs_no_copies_backwards(dtype):
+    """As changing a view in place does."""
+    layer, x = Linear(16, 20).to(dtype), torch.randn(2, 3, 16, dtype=dtype, requires_grad=True)
+    weighting = torch.randn(2, 3, 20, dtype=dtype)
+    with Copies() as plain:
+        layer(x).relu_().backward(weighting)
+    with Copies() as copies:
+        layer(x, relu=True).backward(weighting)
+    assert plain.seen and not copies.seen

@@ -8,6 +8,7 @@ from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .set_loss import PARTS, LossWeights, set_loss
+from .weight_gradients import weight_gradients
 
 __all__ = [
     "PARTS",
@@ -24,4 +25,5 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "set_loss",
+    "weight_gradients",
 ]

@@ -37,13 +37,13 @@ def _weight_gradients_fake(grad_out, x):
 def weight_gradients(grad_out: Tensor, x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """What ``x @ weight.T + bias`` hands on to weight and bias; not differentiable.
 
-    grad_out [M, N], x [M, K] -> grad_weight [N, K], grad_bias [N]. What the C++ kernel does not take (other than float32
-    on a CPU) is torch's. ValueError for other shapes.
+    grad_out [M, N], x [M, K] -> grad_weight [N, K], grad_bias [N]. What the C++ kernel does not take (other than
+    float32 on a CPU, nothing at all) is torch's. ValueError for other shapes.
     """
     if grad_out.dim() != 2 or x.dim() != 2 or len(grad_out) != len(x):
         shapes = f"{list(grad_out.shape)}, {list(x.shape)}"
         raise ValueError(f"weight_gradients: grad_out must be [M, N], x [M, K]; got {shapes}")
-    takes = all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in (grad_out, x))
+    takes = all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.numel() for tensor in (grad_out, x))
     if not takes or _backend.choose("weight_gradients", backend, "cpu")[0] == "reference":
         return weight_gradients_reference(grad_out, x)
     return torch.ops.dndetr.weight_gradients(grad_out, x)
@@ -76,13 +76,8 @@ def _self_test(device_type: str) -> float:
     return max((found - wanted).abs().max().item() for found, wanted in pairs)
 
 
-_backend.register(
-    "weight_gradients",
-    _backend.Backend(
-        "cpp",
-        ("cpu",),
-        lambda device: _backend.extension_obstacle("weight_gradients") if device == "cpu" else "it works on CPU tensors",
-        _self_test,
-        tolerance=1e-4,
-    ),
-)
+def _obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("weight_gradients") if device_type == "cpu" else "it works on CPU tensors"
+
+
+_backend.register("weight_gradients", _backend.Backend("cpp", ("cpu",), _obstacle, _self_test, tolerance=1e-4))
