@@ -41,6 +41,7 @@ CONFIGS = {
     "batch-norm-from-scratch": replace(
         _MULTI,
         variant="dn-deformable-detr",
+        encoder_layers=0,
         levels=2,
         anchors="grid",
         backbone=replace(_SMALL.backbone, norm="batch", stem="small", frozen=0, outputs=(2, 3)),

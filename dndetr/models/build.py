@@ -35,13 +35,14 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
     deformable_decoder = config.variant == "dn-deformable-detr"
     dense = config.encoder == "dense"
     levels, width = config.levels, config.width
+    positions = config.encoder_layers > 0 or not deformable_decoder  # deformable decoders know them by their anchors
     projection = InputProjection(
         backbone.widths,
         width,
         levels,
         norm=config.variant != "dn-detr",
-        level_embedding=config.variant != "dn-detr",
-        temperature=config.temperature,
+        level_embedding=positions and config.variant != "dn-detr",
+        temperature=config.temperature if positions else None,
         shift=config.position_shift,
     )
     shape = {"width": width, "heads": config.heads, "hidden": config.hidden}

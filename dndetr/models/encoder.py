@@ -32,7 +32,7 @@ class DenseEncoder(nn.Module):
     def __init__(self, width: int, heads: int, layers: int, hidden: int, activation: str):
         super().__init__()
         self.layers = nn.ModuleList(DenseEncoderLayer(width, heads, hidden, activation) for _ in range(layers))
-        self.query_scale = MLP(width, width, width)
+        self.query_scale = MLP(width, width, width) if layers else None
         xavier(self)
 
     def forward(self, features: Features) -> Features:

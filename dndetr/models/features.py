@@ -13,12 +13,12 @@ from .position import pixel_encoding
 class Features(NamedTuple):
     """Flattened feature levels, finest first.
 
-    tokens, position [B, S, C]; shapes ((h, w), ...) Python ints; valid_sizes [B, L, 2] int64 valid (height, width) per
-    level; valid [B, S] bool, True inside.
+    tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
+    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside.
     """
 
     tokens: Tensor
-    position: Tensor
+    position: Tensor | None
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
     valid: Tensor
@@ -46,12 +46,23 @@ def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
     return torch.stack(levels, dim=1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` in its parameters' precision, under autocast too, as torch has it on GPUs.
+
+    On a CPU its bfloat16 kernel for channels-last maps takes three times as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class InputProjection(nn.Module):
     """Brings backbone maps to the model's width and flattens them into tokens with position encodings.
 
     ``levels`` beyond the backbone's maps are made by 3x3 convolutions of stride 2, the first on the raw last map. With
     ``norm`` (the multi-scale models) each projection ends in a GroupNorm; ``level_embedding`` adds a learned vector per
-    level to the position. temperature (y, x) and shift as in :func:`pixel_encoding`.
+    level to the position. temperature (y, x), or None for tokens without positions, and shift as in
+    :func:`pixel_encoding`.
     """
 
     def __init__(
@@ -61,7 +72,7 @@ class InputProjection(nn.Module):
         levels: int,
         norm: bool,
         level_embedding: bool,
-        temperature: tuple[float, float],
+        temperature: tuple[float, float] | None,
         shift: float,
     ):
         super().__init__()
@@ -73,7 +84,7 @@ class InputProjection(nn.Module):
         for level in range(levels):
             extra = level >= len(widths)
             conv = nn.Conv2d(sources[level], width, *((3, 2, 1) if extra else (1,)))
-            self.projections.append(nn.Sequential(conv, nn.GroupNorm(group_count(width), width)) if norm else conv)
+            self.projections.append(nn.Sequential(conv, GroupNorm(group_count(width), width)) if norm else conv)
             if norm:
                 nn.init.xavier_uniform_(conv.weight)
                 nn.init.zeros_(conv.bias)
@@ -88,12 +99,15 @@ class InputProjection(nn.Module):
             projected.append(projection(sources[min(level, len(sources) - 1)]))
         shapes = tuple(tuple(x.shape[-2:]) for x in projected)
         valid_sizes = level_valid_sizes(sizes, canvas, shapes)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
+        position = None if self.temperature is None else self._position(valid_sizes, shapes)
+        return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+
+    def _position(self, valid_sizes: Tensor, shapes) -> Tensor:
         dtype = self.projections[0].weight.dtype if self.level_embed is None else self.level_embed.dtype
         positions = []
         for level, shape in enumerate(shapes):
             size = valid_sizes[:, level]
             position = pixel_encoding(size, shape, self.width, self.temperature, self.shift, dtype)
             positions.append(position if self.level_embed is None else position + self.level_embed[level])
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
-        valid = valid_pixels(valid_sizes, shapes)
-        return Features(tokens, torch.cat(positions, dim=1), shapes, valid_sizes, valid)
+        return torch.cat(positions, dim=1)
