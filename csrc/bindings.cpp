@@ -358,5 +358,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_gradients_workspace", &weight_gradients_workspace, py::arg("sizes"), py::arg("threads") = 1,
         py::arg("simd") = "", "Numbers of workspace for a linear layer's gradients of weight and bias.");
   m.def("weight_gradients", &weight_gradients, py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1,
-        py::arg("simd") = "", "grad_out, x -> grad_weight, grad_bias (or 0); workspace.");
+        py::arg("simd") = "", "grad_out, x -> grad_weight, grad_bias; workspace.");
 }

@@ -169,7 +169,7 @@ struct WeightGradients {
 
 // Numbers of workspace, aligned to 64 bytes.
 std::int64_t weight_gradients_workspace(const WeightGradients& problem, int threads, Simd simd);
-// grad_weight [outputs, inputs] = grad_out^T x, grad_bias [outputs], or null.
+// grad_weight [outputs, inputs] = grad_out^T x, grad_bias [outputs].
 void weight_gradients(const WeightGradients& problem, const float* grad_out, const float* x, float* grad_weight,
                       float* grad_bias, float* workspace, int threads, Simd simd);
 

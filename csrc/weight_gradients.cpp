@@ -56,7 +56,7 @@ void weight_gradients(const WeightGradients& p, const float* grad_out, const flo
   float* results = workspace + std::int64_t(plan.rows) * plan.inputs * panel;
   float* scratch = results + std::int64_t(plan.rows) * plan.outputs * panel;
   std::memset(grad_weight, 0, sizeof(float) * p.inputs * p.outputs);
-  if (grad_bias) std::memset(grad_bias, 0, sizeof(float) * p.outputs);
+  std::memset(grad_bias, 0, sizeof(float) * p.outputs);
   for (std::int64_t start = 0; start < p.rows; start += plan.rows) {
     const int rows = int(std::min<std::int64_t>(plan.rows, p.rows - start));
     for_all(rounded_up(rows, kCopiedRows) / kCopiedRows, plan.team, [&](int step) {
@@ -74,7 +74,7 @@ void weight_gradients(const WeightGradients& p, const float* grad_out, const flo
         float* to = grad_weight + std::int64_t(output * panel + r) * p.inputs + input * panel;
         for (int c = 0; c < wide; ++c) to[c] += tile[r * panel + c];
       }
-      if (grad_bias && input == 0) {
+      if (input == 0) {
         float* sums = tile + panel * panel;
         sum(panel_of_results, rows, sums);
         for (int r = 0; r < high; ++r) grad_bias[output * panel + r] += sums[r];

@@ -89,7 +89,7 @@ class ModelConfig:
     size_bias: float = -2.0
     """Initial correction of the anchors' width and height in the first deformable decoder layer, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)
-    """Temperature of the pixels' sine encoding, for y and x."""
+    """Temperature of the pixels' sine encoding, for y and x (of no effect on deformable decoders without encoder)."""
     checkpointing: bool = False
     """Keep only the layers' inputs for backward and compute the rest again: a third slower, far less memory."""
     position_shift: float = 0.0

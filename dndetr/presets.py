@@ -94,6 +94,8 @@ def tiny() -> Config:
             levels=2,
             anchors="grid",
             size_bias=0.0,
+            temperature=(10000.0, 10000.0),
+            position_shift=0.5,
         ),
         denoising=DenoisingConfig(groups=3),
         loss=LossConfig(label=2.0),

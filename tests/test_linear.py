@@ -121,3 +121,13 @@ def test_a_relu_costs_no_copies_backwards(dtype):
     with Copies() as copies:
         layer(x, relu=True).backward(weighting)
     assert plain.seen and not copies.seen
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_only_wanted_gradients_are_computed(wanted, monkeypatch):
+    calls, own = [], module.weight_gradients
+    monkeypatch.setattr(module, "weight_gradients", lambda *given: calls.append(given) or own(*given))
+    leaves = [torch.randn(*size, requires_grad=i in wanted) for i, size in enumerate(((5, 24), (40, 24), (40,)))]
+    linear(*leaves, relu=True).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [i in wanted for i in range(3)]
+    assert len(calls) == (1 in wanted)

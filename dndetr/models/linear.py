@@ -67,7 +67,8 @@ class _Linear(torch.autograd.Function):
         if out is not None:
             grad_out = torch.ops.aten.threshold_backward(grad_out, out, 0)
         grad_x = _product(grad_out, weight.t()) if needs_x else None
-        grad_weight = grad_bias = None
-        if needs_weight or needs_bias:
+        if needs_weight:
             grad_weight, grad_bias = weight_gradients(grad_out, x)
-        return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
+        else:
+            grad_weight, grad_bias = None, grad_out.sum(0) if needs_bias else None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, None

@@ -8,21 +8,8 @@ from dndetr.models.backbone import ResNet
 from dndetr.ops import _backend
 from dndetr.ops.conv3x3 import CASES, conv3x3, conv3x3_reference, make_case
 
-SIMD = ("plain", "avx2", "avx512")
 NAMES = ("x", "weight", "bias")
 TOLERANCE = 24 * torch.finfo(torch.float32).eps  # of the largest number
-
-
-@pytest.fixture(params=SIMD)
-def simd(request, extension, monkeypatch):
-    """The kernels run on this instruction set, or the widest below it that the machine has."""
-
-    class Module:
-        def __getattr__(self, name):
-            return lambda *given: getattr(extension, name)(*given, request.param)
-
-    monkeypatch.setattr(_backend, "compiled", Module)
-    return request.param
 
 
 def ours(x, weight, bias=None, stride=1):

@@ -6,20 +6,6 @@ import torch
 from dndetr.ops import _backend, weight_gradients
 from dndetr.ops.weight_gradients import CASES, make_case, weight_gradients_reference
 
-SIMD = ("plain", "avx2", "avx512")
-
-
-@pytest.fixture(params=SIMD)
-def simd(request, extension, monkeypatch):
-    """The kernels run on this instruction set, or the widest below it that the machine has."""
-
-    class Module:
-        def __getattr__(self, name):
-            return lambda *given: getattr(extension, name)(*given, request.param)
-
-    monkeypatch.setattr(_backend, "compiled", Module)
-    return request.param
-
 
 @pytest.fixture
 def calls(extension, monkeypatch):
