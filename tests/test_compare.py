@@ -28,10 +28,10 @@ def rows(folder: Path, event: str) -> list[dict]:
 def test_the_default_is_denoising_on_and_off_from_the_same_start(capsys):
     folder = compare.run(["--seeds", "1", "--quiet", *FEW])
     assert folder == Path("runs/compare-1")
-    names = {"compare.png", "verdict.json", "comparison.json", "groups-5-seed-42", "groups-0-seed-42"}
+    names = {"compare.png", "verdict.json", "comparison.json", "groups-3-seed-42", "groups-0-seed-42"}
     assert {path.name for path in folder.iterdir()} == names
     told = json.loads((folder / "verdict.json").read_text())
-    assert (told["field"], told["values"], told["seeds"]) == ("denoising.groups", ["5", "0"], [42])
+    assert (told["field"], told["values"], told["seeds"]) == ("denoising.groups", ["3", "0"], [42])
     assert "final AP" in capsys.readouterr().out
     first = [rows(folder / run["folder"], "train")[0] for run in told["runs"]]
     assert first[0]["denoising"] > 0 == first[1]["denoising"]
@@ -58,10 +58,10 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
         compare.main([*FEW, "--output", "both", "--seeds", "1", "--quiet"])
     assert "python -m dndetr.compare --resume both" in capsys.readouterr().err
     assert json.loads(Path("both/verdict.json").read_text())["comparisons"] == []
-    before = Path("both/groups-5-seed-42/checkpoint.pt").stat().st_mtime_ns
+    before = Path("both/groups-3-seed-42/checkpoint.pt").stat().st_mtime_ns
     assert compare.main(["--resume", "both", "--quiet"]) == 0
     assert steps == [1, 2, 3, 4, 1, 2, 3, 4] and len(trained) == 3, "finished runs are reused, the other is continued"
-    assert Path("both/groups-5-seed-42/checkpoint.pt").stat().st_mtime_ns == before
+    assert Path("both/groups-3-seed-42/checkpoint.pt").stat().st_mtime_ns == before
     assert len(json.loads(Path("both/verdict.json").read_text())["comparisons"]) == 1
     # A run folder that was killed before its first checkpoint is made anew; more seeds are added.
     Path("both/groups-0-seed-43").mkdir()
@@ -74,10 +74,10 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], [(["5", "0"], 10, 992, 42)]),
-        (["--epochs=3", "--seed", "7"], [(["5", "0"], 3, 992, 7)]),
+        ([], [(["3", "0"], 10, 992, 42)]),
+        (["--epochs=3", "--seed", "7"], [(["3", "0"], 3, 992, 7)]),
         (["--preset", "small", "--data", "d"], [(["4", "0"], 50, 2000, 42)]),
-        (["--denoising.label-noise", "0.1"], [(["5", "0"], 10, 992, 42)]),
+        (["--denoising.label-noise", "0.1"], [(["3", "0"], 10, 992, 42)]),
     ],
     ids=["default", "shorter", "preset", "other-flag"],
 )
