@@ -88,5 +88,5 @@ def test_mlp_has_a_relu_between_its_layers():
 
 
 def test_unknown_activation_names_the_choices():
-    with pytest.raises(ValueError, match="unknown activation 'swish': choose relu, prelu or gelu"):
+    with pytest.raises(ValueError, match="unknown activation 'swish': choose one of relu, prelu, gelu"):
         activation("swish")

@@ -42,5 +42,5 @@ def activation(name: str) -> nn.Module:
     """ "prelu" (one learned slope, the official default for DAB) or "gelu"; "relu" is part of a linear layer."""
     choices = {"prelu": PReLU, "gelu": nn.GELU}
     if name not in choices:
-        raise ValueError(f"unknown activation {name!r}: choose relu, {' or '.join(choices)}")
+        raise ValueError(f"unknown activation {name!r}: choose one of relu, {', '.join(choices)}")
     return choices[name]()
