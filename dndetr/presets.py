@@ -71,14 +71,15 @@ def tiny() -> Config:
         data="shapes",
         epochs=7,
         batch_size=16,
-        lr=3.5e-3,
-        train_images=1744,
+        lr=4e-3,
+        train_images=1712,
+        detections=30,
         log_every=10,
         model=ModelConfig(
             variant="dn-deformable-detr",
             backbone=BackboneConfig(
-                blocks=(1, 2, 2),
-                planes=(32, 96, 192),
+                blocks=(1, 2, 1),
+                planes=(32, 96, 160),
                 bottleneck=False,
                 stem="small",
                 norm="batch",
@@ -98,7 +99,7 @@ def tiny() -> Config:
             position_shift=0.5,
         ),
         denoising=DenoisingConfig(groups=3),
-        loss=LossConfig(label=2.0),
+        loss=LossConfig(label=2.0, giou=4.0),
         optimizer=OptimizerConfig(backbone_scale=1.0, schedule="cosine", warmup=0.05, ema=0.99),
         images=ImagesConfig(recipe="fixed", canvas=(128, 128), augment=False),
     )
