@@ -73,7 +73,6 @@ def tiny() -> Config:
         batch_size=16,
         lr=4e-3,
         train_images=1712,
-        detections=30,
         log_every=10,
         model=ModelConfig(
             variant="dn-deformable-detr",

@@ -152,6 +152,13 @@ def test_a_failed_evaluation_leaves_no_folder(run, pictures, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def _certain(results):
+    """Results without each image's weakest, in an order of their own: of equal scores any may come first, or be left out."""
+    weakest = {result["image_id"]: result["score"] for result in results}  # best first, so the last one is kept here
+    certain = [result for result in results if result["score"] > weakest[result["image_id"]]]
+    return sorted((result["image_id"], -result["score"], result["category_id"], *result["bbox"]) for result in certain)
+
+
 def test_weights_alone_with_a_preset(tmp_path, capsys):
     run = short_run(tmp_path / "run")
     saved = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -160,7 +167,7 @@ def test_weights_alone_with_a_preset(tmp_path, capsys):
     assert "--preset with one of tiny" in capsys.readouterr().err
     assert evaluate.main([str(tmp_path / "weights.pt"), "--preset", "tiny", "--output", str(tmp_path / "out")]) == 0
     results = read(tmp_path / "out" / "detections_val.json")
-    assert results[:600] == read(run / "detections_val.json")
+    assert _certain(results[:600]) == _certain(read(run / "detections_val.json"))
 
 
 def test_an_official_file_with_a_preset(tmp_path, monkeypatch, capsys):
