@@ -153,7 +153,7 @@ def test_a_failed_evaluation_leaves_no_folder(run, pictures, tmp_path, capsys):
 
 
 def _certain(results):
-    """Results without each image's weakest, in an order of their own: equal scores may come in any order, or be left out."""
+    """Results in an order of their own, less each image's weakest: equal scores may come in any order or be cut off."""
     weakest = {result["image_id"]: result["score"] for result in results}  # best first, so the last one is kept here
     certain = [result for result in results if result["score"] > weakest[result["image_id"]]]
     return sorted((result["image_id"], -result["score"], result["category_id"], *result["bbox"]) for result in certain)
