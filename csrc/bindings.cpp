@@ -250,41 +250,33 @@ void set_loss_backward(const dndetr::SetLoss& problem, std::uintptr_t grad_total
                             array_at(grad_logits), array_at(grad_boxes), threads, chosen);
 }
 
-// `sizes`: batch, height, width, inputs, outputs, stride.
-dndetr::Conv3x3 conv3x3_problem(std::array<int, 6> sizes) {
+typedef std::array<int, 6> Conv3x3Sizes;  // batch, height, width, inputs, outputs, stride
+dndetr::Conv3x3 conv3x3_problem(Conv3x3Sizes sizes) {
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
 }
 
-std::array<std::int64_t, 3> conv3x3_workspace(std::array<int, 6> sizes, int threads, const std::string& simd) {
+std::array<std::int64_t, 3> conv3x3_workspace(Conv3x3Sizes sizes, int threads, const std::string& simd) {
   const auto needed = dndetr::conv3x3_workspace(conv3x3_problem(sizes), threads, simd_named(simd));
   return {needed.forward, needed.grad_input, needed.grad_weight};
 }
 
+typedef std::array<std::int64_t, 3> WeightGradientSizes;  // rows, inputs, outputs
+dndetr::WeightGradients weight_gradients_problem(WeightGradientSizes sizes) {
+  return {sizes[0], static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
+}
+
+std::int64_t weight_gradients_workspace(WeightGradientSizes sizes, int threads, const std::string& simd) {
+  return dndetr::weight_gradients_workspace(weight_gradients_problem(sizes), threads, simd_named(simd));
+}
+
 // `arrays`: addresses as the launcher has them, 0 for none, the workspace last.
-template <auto Launcher, std::size_t Count>
-void conv3x3(std::array<int, 6> sizes, std::array<std::uintptr_t, Count> arrays, int threads, const std::string& simd) {
-  const dndetr::Conv3x3 problem = conv3x3_problem(sizes);
+template <auto Launcher, auto ProblemOf, class Sizes, std::size_t Count>
+void launch(Sizes sizes, std::array<std::uintptr_t, Count> arrays, int threads, const std::string& simd) {
+  const auto problem = ProblemOf(sizes);
   const dndetr::Simd chosen = simd_named(simd);
   py::gil_scoped_release release;
   const auto run = [&](auto... address) { Launcher(problem, reinterpret_cast<float*>(address)..., threads, chosen); };
   std::apply(run, arrays);
-}
-
-// `sizes`: rows, inputs, outputs.
-dndetr::WeightGradients weight_gradients_problem(std::array<std::int64_t, 3> sizes) {
-  return {sizes[0], static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
-}
-
-std::int64_t weight_gradients_workspace(std::array<std::int64_t, 3> sizes, int threads, const std::string& simd) {
-  return dndetr::weight_gradients_workspace(weight_gradients_problem(sizes), threads, simd_named(simd));
-}
-
-void weight_gradients(std::array<std::int64_t, 3> sizes, std::array<std::uintptr_t, 5> arrays, int threads,
-                      const std::string& simd) {
-  const auto at = [&](int index) { return reinterpret_cast<float*>(arrays[index]); };
-  const dndetr::Simd chosen = simd_named(simd);
-  py::gil_scoped_release release;
-  dndetr::weight_gradients(weight_gradients_problem(sizes), at(0), at(1), at(2), at(3), at(4), threads, chosen);
 }
 
 }  // namespace
@@ -349,14 +341,16 @@ PYBIND11_MODULE(_C, m) {
         "Gradients of logits and boxes; those of total and parts are given, or 0.");
   m.def("conv3x3_workspace", &conv3x3_workspace, py::arg("sizes"), py::arg("threads") = 1, py::arg("simd") = "",
         "Numbers of workspace for a 3x3 convolution and for its gradients of input and weight.");
-  m.def("conv3x3", &conv3x3<dndetr::conv3x3, 5>, py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1,
-        py::arg("simd") = "", "x [B, H, W, inputs], weight [outputs, 3, 3, inputs], bias -> out [B, H, W, outputs]; workspace.");
-  m.def("conv3x3_grad_input", &conv3x3<dndetr::conv3x3_grad_input, 4>, py::arg("sizes"), py::arg("arrays"),
-        py::arg("threads") = 1, py::arg("simd") = "", "grad_out, weight -> grad_x; workspace.");
-  m.def("conv3x3_grad_weight", &conv3x3<dndetr::conv3x3_grad_weight, 4>, py::arg("sizes"), py::arg("arrays"),
-        py::arg("threads") = 1, py::arg("simd") = "", "x, grad_out -> grad_weight; workspace.");
+  m.def("conv3x3", &launch<dndetr::conv3x3, conv3x3_problem, Conv3x3Sizes, 5>, py::arg("sizes"), py::arg("arrays"),
+        py::arg("threads") = 1, py::arg("simd") = "",
+        "x [B, H, W, inputs], weight [outputs, 3, 3, inputs], bias -> out [B, H, W, outputs]; workspace.");
+  m.def("conv3x3_grad_input", &launch<dndetr::conv3x3_grad_input, conv3x3_problem, Conv3x3Sizes, 4>, py::arg("sizes"),
+        py::arg("arrays"), py::arg("threads") = 1, py::arg("simd") = "", "grad_out, weight -> grad_x; workspace.");
+  m.def("conv3x3_grad_weight", &launch<dndetr::conv3x3_grad_weight, conv3x3_problem, Conv3x3Sizes, 4>, py::arg("sizes"),
+        py::arg("arrays"), py::arg("threads") = 1, py::arg("simd") = "", "x, grad_out -> grad_weight; workspace.");
   m.def("weight_gradients_workspace", &weight_gradients_workspace, py::arg("sizes"), py::arg("threads") = 1,
         py::arg("simd") = "", "Numbers of workspace for a linear layer's gradients of weight and bias.");
-  m.def("weight_gradients", &weight_gradients, py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1,
-        py::arg("simd") = "", "grad_out, x -> grad_weight, grad_bias; workspace.");
+  m.def("weight_gradients", &launch<dndetr::weight_gradients, weight_gradients_problem, WeightGradientSizes, 5>,
+        py::arg("sizes"), py::arg("arrays"), py::arg("threads") = 1, py::arg("simd") = "",
+        "grad_out, x -> grad_weight, grad_bias; workspace.");
 }

@@ -7,7 +7,7 @@ import torch
 from goldens import unit
 from gradients import compare, outputs
 
-from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention
+from dndetr.ops import GroupLayout, conditional_attention, group_attention
 from dndetr.ops.conditional_attention import CASES as CONDITIONAL
 from dndetr.ops.conditional_attention import conditional_attention_reference
 from dndetr.ops.conditional_attention import make_case as conditional_case
@@ -15,26 +15,8 @@ from dndetr.ops.group_attention import CASES as GROUPS
 from dndetr.ops.group_attention import group_attention_reference
 from dndetr.ops.group_attention import make_case as group_case
 
-SIMD = ("plain", "avx2", "avx512")
 PARTS = ("q_content", "q_position", "k_content", "k_position", "v")
 NAN = float("nan")
-
-
-@pytest.fixture(params=SIMD)
-def simd(request, extension, monkeypatch):
-    """The C++ attention runs on this instruction set, or the widest below it that the machine has."""
-
-    class Module:
-        Attention = extension.Attention
-
-        def attention(self, *args):
-            extension.attention(*args, request.param)
-
-        def attention_backward(self, *args):
-            extension.attention_backward(*args, request.param)
-
-    monkeypatch.setattr(_backend, "compiled", Module)
-    return request.param
 
 
 def groups(q, k, v, layout, active=None, scale=None):
