@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 8)
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       state = next(state);
-      got[k] = __ldg(mine + std::size_t((state >> 8) % window) * 8);
+      got[k] = __ldg(mine + std::size_t((state >> 8) & (window - 1)) * 8);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) sum ^= got[k].x ^ got[k].y ^ got[k].z ^ got[k].w;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 8) reduce(float4* rows, unsigned win
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       state = next(state);
-      float* const to = reinterpret_cast<float*>(rows + std::size_t((state >> 8) % window) * 8 + lane);
+      float* const to = reinterpret_cast<float*>(rows + std::size_t((state >> 8) & (window - 1)) * 8 + lane);
 #if __CUDA_ARCH__ >= 900
       asm volatile("red.global.add.v4.f32 [%0], {%1, %1, %1, %1};" ::"l"(__cvta_generic_to_global(to)), "f"(1.0f));
 #else

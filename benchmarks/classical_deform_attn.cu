@@ -36,8 +36,8 @@ __device__ Corners corners_of(const Sizes& s, int level, float location_x, float
   return corners;
 }
 
-__global__ void forward(const Sizes s, const float* value, const float* locations, const float* weights, float* out,
-                        std::int64_t count) {
+__global__ void forward(const __grid_constant__ Sizes s, const float* value, const float* locations,
+                        const float* weights, float* out, std::int64_t count) {
   const std::int64_t index = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= count) return;
   const int channel = index % s.width, head = index / s.width % s.heads;
@@ -58,8 +58,8 @@ __global__ void forward(const Sizes s, const float* value, const float* location
   out[index] = sum;
 }
 
-__global__ void backward(const Sizes s, const float* grad_out, const float* value, const float* locations,
-                         const float* weights, float* grad_value, float* grad_locations, float* grad_weights) {
+__global__ void backward(const __grid_constant__ Sizes s, const float* grad_out, const float* value,
+                         const float* locations, const float* weights, float* grad_value, float* grad_locations, float* grad_weights) {
   extern __shared__ float parts[];  // [3, width]
   const std::int64_t row = blockIdx.x, image = row / s.heads / s.queries;
   const int channel = threadIdx.x, head = row % s.heads;
@@ -85,10 +85,10 @@ __global__ void backward(const Sizes s, const float* grad_out, const float* valu
       parts[2 * s.width + channel] = grad * weight * y * s.height[l];
       __syncthreads();
       if (channel == 0) {
-        float sums[3] = {};
-        for (int i = 0; i < 3 * s.width; ++i) sums[i / s.width] += parts[i];
-        grad_weights[k] = sums[0];
-        grad_locations[2 * k] = sums[1], grad_locations[2 * k + 1] = sums[2];
+        float sum = 0, sum_x = 0, sum_y = 0;
+        for (int i = 0; i < s.width; ++i) sum += parts[i], sum_x += parts[s.width + i], sum_y += parts[2 * s.width + i];
+        grad_weights[k] = sum;
+        grad_locations[2 * k] = sum_x, grad_locations[2 * k + 1] = sum_y;
       }
       __syncthreads();
     }

@@ -23,7 +23,7 @@ class Launch {
     changed_ = previous_ != stream.device;
   }
   ~Launch() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_ && cudaSetDevice(previous_) != cudaSuccess) cudaGetLastError();
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
@@ -37,6 +37,7 @@ class Launch {
   void check() const { raise(cudaGetLastError()); }
   void raise(cudaError_t error) const {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // the runtime keeps an error until it is asked, and would hold it against the next launch
     throw std::runtime_error(std::string(op_) + ": CUDA says " + cudaGetErrorName(error) + ", " +
                              cudaGetErrorString(error));
   }

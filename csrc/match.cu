@@ -34,7 +34,8 @@ void launch_kernel(const Launch& launch, int problems, int queries, int slots, c
   using Cost = typename Source::Cost;
   const auto kernel = match_kernel<Solvers, PerLane, Real, Source>;
   const std::int64_t bytes = std::min(wanted_bytes<Cost, Real>(queries, slots), launch.most_shared());
-  launch.raise(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  // The limit is the process's, for all threads: only what a launch asks for decides how many blocks run beside each other.
+  launch.raise(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(launch.most_shared())));
   kernel<<<problems, 32 * kWarps, bytes, launch.stream()>>>(source, out, bytes, static_cast<Cost*>(workspace));
   launch.check();
 }

@@ -61,7 +61,7 @@ def after(command: list[str], *words: str) -> list[str] | None:
 
 def test_order_and_names(planned):
     names = [stage.name for stage in planned]
-    assert names[:5] == ["device", "wheels", "build", "doctor", "tests"]
+    assert names[:6] == ["device", "wheels", "build", "doctor", "tests-compiled", "tests-others"]
     assert len(set(names)) == len(names)
     first = {
         word: next(n for n, name in enumerate(names) if name.startswith(word)) for word in ("ceilings", "step", "msda")
@@ -128,6 +128,17 @@ def test_benchmarks_can_be_collected(root, planned):
     assert matching.bench_match and attention.bench_group_attention and attention.bench_conditional_attention
 
 
+def test_every_test_for_a_gpu_is_run_once(root, planned):
+    def collected(*arguments):
+        command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        return re.findall(r"^tests/\S+::.*$", done.stdout, re.M)
+
+    stages = [after(stage.command, "-m", "pytest") for stage in planned if stage.name.startswith("tests")]
+    run = [test for arguments in stages for test in collected(*arguments)]
+    assert len(run) > 100 and sorted(run) == sorted(collected("-q", "-m", "gpu", "tests"))
+
+
 def test_sanitizers_get_small_cases_of_every_kernel(root, planned):
     commands = {tuple(after(stage.command, "-m", "pytest")) for stage in planned if stage.name.startswith("sanitize")}
     (command,) = commands
@@ -173,7 +184,8 @@ def test_flags_of_our_commands(planned):
 FAKE = """#!/usr/bin/env bash
 # Stands for python: what each kind of command does is at the end of its line in the log.
 case "$*" in
-*"-m gpu tests"*) echo "1 failed"; exit 3 ;;
+*"-m gpu tests/ops/test_match"*) echo "1 failed"; exit 3 ;;
+*"-m gpu tests "*) trap 'echo "1 failed until now"; exit 2' INT; sleep 60 & wait ;;
 *bench_ms_deform_attn*) echo '{"measured": 1}' >"${@: -3:1}"; echo measured; sleep 60 ;;
 *dndetr.train*)
     trap 'echo saved; kill %1; exit 143' TERM
@@ -185,7 +197,7 @@ esac
 
 @pytest.fixture(scope="module")
 def interrupted(root, tmp_path_factory):
-    """Two calls that run out of time, one while it measures and one while it trains: stages.tsv of each, and OUT."""
+    """Calls that run out of time while they measure, test, train: exit status, stages.tsv, OUT and errors of each."""
     programs = tmp_path_factory.mktemp("bin")
     for name, text in {
         "python": FAKE,
@@ -196,7 +208,7 @@ def interrupted(root, tmp_path_factory):
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
     started = []
-    for stages in ("device wheels doctor tests sanitize-memcheck msda losses", "train"):
+    for stages in ("device wheels doctor tests-compiled sanitize-memcheck msda losses", "tests-others", "train"):
         out = tmp_path_factory.mktemp("out") / "new"
         shared = {"DNDETR_SHARED": str(out / "nowhere")}
         started.append((start(root, out, 12, PATH=path, STAGES=stages, RUN=f"{out}/shapes-r50", **shared), out))
@@ -215,15 +227,15 @@ def test_what_became_of_each_stage_is_written(interrupted):
         "device": "ok",
         "wheels": "skipped",
         "doctor": "ok",
-        "tests": "failed",
+        "tests-compiled": "failed",
         "sanitize-memcheck": "ok",
         "msda": "interrupted",
         "losses": "skipped",
     }
     assert rows["wheels"][2] == "no folder of wheels was given"
-    assert rows["tests"][2] == "exit status 3, see tests.log"
+    assert rows["tests-compiled"][2] == "exit status 3, see tests-compiled.log"
     assert rows["losses"][2] == "no time was left"
-    assert (out / "tests.log").read_text() == "1 failed\n"
+    assert (out / "tests-compiled.log").read_text() == "1 failed\n"
 
 
 def test_an_interrupted_stage_leaves_what_it_measured(interrupted):
@@ -232,8 +244,14 @@ def test_an_interrupted_stage_leaves_what_it_measured(interrupted):
     assert "measured" in (out / "msda.log").read_text()
 
 
+def test_interrupted_tests_say_what_failed(interrupted):
+    _, rows, out, _ = interrupted[1]
+    assert rows["tests-others"][0] == "interrupted"
+    assert (out / "tests-others.log").read_text() == "1 failed until now\n"
+
+
 def test_a_run_that_is_interrupted_can_save(interrupted):
-    status, rows, out, _ = interrupted[1]
+    status, rows, out, _ = interrupted[2]
     assert status == 0 and rows["train-shapes"][0] == "interrupted"
     assert (out / "train-shapes.log").read_text().startswith("saved")
     assert rows["train-shapes-times"][0] == "skipped" and rows["train-bccd"][0] == "skipped"

@@ -6,6 +6,7 @@ always there. What is asked for explicitly (argument, ``DNDETR_BACKEND_<OP>``, `
 The first use of a fast backend compares it with the reference on a tiny case. Answers are kept for the process.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -59,6 +60,9 @@ def operations() -> tuple[str, ...]:
     return tuple(_backends)
 
 
+# Dynamo takes the answer as a constant of the trace, so the self-test never becomes part of a graph. Nor is it traced
+# whether this is an export, which torch 2.11 and 2.12 would answer with yes under torch.compile.
+@torch.compiler.assume_constant_result
 def choose(op: str, requested: str | None = None, device_type: str = "cpu") -> tuple[str, str]:
     """The backend that ``op`` runs on tensors of ``device_type`` -> (backend, reason).
 
@@ -67,22 +71,16 @@ def choose(op: str, requested: str | None = None, device_type: str = "cpu") -> t
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "reference", "export keeps to plain torch"
-    return _decide(op, requested, device_type)
+    key = (op, requested, device_type)
+    if key not in _decisions:
+        _decisions[key] = _resolve(op, requested, device_type)
+    return _decisions[key]
 
 
 def forget() -> None:
     """Drop every kept answer and self-test (for tests that change the environment)."""
     _decisions.clear()
     _findings.clear()
-
-
-# Dynamo takes the answer as a constant of the trace, so the self-test never becomes part of a graph.
-@torch.compiler.assume_constant_result
-def _decide(op: str, requested: str | None, device_type: str) -> tuple[str, str]:
-    key = (op, requested, device_type)
-    if key not in _decisions:
-        _decisions[key] = _resolve(op, requested, device_type)
-    return _decisions[key]
 
 
 def _resolve(op: str, requested: str | None, device_type: str) -> tuple[str, str]:
@@ -140,9 +138,10 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
         return Finding(backend.name, problem)
     try:
         # The first call may come from inside a fake or tracing mode, or autocast; the self-test needs real tensors in
-        # the precision it makes them.
+        # the precision it makes them. References may do what torch refuses in deterministic mode.
         with (
             torch.utils._python_dispatch._disable_current_modes(),
+            _not_deterministic(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
             torch.no_grad(),
@@ -156,6 +155,16 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     if problem:
         warnings.warn(f"dndetr: {op} cannot use its {backend.name} backend on {device_type}: {problem}", stacklevel=2)
     return Finding(backend.name, problem, error)
+
+
+@contextlib.contextmanager
+def _not_deterministic():
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def build_info() -> dict:

@@ -139,8 +139,8 @@ torch.library.impl("dndetr::ms_deform_attn_backward", "cuda", _backward_cuda)
 def _fixed_point(grad_out: Tensor, weights: Tensor | None) -> Tensor:
     """What one is worth in 64-bit sums of grad_value, as a float32 scalar: a power of two at which no sum overflows.
 
-    A pixel gets at most |grad_out| * |weight| from every query and sample; a softmax's weights sum to one. Where an
-    input is not finite neither is the result, and all of grad_value becomes NaN.
+    A pixel gets at most |grad_out| * |weight| from every query and sample; a softmax's weights sum to one. Where
+    grad_out or a weight is not finite neither is the result, and all of grad_value becomes NaN.
     """
     bound = grad_out.abs().amax().float() if grad_out.numel() else grad_out.new_zeros((), dtype=torch.float32)
     most = max(grad_out.shape[1], 1)

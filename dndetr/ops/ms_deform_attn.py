@@ -225,7 +225,7 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
 
 
 def make_inputs(case: tuple, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
-    """Arguments of :func:`ms_deform_attn_fused` for sizes as in ``CASES``; some points lie off the image.
+    """Arguments of :func:`ms_deform_attn_fused` for sizes as in ``CASES``; some points off the image, none on a kink.
 
     As many queries as pixels stand for those pixels, others lie anywhere. dtype is that of value, offsets and logits;
     reference points are in at least float32.
@@ -247,15 +247,26 @@ def make_inputs(case: tuple, dtype: torch.dtype = torch.float32, device: str = "
     if padded:
         share = 0.5 + 0.5 * torch.rand(batch, 1, 2, generator=draw)
         valid = (torch.tensor(shapes) * share).ceil().long().to(device)
+    value = normal(batch, pixels, heads, width)
+    reference = reference.expand(-1, -1, levels, -1).contiguous()
+    offsets = _off_kinks(reference, 2 * normal(batch, queries, heads, levels, points, 2), shapes)
     precise = torch.promote_types(dtype, torch.float32)
     return (
-        normal(batch, pixels, heads, width).to(device, dtype),
+        value.to(device, dtype),
         shapes,
-        reference.expand(-1, -1, levels, -1).contiguous().to(device, precise),
-        (2 * normal(batch, queries, heads, levels, points, 2)).to(device, dtype),
+        reference.to(device, precise),
+        offsets.to(device, dtype),
         normal(batch, queries, heads, levels * points).to(device, dtype),
         valid,
     )
+
+
+def _off_kinks(reference: Tensor, offsets: Tensor, shapes: tuple) -> Tensor:
+    """Offsets whose samples keep away from pixels' centres, where derivatives jump and so depend on rounding."""
+    sides = torch.tensor([[[w, h]] for h, w in shapes], dtype=offsets.dtype)
+    at = sampling_locations(reference, offsets, shapes) * sides - 0.5
+    pixels_each = sampling_locations(reference, offsets + 1, shapes) * sides - 0.5 - at
+    return torch.where((at - at.round()).abs() < 1e-4, offsets + 0.01 / pixels_each, offsets)
 
 
 def _self_test(device_type: str) -> float:

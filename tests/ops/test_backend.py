@@ -100,6 +100,19 @@ def test_self_test_sees_real_tensors_under_a_fake_mode(op):
         assert choose("probe")[0] == "cpp"
 
 
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_self_test_may_do_what_is_not_deterministic(op, warn_only):
+    modes = []
+    op(Backend("cpp", ("cpu",), lambda _: None, lambda _: modes.append(torch.get_deterministic_debug_mode()) or 0.0, 0.0))
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert choose("probe")[0] == "cpp" and modes == [0]
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_choice_is_a_constant_under_compile_and_the_reference_under_export(op):
     op(backend("cpp"))
 

@@ -45,8 +45,8 @@ def flat(shapes):
 
 def as_close_as_the_reference(given, arguments, dtype):
     exact, plain = reference(arguments, torch.float64, dtype), reference(arguments, grad_dtype=dtype)
-    rounding = 4e-6 if dtype == torch.float32 else 0
     for part in NAMES:
+        rounding = 4e-6 if given[part].dtype == torch.float32 else 0
         assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
         assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
 
@@ -305,10 +305,12 @@ def test_gpu_is_as_precise_as_the_reference(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["tiny", "train-tiny-encoder", "quarter-encoder"])
 def test_gpu_repeats_itself_where_that_is_asked_for(deterministic, name, dtype):
-    deterministic(True)
     arguments = on_gpu(op.make_case(name, dtype))
+    deterministic(True)
     first = autograd(arguments)
+    deterministic(False)  # torch refuses grid_sample's gradients in that mode
     as_close_as_the_reference(first, arguments, dtype)
+    deterministic(True)
     for _ in range(5):
         again = autograd(arguments)
         assert all(torch.equal(first[part], again[part]) for part in NAMES)
@@ -326,6 +328,7 @@ def test_gpu_graph_capture(dtype):
         return out, *torch.autograd.grad(out, inputs, grad_out)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = [x.detach().clone() for x in step()]
     torch.cuda.current_stream().wait_stream(side)
