@@ -158,7 +158,7 @@ def bench_gpu_step(record, preset, images):
     show(title, median, counted, missing, found)
     # What was promised of a captured step; everything measured is in the file by now.
     assert "ours" in running, missing
-    assert found["refused_wait"] == {"ours": None, "ours, eager": None}
+    assert not any(found["refused_wait"].values()), found["refused_wait"]
     assert counted["ours"]["waits"] == 0 and counted["ours"]["launches"] <= 3, counted["ours"]
 
 

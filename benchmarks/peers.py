@@ -73,7 +73,7 @@ def our_step(
         max_queries=config.denoising.max_queries,
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
-        noise_generator=torch.Generator(device).manual_seed(0),
+        noise_generator=torch.Generator().manual_seed(0),
         processes=Processes({}),
         **({"say": _refuse} if graph else {}),
     )

@@ -2,6 +2,8 @@
 
 import torch
 
+from .ops import _backend
+
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """The device of that name; "auto" is the GPU where there is one.
@@ -28,6 +30,12 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def make_current(device: torch.device) -> None:
+    """Whatever is made without naming a GPU, such as page-locked memory and events, belongs to this one from now on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
     if name != "auto":
@@ -46,6 +54,10 @@ def pick_mode(name: str, device: torch.device, world: int) -> str:
         reason = f"the {device.type} has no CUDA graphs"
     elif world > 1:
         reason = "gradients that several processes exchange during backward are not captured"
+    else:
+        matcher, why = _backend.choose("match", None, "cuda")
+        if matcher == "reference":
+            reason = f"matching by the reference waits for the host ({why})"
     if name == "graph" and reason:
         raise ValueError(f"--mode graph: {reason}; use --mode eager")
     return "graph" if reason is None and name != "eager" else "eager"

@@ -17,7 +17,6 @@ _THRESHOLD = 0.35  # score from which a prediction is drawn
 
 def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:
     """Ground truth of a training batch, and the noised boxes and labels that the decoder is fed."""
-    batch = batch.to("cpu", non_blocking=False)
     targets = batch.targets
     draw_first_batch(
         path,
@@ -26,8 +25,8 @@ def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names:
         targets.boxes,
         targets.labels,
         targets.counts,
-        None if noised is None else noised.boxes.cpu(),
-        None if noised is None else noised.labels.cpu(),
+        None if noised is None else noised.boxes,
+        None if noised is None else noised.labels,
         names,
     )
 

@@ -80,7 +80,11 @@ def profile(arguments: Sequence[str]) -> str:
 
 def dearest(events, steps: int, device: str, count: int = 10) -> list[str]:
     """Lines that name the parts with most time of their own, on the device where there is one."""
-    spent = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = "self_cpu_time_total"
+    if device == "cuda":
+        # Calls on the host and annotations carry the time of their kernels once more.
+        spent = "self_device_time_total"
+        events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     ranked = sorted(events, key=lambda event: -getattr(event, spent))
     total = max(sum(getattr(event, spent) for event in events), 1e-9)
     lines = [f"{'ms/step':>9} {'share':>6} {'calls/step':>10}  part"]

@@ -1,7 +1,8 @@
 """One optimisation step, from batches on the device to updated weights, without asking the device for a number."""
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import Batch
 from .criterion import Criterion, Losses
-from .denoising import NoisedQueries, draw_noise, noised_queries
+from .denoising import Noise, NoisedQueries, draw_noise, noised_queries
 from .noise_meter import NoiseMeter
 from .optim import Schedule, WeightAverage
 from .packing import Transfer, layout_of, unpack
@@ -22,8 +23,8 @@ class TrainStep:
 
     groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; max_queries: no more denoising
     queries than this per image, by leaving out groups; precision: dtype of autocast (float32: none); noise_generator: a
-    generator on the batches' device; processes: those that share the step, each with batches of its own; noise_meter:
-    told of all noise that is drawn.
+    generator on the host, where noise is drawn to travel with its batch; processes: those that share the step, each
+    with batches of its own; noise_meter: told of all noise that is drawn.
     """
 
     def __init__(
@@ -72,12 +73,15 @@ class TrainStep:
         """How many denoising groups of ``slots`` queries fit under ``max_queries``."""
         return min(self.groups, self.max_queries // slots)
 
-    def noised(self, batch: Batch) -> NoisedQueries | None:
-        """Fresh denoising queries for a batch; None where denoising is off."""
-        groups = self.groups_for(batch.targets.labels.shape[1])
-        if groups == 0:
+    def draw(self, batch: Batch) -> Noise | None:
+        """Fresh noise for a batch on the host; None where denoising is off."""
+        groups = self._groups_of(batch)
+        return draw_noise(batch.targets, groups, self.classes, self.noise_generator) if groups else None
+
+    def noised(self, batch: Batch, noise: Noise | None) -> NoisedQueries | None:
+        """The denoising queries that the noise makes of a batch."""
+        if noise is None:
             return None
-        noise = draw_noise(batch.targets, groups, self.classes, self.noise_generator)
         return noised_queries(batch.targets, noise, self.label_noise, self.box_noise, self.batch_active)
 
     def __call__(self, *batches: Batch) -> tuple[Losses, Tensor]:
@@ -88,34 +92,40 @@ class TrainStep:
         processes, is the loss of them all). They stay on the device, where the record has them too.
         """
         numbers = [*self.schedule.rates(), 0.0 if self.average is None else self.average.weight()]
+        noise = [self.draw(batch) for batch in batches]
         if self.on_device:
-            tensors = [tensor for batch in batches for tensor in batch.tensors()]
-            result = self.run([torch.tensor(numbers), *tensors], batches)
+            tensors = [torch.tensor(numbers)]
+            for batch, its_noise in zip(batches, noise, strict=True):
+                tensors += [*batch.tensors(), *(its_noise or ())]
+            result = self.run(tensors, batches)
         else:
             self.schedule.set(numbers[:-1])
-            result = self.compute(batches, numbers[-1])
+            result = self.compute(batches, noise, numbers[-1])
         self.schedule.done += 1
         if self.average is not None:
             self.average.updates += 1
         return result
 
     def run(self, tensors: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
-        """A step on the device; tensors on the host: the step's numbers, then those of the batches."""
+        """A step on the device; tensors on the host: the step's numbers, then each batch's and its noise."""
         return self.compute_arrived(unpack(self.transfer(tensors), layout_of(tensors)), batches)
 
     def compute_arrived(self, arrived: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         """``compute`` from ``run``'s tensors on the device; ``batches`` only say how they belong together."""
         self._numbers.copy_(arrived[0])
         rest = iter(arrived[1:])
-        return self.compute([batch.with_tensors(rest) for batch in batches], self._numbers[-1])
+        pairs = [(batch.with_tensors(rest), self._noise_from(rest, batch)) for batch in batches]
+        return self.compute(*zip(*pairs, strict=True), self._numbers[-1])
 
-    def compute(self, batches: Sequence[Batch], share: float | Tensor) -> tuple[Losses, Tensor]:
-        """All that happens on the device; share: of the model's weights in the average."""
+    def compute(
+        self, batches: Sequence[Batch], noise: Sequence[Noise | None], share: float | Tensor
+    ) -> tuple[Losses, Tensor]:
+        """All that happens on the device; noise: that of each batch; share: of the model's weights in the average."""
         objects = self._objects(batches)
         totals, parts, finite = [], [], []
-        for number, batch in enumerate(batches, start=1):
+        for number, (batch, its_noise) in enumerate(zip(batches, noise, strict=True), start=1):
             with self._unshared() if number < len(batches) else contextlib.nullcontext():
-                losses = self._backward(batch, objects)
+                losses = self._backward(batch, its_noise, objects)
             totals.append(losses.total.detach())
             parts.append(losses.parts.detach())
             finite.append(losses.matches.finite)
@@ -150,20 +160,30 @@ class TrainStep:
             for group in self.optimizer.param_groups:
                 group["capturable"] = self.device.type == "cuda"
 
+    def _groups_of(self, batch: Batch) -> int:
+        return self.groups_for(batch.targets.labels.shape[1])
+
+    def _noise_from(self, tensors: Iterator[Tensor], batch: Batch) -> Noise | None:
+        return Noise(*itertools.islice(tensors, len(Noise._fields))) if self._groups_of(batch) else None
+
     def _objects(self, batches: Sequence[Batch]) -> Tensor:
         """What normalises the losses: objects in all batches of all processes, per process (DDP takes the mean)."""
         counts = sum(batch.targets.counts.sum() for batch in batches)
         return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
 
-    def _backward(self, batch: Batch, objects: Tensor) -> Losses:
-        noised = self.noised(batch)
+    def _backward(self, batch: Batch, noise: Noise | None, objects: Tensor) -> Losses:
+        noised = self.noised(batch, noise)
         if noised is not None and self.noise_meter is not None:
             self.noise_meter.add(noised, batch.targets)
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
             predictions = (self._shared or self.model)(images, batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
-        losses.total.backward()
+        total = losses.total
+        if noised is None and self._shared is not None:
+            # Processes wait for each other's gradient of every weight, also of a table that only noise is looked up in.
+            total = total + 0 * self.model.queries.label_enc.weight.sum()
+        total.backward()
         return losses
 
     def _unshared(self) -> contextlib.AbstractContextManager:

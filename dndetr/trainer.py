@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ from .config import Config, to_dict
 from .console import Console
 from .data.training import TrainingData
 from .denoising import NoisedQueries
-from .device import pick_device, pick_mode, pick_precision
+from .device import make_current, pick_device, pick_mode, pick_precision
 from .drawing import draw_training, draw_validation
 from .evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
 from .health import write_denoising
 from .instability import PROBED, MatchingProbe
 from .journal import Journal
+from .lead import Lead
 from .memory import explain_memory
 from .models.build import build_model
 from .models.dn_detr import Predictions
@@ -55,6 +57,7 @@ class Trainer:
         if config.fast_eval:
             demand_fast_eval()
         self.device = pick_device(config.device, processes.local_rank)
+        make_current(self.device)
         self.precision = pick_precision(config.precision, self.device)
         self.mode = pick_mode(config.mode, self.device, processes.world)
         torch.manual_seed(config.seed)
@@ -73,6 +76,7 @@ class Trainer:
         self._signal: int | None = None
         self._capped = False
         self._checkpoint = checkpoint
+        self.console: Console | None = None  # while it trains
         if checkpoint is not None and len(checkpoint["rng"]["noise"]) != processes.world:
             raise ValueError(
                 f"the run was made by {len(checkpoint['rng']['noise'])} processes and can only be continued by as many "
@@ -112,13 +116,19 @@ class Trainer:
             self.precision,
             self.mode,
             self.processes,
-            say=lambda text: self.console.message(text),
+            say=self._say,
         )
         self.average = self.step.average
         self._window = LossWindow(self.step.record)
         self.matching = MatchingProbe(self.step.criterion.cost, PROBED // self.processes.world)
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
+
+    def _say(self, text: str) -> None:
+        if self.console is None:
+            print(text, file=sys.stderr)
+        else:
+            self.console.message(text)
 
     def fit(self, folder: Path) -> dict:
         """Train to the configured end, writing into ``folder`` -> the last evaluation's metrics.
@@ -182,12 +192,14 @@ class Trainer:
         window.restart_clock()
         first = self.done - epoch * self.steps_per_epoch
         batches = iter(self.data.training(epoch, first * config.accumulate))
+        lead = Lead(self.device)
         for _ in range(first, self.steps_per_epoch):
             waiting = time.perf_counter()
             step_batches, ids = self._next(batches)
             waited = time.perf_counter() - waiting
             with explain_memory(step_batches, config, self.step.groups_for):
                 self.step(*step_batches)
+            lead.step()
             self.done += 1
             window.add(ids, waited)
             ended = self.done % self.steps_per_epoch == 0
@@ -223,7 +235,7 @@ class Trainer:
         if self.done == 0 and self.processes.first:
             # The very noise that the first step is about to draw.
             state = self.step.noise_generator.get_state()
-            noised = self.step.noised(found[0].to(self.device))
+            noised = self.step.noised(found[0], self.step.draw(found[0]))
             self.step.noise_generator.set_state(state)
             draw_training(self.folder / "first_batch.png", found[0], noised, self._names)
         return found, ids

@@ -69,7 +69,7 @@ def softmax_step(state, scores, v, PRECISION: tl.constexpr):
 def softmax_end(state, alive):
     """State -> output and log2 of each row's sum; rows that are not alive or saw nothing give zeros and +inf."""
     peak, total, out = state
-    seen = alive & (total > 0)
+    seen = alive & (total != 0)  # NaN was seen
     log_sum = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
     return tl.where(seen[:, None], out / tl.where(seen, total, 1.0)[:, None], 0.0), log_sum
 

@@ -131,7 +131,6 @@ def make_step(
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
     device = next(model.parameters()).device
-    generator = torch.Generator(device if torch.cuda.is_available() else "cpu")
     return kind(
         model.train(),
         Criterion(),
@@ -147,7 +146,7 @@ def make_step(
         max_queries=1000,
         clip_norm=0.1,
         precision=precision,
-        noise_generator=generator.manual_seed(0),
+        noise_generator=torch.Generator().manual_seed(0),
         processes=processes or Processes({}),
         **options,
     )

@@ -28,5 +28,6 @@ def compare(fast, reference, inputs, names, dtype, *rest):
     for name, truth in exact.items():
         assert ours[name].isfinite().all(), name
         if truth.numel():
-            allowed = 2 * (plain[name] - truth).abs().max() + floor * truth.abs().max()
+            # Gradients that cancel to zero leave the rounding of their terms, which are of the order of one.
+            allowed = 2 * (plain[name] - truth).abs().max() + floor * truth.abs().max().clamp(min=0.1)
             assert (ours[name] - truth).abs().max() <= allowed, name

@@ -30,17 +30,21 @@ class Graph:
         Graph.made += 1
         self.replays = 0
 
-    def register_generator_state(self, generator):
-        self.generator = generator
-
     def replay(self):
         self.replays += 1
         self.work()
 
 
+WHY = "operation not permitted when stream is capturing"
+
+
 @pytest.fixture
 def python_graphs(monkeypatch):
-    """CUDA's calls on the CPU: a capture keeps the call that it saw, undone, and a replay makes it."""
+    """CUDA's calls on the CPU: a capture keeps the call that it saw, undone, and a replay makes it.
+
+    Given: a list of what is to go wrong, "capture" (an op is refused), "end" (the capture cannot be ended either), or
+    "memory" (an eager step finds none while there are graphs).
+    """
     Graph.made = 0
     compute = GraphedStep.compute_arrived
     capturing, failing = [], []
@@ -52,12 +56,18 @@ def python_graphs(monkeypatch):
             yield
         finally:
             capturing.pop()
+            if "end" in failing:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     def compute_arrived(self, arrived, batches):
         if not capturing:
+            if "memory" in failing and self._captured:
+                self._trained[0].grad = torch.ones_like(self._trained[0])  # where backward was
+                raise torch.OutOfMemoryError("out of memory")
             return compute(self, arrived, batches)
-        if failing:
-            raise RuntimeError("operation not permitted when stream is capturing\nsome more")
+        if "capture" in failing or "end" in failing:
+            self._trained[0].grad = torch.ones_like(self._trained[0])
+            raise RuntimeError(f"{WHY}\nsome more")
         result = [None, None]
         batches = [batch.with_tensors([torch.full_like(t, 0) for t in batch.tensors()]) for batch in batches]
 
@@ -74,8 +84,12 @@ def python_graphs(monkeypatch):
         "graph_pool_handle": lambda: 0,
         "current_stream": lambda device: Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    ended = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool), raising=False)
     monkeypatch.setattr(GraphedStep, "compute_arrived", compute_arrived)
     # Eager steps pass for a device's, too: learning rates there are float32, on a CPU float64.
     monkeypatch.setattr(TrainStep, "on_device", True)
@@ -90,10 +104,10 @@ def make(kind: str, said: list, device="cpu"):
     return detectors.make_step(model, kind=GraphedStep, say=said.append)
 
 
-def steps_on_two_shapes(step, count: int = 20) -> torch.Tensor:
+def steps_on_two_shapes(step, count: int = 20, first: int = 0) -> torch.Tensor:
     """Losses and gradient norms of steps on batches that change their content every time and their shape often."""
     found = []
-    for number in range(count):
+    for number in range(first, count):
         canvas, slots = ((96, 128), 8) if number % 3 else ((64, 96), 16)
         batch = detectors.make_batch([3 + number % 4, 5 - number % 3], slots, canvas=canvas)
         losses, norm = step(batch)
@@ -109,17 +123,56 @@ def test_captured_steps_are_the_eager_ones(python_graphs):
     assert torch.equal(found, expected)
     assert not said and Graph.made == len(step._captured) == 2
     assert sum(captured.graph.replays for captured in step._captured.values()) == 18  # all but the first of each shape
-    assert all(captured.graph.generator is step.noise_generator for captured in step._captured.values())
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(python_graphs):
     said = []
     expected = steps_on_two_shapes(make("eager", said))
-    python_graphs.append(True)
+    python_graphs.append("capture")
     found = steps_on_two_shapes(make("graph", said))
     assert torch.equal(found, expected)
-    why = "run without a CUDA graph: operation not permitted when stream is capturing"
+    why = f"run without a CUDA graph: {WHY}"
     assert sorted(said) == [f"batches of 2x3x64x96 {why}", f"batches of 2x3x96x128 {why}"]
+
+
+def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said))
+    step = make("graph", said)
+    found = [steps_on_two_shapes(step, 3)]
+    assert len(step._captured) == 1
+    python_graphs.append("end")
+    found.append(steps_on_two_shapes(step, first=3))
+    assert torch.equal(torch.cat(found), expected)
+    assert not step._captured and said == [f"all batches run without CUDA graphs from here on: {WHY}"]
+
+
+def test_graphs_make_room_for_shapes_that_are_new(python_graphs):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said))
+    python_graphs.append("memory")
+    step = make("graph", said)
+    found = steps_on_two_shapes(step)
+    assert torch.equal(found, expected)
+    assert not said and len(step._captured) == 2
+
+
+def test_graphs_give_way_to_a_shape_that_cannot_be_captured(python_graphs):
+    said = []
+    step, eager = make("graph", said), make("eager", said)
+    batch = detectors.make_batch([1, 2], 8, canvas=(64, 64))
+    python_graphs.append("capture")
+    for _ in range(2):
+        assert torch.equal(step(batch)[1], eager(batch)[1])
+    python_graphs[:] = ["memory"]
+    assert torch.equal(steps_on_two_shapes(step, 6), steps_on_two_shapes(eager, 6))
+    assert step._captured
+    assert torch.equal(step(batch)[1], eager(batch)[1])
+    assert not step._captured
+    assert said == [
+        f"batches of 2x3x64x64 run without a CUDA graph: {WHY}",
+        "all batches run without CUDA graphs from here on: beside captured steps there is no memory for others",
+    ]
 
 
 def test_there_are_only_so_many_graphs(python_graphs, monkeypatch):
@@ -153,4 +206,6 @@ def test_graphs_on_a_gpu_give_the_losses_of_eager_steps():
     step = make("graph", said, "cuda")
     found = steps_on_two_shapes(step)
     assert not said and len(step._captured) == 2
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    # The order of atomic sums differs from run to run; AdamW takes the sign of gradients that are all rounding.
+    torch.testing.assert_close(found[:3], expected[:3], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=5e-3, atol=0)

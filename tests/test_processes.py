@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dndetr import train
-from dndetr.device import pick_device
+from dndetr.device import pick_device, pick_mode
+from dndetr.ops import _backend
 from dndetr.processes import Processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -32,10 +33,12 @@ def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("dn-detr", 1), ("dn-deformable-detr", 2)])
-def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, accumulate):
+@pytest.mark.parametrize(
+    ("name", "accumulate", "groups"), [("dn-detr", 1, 3), ("dn-deformable-detr", 2, 3), ("dn-deformable-detr", 1, 0)]
+)
+def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, accumulate, groups):
     script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
-    done = torchrun(script, name, str(accumulate), cwd=tmp_path)
+    done = torchrun(script, name, str(accumulate), str(groups), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["equal"]
 
@@ -107,6 +110,16 @@ def test_accumulated_batches_are_one_batch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--accumulate 7: an epoch has 6 batches of 2"):
         train.run([*FEW, "--accumulate", "7", "--quiet", "--output", "none"])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_graph_needs_a_matcher_that_does_not_wait(monkeypatch):
+    monkeypatch.setattr(_backend, "choose", lambda op, *_: (f"{op} on the GPU", "fastest that runs here"))
+    gpu = torch.device("cuda:0")
+    assert pick_mode("auto", gpu, 1) == "graph" and pick_mode("auto", gpu, 2) == "eager"
+    monkeypatch.setattr(_backend, "choose", lambda op, *_: ("reference", "cuda: no nvcc was found"))
+    assert pick_mode("auto", gpu, 1) == "eager"
+    with pytest.raises(ValueError, match=r"waits for the host \(cuda: no nvcc was found\); use --mode eager"):
+        pick_mode("graph", gpu, 1)
 
 
 def test_devices_of_several_processes(monkeypatch):

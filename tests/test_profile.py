@@ -2,6 +2,9 @@
 
 import gzip
 import json
+from types import SimpleNamespace
+
+from torch.autograd import DeviceType
 
 from dndetr import profile
 
@@ -25,3 +28,23 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     assert profile.main(["--no-such-flag", "1"]) == 1
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and "--data DIR" in told[1]
+
+
+def test_kernels_alone_count_on_a_gpu():
+    def event(key, kind, time, annotation=False):
+        return SimpleNamespace(
+            key=key,
+            device_type=getattr(DeviceType, kind),
+            is_user_annotation=annotation,
+            self_device_time_total=time,
+            count=2,
+        )
+
+    events = [
+        event("aten::mm", "CPU", 6000.0),
+        event("gemm", "CUDA", 6000.0),
+        event("waiting for data", "CUDA", 9000.0, annotation=True),
+        event("fill", "CUDA", 2000.0),
+    ]
+    _, *rows = profile.dearest(events, 2, "cuda")
+    assert [row.split() for row in rows] == [["3.00", "75.0%", "1.0", "gemm"], ["1.00", "25.0%", "1.0", "fill"]]

@@ -8,6 +8,7 @@ import detectors
 import pytest
 import torch
 
+from dndetr.denoising import Noise
 from dndetr.models.build import build_model
 from dndetr.models.layers import Recomputable
 
@@ -20,10 +21,12 @@ every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
 def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups):
     model = detectors.emptied(detectors.build(name), "cuda")
     step = detectors.make_step(model, groups)
-    step.noise_generator = None  # there is no generator of a fake device
+    noise = step.draw(detectors.empty_batch("cpu"))
     batch = detectors.empty_batch("cuda")
+    if noise is not None:
+        noise = Noise(*(part.to("cuda") for part in noise))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        predictions = model(batch.images, batch.sizes, step.noised(batch))
+        predictions = model(batch.images, batch.sizes, step.noised(batch, noise))
     losses = step.criterion(predictions, batch.targets)
     assert losses.total.device.type == "cuda" and losses.total.shape == ()
     assert losses.parts.shape == (3, 6)
@@ -150,7 +153,7 @@ def test_crowded_batches_get_fewer_groups(most, groups):
     step.max_queries = most
     batch = detectors.make_batch([3, 5], 8)
     assert step.groups_for(8) == groups
-    noised = step.noised(batch)
+    noised = step.noised(batch, step.draw(batch))
     assert (0 if noised is None else noised.labels.shape[1]) == groups
     losses, norm = step(batch)
     assert losses.total.isfinite() and norm.isfinite()

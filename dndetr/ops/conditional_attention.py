@@ -64,7 +64,8 @@ def _forward(q_content, q_position, k_content, k_position, v, valid, scale, prec
 
         precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
         inputs = q_content, q_position, k_content, k_position, v, valid, scale, precision
-        conditional_attention_forward(*inputs, out, lse)
+        with torch.cuda.device_of(v):
+            conditional_attention_forward(*inputs, out, lse)
     return out, lse
 
 
@@ -79,7 +80,8 @@ def _backward(grad_out, q_content, q_position, k_content, k_position, v, valid, 
 
         precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
         inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
-        conditional_attention_backward(*inputs, grads)
+        with torch.cuda.device_of(v):
+            conditional_attention_backward(*inputs, grads)
     return grads
 
 

@@ -107,7 +107,8 @@ def _forward(q, k, v, active, groups, slots, matching, scale, precision, backend
         from ..kernels.group_attention import group_attention_forward
 
         precision = float32_products(precision, q.shape[3], v.shape[3])
-        group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
+        with torch.cuda.device_of(q):
+            group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
     return out, lse
 
 
@@ -121,7 +122,8 @@ def _backward(grad_out, q, k, v, active, out, lse, groups, slots, matching, scal
 
         precision = float32_products(precision, q.shape[3], v.shape[3])
         given = grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision
-        group_attention_backward(*given, *grads)
+        with torch.cuda.device_of(q):
+            group_attention_backward(*given, *grads)
     return grads
 
 
@@ -175,6 +177,7 @@ def group_attention(
     if active is not None and (active.shape != q.shape[:1] or active.dtype not in (torch.int32, torch.int64)):
         raise ValueError(f"active must be integers [{q.shape[0]}], got {active.dtype} {list(active.shape)}")
     q, k, v = one_dtype(q, k, v)
+    active = None if active is None else active.contiguous()  # kernels take its address alone
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     chosen = choose("group_attention", backend, q.device.type, q.dtype, q.shape[3], v.shape[3])
     precision = checked_precision(precision)

@@ -68,7 +68,8 @@ def _match_cost(logits, boxes, labels, target_boxes, counts, weights, backend):
         return cost
     from ..kernels.match_cost import match_cost_forward
 
-    match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cost.transpose(-1, -2))
+    with torch.cuda.device_of(logits):
+        match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cost.transpose(-1, -2))
     return cost
 
 

@@ -112,7 +112,8 @@ def _forward(logits, boxes, target, labels, target_boxes, counts, normalizers, g
     if backend == "triton":
         from ..kernels.set_loss import set_loss_forward
 
-        set_loss_forward(*inputs, groups, weights, total, parts)
+        with torch.cuda.device_of(logits):
+            set_loss_forward(*inputs, groups, weights, total, parts)
     else:
         module = _backend.compiled()
         problem = _problem(module, inputs, groups, weights)
@@ -142,7 +143,8 @@ def _backward(
     if backend == "triton":
         from ..kernels.set_loss import set_loss_backward
 
-        set_loss_backward(grad_total, grad_parts, *inputs, groups, weights, *grads)
+        with torch.cuda.device_of(logits):
+            set_loss_backward(grad_total, grad_parts, *inputs, groups, weights, *grads)
     else:
         module = _backend.compiled()
         given = [0 if x is None else x.data_ptr() for x in (grad_total, grad_parts)]

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -140,6 +141,41 @@ def check_strides():
     *inputs, valid = conditional.make_case("c5")
     inputs = [x[:, :1] for x in inputs]
     close(crossed, conditional.conditional_attention_reference, inputs, PARTS, valid.t().contiguous().t())
+
+
+def check_live_slots_in_a_view():
+    """One number for all images, as the official padding has it, with something else behind it in memory."""
+    q, k, v, layout, _ = group.make_case("tiny")
+    active = torch.tensor([3, 0, 7], dtype=torch.int32)[:1].expand(2)
+    close(groups, group.group_attention_reference, (q, k, v), "qkv", layout, active)
+
+
+def check_nan():
+    """What is not a number stays none, in its own row, also where a single part of the keys holds it."""
+    q, k, v, layout, active = group.make_case("tiny")
+    q = q.clone()
+    q[0, 0, 7] = float("nan")
+    given, expected = (attend(q, k, v, layout, active) for attend in (groups, group.group_attention_reference))
+    assert given[0, 0, 7].isnan().all()
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    use(Tile(16, 16, 4, 1))
+    q_content, q_position, k_content, k_position, v = (torch.randn(1, 1, n, 16) for n in (7, 7, 40, 40, 40))
+    k_content[0, 0, 20, 3] = float("nan")
+    q_content[0, 0, 2] *= float("inf")
+    for splits in (1, 3):
+        out, lse = torch.zeros(1, 1, 7, 16), torch.zeros(1, 1, 7)
+        inputs = (q_content, q_position, k_content, k_position, v, None, 0.3, "ieee")
+        conditional_kernels.conditional_attention_forward(*inputs, out, lse, splits=splits)
+        assert out.isnan().all() and lse.isnan().all()
+
+
+def check_the_tensors_own_device():
+    q, k, v, layout, active = group.make_case("tiny")
+    *inputs, valid = conditional.make_case("tiny")
+    with mock.patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as entered:
+        outputs(groups, (q, k, v), "qkv", layout, active)
+        outputs(crossed, inputs, PARTS, valid)
+    assert entered.call_count == 4
 
 
 def check_many_queries():

@@ -36,6 +36,12 @@ def test_conditional_attention(name, dtype):
     compare(conditional_attention, conditional.conditional_attention_reference, inputs, PARTS, dtype, valid)
 
 
+def test_live_slots_in_a_view():
+    q, k, v, layout, _ = on_gpu(group.make_case("tiny"))
+    active = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")[:1].expand(2)
+    compare(group_attention, group.group_attention_reference, (q, k, v), "qkv", torch.float32, layout, active)
+
+
 def test_another_layout_compiles_nothing():
     kernels = importlib.import_module("dndetr.kernels.group_attention")
     packed = torch.randn(2, 900, 3, 4, 32, device="cuda", dtype=torch.bfloat16)

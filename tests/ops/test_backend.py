@@ -103,7 +103,12 @@ def test_self_test_sees_real_tensors_under_a_fake_mode(op):
 @pytest.mark.parametrize("warn_only", [False, True])
 def test_self_test_may_do_what_is_not_deterministic(op, warn_only):
     modes = []
-    op(Backend("cpp", ("cpu",), lambda _: None, lambda _: modes.append(torch.get_deterministic_debug_mode()) or 0.0, 0.0))
+
+    def self_test(device_type):
+        modes.append(torch.get_deterministic_debug_mode())
+        return 0.0
+
+    op(Backend("cpp", ("cpu",), lambda device_type: None, self_test, 0.0))
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         assert choose("probe")[0] == "cpp" and modes == [0]
