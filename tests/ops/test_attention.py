@@ -1,6 +1,5 @@
 """Group attention and conditional attention against their references, forward and every gradient."""
 
-import os
 import re
 import subprocess
 import sys
@@ -100,13 +99,11 @@ INTERPRETED = Path(__file__).with_name("attention_in_the_interpreter.py")
 CHECKS = re.findall(r"^def check_(\w+)", INTERPRETED.read_text(), re.M)
 
 
-def test_triton_in_the_interpreter(root):
+def test_triton_in_the_interpreter(root, interpreter):
     """One process for all checks: it starts longer than most of them run."""
-    pytest.importorskip("triton")
     checks = [name for name in CHECKS if name != "golden_masks" or (goldens.GOLDEN / "dn_attn_masks.pt").is_file()]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(INTERPRETED), *checks]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=root)
+    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, f"after {done.stdout.split()}: {done.stderr[-3000:]}"
     assert done.stdout.split() == checks
 

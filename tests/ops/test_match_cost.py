@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -211,9 +210,8 @@ assert match_cost(logits, boxes, targets, backend="triton")[0, 0, 3, :8].isnan()
 """
 
 
-def test_triton_in_the_interpreter(root):
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+def test_triton_in_the_interpreter(root, interpreter):
+    env = {**interpreter, "PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
