@@ -13,7 +13,7 @@ from .config import Config, from_dict
 from .data.given import GivenImages, ImageLike
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
-from .device import make_current, pick_device, pick_precision
+from .device import pick_device, pick_precision
 from .evaluation import postprocess
 from .initialise import initialise, read_file
 from .models.build import build_model
@@ -45,7 +45,6 @@ class Detector:
         self.config = config
         self.classes = [(int(number), str(name)) for number, name in classes]
         self.device = pick_device(device)
-        make_current(self.device)
         self.precision = pick_precision(precision, self.device)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
 

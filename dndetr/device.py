@@ -32,7 +32,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 def make_current(device: torch.device) -> None:
     """Whatever is made without naming a GPU, such as page-locked memory and events, belongs to this one from now on."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:  # without an index it is the current one
         torch.cuda.set_device(device)
 
 

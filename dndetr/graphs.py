@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .criterion import Losses
+from .memory import is_out_of_memory
 from .packing import Layout, layout_of, unpack
 from .step import TrainStep
 
@@ -44,7 +45,7 @@ class GraphedStep(TrainStep):
     def run(self, tensors: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         """A step on the device; tensors on the host: the step's numbers, then each batch's and its noise."""
         shape = layout_of(tensors)
-        arrived = self.transfer(tensors)
+        arrived = self._making_room(lambda: self.transfer(tensors))
         if shape in self._warm:
             self._try_to_capture(shape, arrived, batches)
         if shape in self._captured:
@@ -57,7 +58,13 @@ class GraphedStep(TrainStep):
                 self._warm.add(shape)
             else:
                 self._run_eagerly(shape, f"there are {_MOST} shapes already")
-        return self._beside(lambda: self._eager_step(shape, arrived, batches))
+        graphs = len(self._captured)
+        result = self._beside(
+            lambda: self._making_room(lambda: self.compute_arrived(unpack(arrived, shape), batches))
+        )
+        if len(self._captured) < graphs and shape in self._eager:
+            self._give_up("beside captured steps there is no memory for others")
+        return result
 
     def _beside(self, work: Callable):
         """``work`` on the stream that captures, before and after which the main one waits."""
@@ -68,26 +75,27 @@ class GraphedStep(TrainStep):
         present.wait_stream(self._stream)
         return result
 
-    def _eager_step(self, shape: Layout, arrived: Tensor, batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
+    def _making_room(self, work: Callable):
+        """``work``, and where memory runs out once more without graphs, whose memory nothing else can use.
+
+        A step may be repeated: weights are as they were, since what the optimiser allocates is there before any graph.
+        """
         try:
-            return self.compute_arrived(unpack(arrived, shape), batches)
-        except torch.OutOfMemoryError:
-            if not self._captured:
+            return work()
+        except RuntimeError as error:
+            if not self._captured or not is_out_of_memory(error):
                 raise
-        # Graphs keep a whole step's memory that nothing else can use. Weights are as they were: what a step of the
-        # optimiser needs was there before the first graph. (Within ``except`` the failed step's tensors would live on.)
-        self._forget_gradients()
-        if shape in self._eager:
-            self._give_up("beside captured steps there is no memory for others")
+        # Not within ``except``, where the tensors of what failed live on.
         self._drop_graphs()
-        return self.compute_arrived(unpack(arrived, shape), batches)
+        return work()
 
     def _try_to_capture(self, shape: Layout, arrived: Tensor, batches: Sequence[Batch]) -> None:
         if len(self._buffer) < len(arrived):
             # Graphs captured before keep the one they know.
-            self._buffer = torch.empty_like(arrived)
+            self._buffer = self._making_room(lambda: torch.empty_like(arrived))
         buffer = self._buffer[: len(arrived)]
-        graph, cause = torch.cuda.CUDAGraph(), None
+        graph, reason, no_memory, ended = torch.cuda.CUDAGraph(), None, False, False
+        # Of errors only the text is kept: with them, the tensors of what failed would live on.
         try:
             # The outer context, as torch's own leaves its stream the current one where a capture cannot be ended.
             with (
@@ -97,21 +105,26 @@ class GraphedStep(TrainStep):
                 try:
                     result = self.compute_arrived(unpack(buffer, shape), batches)
                 except RuntimeError as error:
-                    cause = error
-                    raise
+                    reason, no_memory = _first_line(error), is_out_of_memory(error)
+            ended = True
         except RuntimeError as error:
-            reason = str(cause or error).strip().split("\n")[0]
-            self._forget_gradients()
-            if error is cause:
-                self._run_eagerly(shape, reason)
-            else:
-                # It could not even be ended. Torch now forbids replays, and goes on believing that it captures.
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
-                self._give_up(reason)
-        else:
+            reason = reason or _first_line(error)
+        if reason is None:
             self._warm.remove(shape)
             self._captured[shape] = _Captured(graph, buffer, result)
+            return
+        del graph
+        self.optimizer.zero_grad(set_to_none=True)  # what a broken capture left was never computed
+        if not ended:
+            # Torch forbids replays from now on, and would go on believing that it captures into this pool.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+                torch._C._cuda_releasePool(self.device.index, self._pool)
+            self._give_up(reason)
+        elif no_memory and self._captured:
+            self._drop_graphs()
+        else:
+            self._run_eagerly(shape, reason)
 
     def _run_eagerly(self, shape: Layout, reason: str) -> None:
         self._warm.discard(shape)
@@ -126,6 +139,7 @@ class GraphedStep(TrainStep):
 
     def _drop_graphs(self) -> None:
         """Free all that graphs hold; their shapes are captured anew when they come again."""
+        self.optimizer.zero_grad(set_to_none=True)  # and what a step that failed has left
         torch.cuda.synchronize(self.device)
         self._warm |= self._captured.keys()
         self._captured.clear()
@@ -133,9 +147,8 @@ class GraphedStep(TrainStep):
         torch.cuda.empty_cache()
 
 
-    def _forget_gradients(self) -> None:
-        """What a broken step left was never computed."""
-        self.optimizer.zero_grad(set_to_none=True)
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _images(shape: Layout) -> str:

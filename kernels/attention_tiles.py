@@ -54,15 +54,15 @@ def _table(rows: dict) -> dict[Class, Tile]:
     }
 
 
-# Chosen by what ahead-of-time builds say of registers, spills and shared memory; not measured on a GPU yet. Three TF32
-# products keep two halves of every operand, which does not fit in registers at 128 columns.
+# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; not measured on a
+# GPU yet. Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
 TABLES = {
     90: _table(
         {
             ("group_attention_forward", "half"): [
                 ((64, 64, 4, 3), (32, 64, 2, 3)),
                 ((64, 64, 4, 3), (32, 32, 2, 3)),
-                ((64, 32, 4, 2), (32, 64, 4, 2)),
+                ((64, 32, 4, 2), (32, 32, 4, 2)),
             ],
             ("group_attention_forward", "tf32"): [
                 ((64, 64, 4, 2), (32, 32, 2, 2)),
@@ -100,7 +100,7 @@ TABLES = {
             ("conditional_attention_forward", "half"): [
                 ((64, 64, 4, 3), (32, 64, 2, 3)),
                 ((64, 64, 4, 3), (32, 64, 2, 3)),
-                ((64, 32, 4, 2), (32, 64, 4, 2)),
+                ((64, 32, 4, 2), (32, 32, 4, 2)),
             ],
             ("conditional_attention_forward", "tf32"): [
                 ((64, 64, 4, 2), (32, 32, 2, 2)),
@@ -119,7 +119,7 @@ TABLES = {
             ("conditional_attention_backward", "half"): [
                 ((64, 64, 4, 2), (32, 32, 2, 2)),
                 ((64, 64, 4, 2), (32, 32, 2, 2)),
-                ((64, 32, 8, 2), (32, 32, 4, 2)),
+                ((32, 32, 8, 2), (32, 32, 4, 2)),
             ],
             ("conditional_attention_backward", "tf32"): [
                 ((64, 32, 4, 2), (32, 32, 4, 1)),
@@ -152,7 +152,7 @@ TABLES[80] = TABLES[90] | _table(
         ],
         ("group_attention_forward", "tf32x3"): [
             ((64, 32, 4, 2), (32, 32, 2, 2)),
-            ((32, 32, 4, 2), (32, 32, 4, 2)),
+            ((32, 32, 8, 2), (32, 32, 8, 2)),
         ],
         ("group_attention_backward", "half"): [
             ((64, 32, 4, 2), (32, 32, 2, 2)),
@@ -161,16 +161,16 @@ TABLES[80] = TABLES[90] | _table(
         ],
         ("group_attention_backward", "tf32"): [
             ((64, 32, 4, 2), (64, 32, 4, 2)),
-            ((64, 32, 8, 1), (32, 32, 8, 1)),
+            ((64, 16, 8, 1), (32, 32, 8, 1)),
             ((32, 32, 8, 1), (32, 32, 8, 1)),
         ],
         ("group_attention_backward", "tf32x3"): [
-            ((64, 32, 8, 1), (64, 32, 8, 1)),
+            ((64, 16, 8, 1), (64, 16, 8, 1)),
             ((32, 32, 8, 1), (32, 32, 8, 1)),
         ],
         ("conditional_attention_backward", "half"): [
             ((64, 32, 4, 2), (32, 32, 2, 2)),
-            ((64, 32, 4, 2), (32, 32, 2, 2)),
+            ((64, 16, 4, 2), (32, 32, 2, 2)),
             ((64, 32, 8, 2), (32, 32, 4, 2)),
         ],
         ("conditional_attention_backward", "tf32"): [

@@ -1,6 +1,8 @@
 """The captured step: its bookkeeping with a graph made of Python, and the real thing where there is a GPU."""
 
 import contextlib
+import weakref
+from functools import partial
 
 import detectors
 import pytest
@@ -42,32 +44,51 @@ WHY = "operation not permitted when stream is capturing"
 def python_graphs(monkeypatch):
     """CUDA's calls on the CPU: a capture keeps the call that it saw, undone, and a replay makes it.
 
-    Given: a list of what is to go wrong, "capture" (an op is refused), "end" (the capture cannot be ended either), or
-    "memory" (an eager step finds none while there are graphs).
+    Given: a list of what is to go wrong, "capture" (an op is refused), "end" (the capture cannot be ended either),
+    "memory" (an eager step finds none while there are graphs) or "room" (a capture finds none while there are graphs).
     """
     Graph.made = 0
     compute = GraphedStep.compute_arrived
-    capturing, failing = [], []
+    capturing, failing, broken = [], [], []
+    streams, pools, ended = [Stream()], [], []
 
     @contextlib.contextmanager
-    def graph(captured, pool, stream, capture_error_mode):
-        capturing.append(captured)
+    def stream(entered):
+        before = streams[-1]
+        streams[-1] = entered
         try:
             yield
         finally:
-            capturing.pop()
-            if "end" in failing:
-                raise RuntimeError("operation failed due to a previous error during capture")
+            streams[-1] = before
+
+    @contextlib.contextmanager
+    def graph(captured, pool, on, capture_error_mode):
+        assert pool == pools[-1]
+        before = streams[-1]
+        streams[-1] = on
+        capturing.append(captured)
+        yield
+        capturing.pop()
+        if "end" in failing:  # torch leaves its stream then
+            raise RuntimeError("operation failed due to a previous error during capture")
+        streams[-1] = before
+
+    def fail(self, kind, text):
+        activations = torch.ones(3)
+        broken.append(weakref.ref(activations))
+        self._trained[0].grad = torch.ones_like(self._trained[0])  # where backward was
+        raise kind(text)
 
     def compute_arrived(self, arrived, batches):
         if not capturing:
+            assert all(tensor() is None for tensor in broken), "a step that failed is still in memory"
             if "memory" in failing and self._captured:
-                self._trained[0].grad = torch.ones_like(self._trained[0])  # where backward was
-                raise torch.OutOfMemoryError("out of memory")
+                fail(self, torch.OutOfMemoryError, "out of memory")
             return compute(self, arrived, batches)
+        if "room" in failing and self._captured:
+            fail(self, torch.OutOfMemoryError, "out of memory")
         if "capture" in failing or "end" in failing:
-            self._trained[0].grad = torch.ones_like(self._trained[0])
-            raise RuntimeError(f"{WHY}\nsome more")
+            fail(self, RuntimeError, f"{WHY}\nsome more")
         result = [None, None]
         batches = [batch.with_tensors([torch.full_like(t, 0) for t in batch.tensors()]) for batch in batches]
 
@@ -81,19 +102,26 @@ def python_graphs(monkeypatch):
         "Stream": Stream,
         "CUDAGraph": Graph,
         "graph": graph,
-        "graph_pool_handle": lambda: 0,
-        "current_stream": lambda device: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: pools.append(len(pools)) or pools[-1],
+        "current_stream": lambda device: streams[-1],
+        "stream": stream,
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    ended = []
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: ended.append(pool), raising=False)
+    for name in ("endAllocateToPool", "releasePool"):
+        note = partial(lambda name, device, pool: ended.append((name, pool)), name)
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
     monkeypatch.setattr(GraphedStep, "compute_arrived", compute_arrived)
     # Eager steps pass for a device's, too: learning rates there are float32, on a CPU float64.
     monkeypatch.setattr(TrainStep, "on_device", True)
-    return failing
+    main = streams[-1]
+    yield failing
+    assert streams == [main], "another stream is current than before"
+    broke = "end" in failing
+    assert ended == ([("endAllocateToPool", 0), ("releasePool", 0)] if broke else [])
+    if broke or "memory" in failing or "room" in failing:
+        assert len(pools) > 1, "a pool was used again after it was given up"
 
 
 def make(kind: str, said: list, device="cpu"):
@@ -149,12 +177,25 @@ def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
 
 def test_graphs_make_room_for_shapes_that_are_new(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said))
+    step, eager = make("graph", said), make("eager", said)
     python_graphs.append("memory")
+    batch = detectors.make_batch([1, 2], 8, canvas=(64, 64))
+    for _ in range(2):
+        assert torch.equal(step(batch)[1], eager(batch)[1])
+    assert len(step._captured) == 1
+    assert torch.equal(steps_on_two_shapes(step, 6), steps_on_two_shapes(eager, 6))
+    assert len(step._captured) == 2
+    assert torch.equal(step(batch)[1], eager(batch)[1])
+    assert len(step._captured) == 3 and not said
+
+
+def test_graphs_make_room_for_a_capture(python_graphs):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said))
+    python_graphs.append("room")
     step = make("graph", said)
-    found = steps_on_two_shapes(step)
-    assert torch.equal(found, expected)
-    assert not said and len(step._captured) == 2
+    assert torch.equal(steps_on_two_shapes(step), expected)
+    assert not said and len(step._captured) == 1
 
 
 def test_graphs_give_way_to_a_shape_that_cannot_be_captured(python_graphs):

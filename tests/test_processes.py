@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dndetr import train
-from dndetr.device import pick_device, pick_mode
+from dndetr.device import make_current, pick_device, pick_mode
 from dndetr.ops import _backend
 from dndetr.processes import Processes
 
@@ -126,6 +126,12 @@ def test_devices_of_several_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto", 1) == torch.device("cuda:1")
     assert pick_device("cuda:1") == torch.device("cuda:1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
+    make_current(pick_device("auto"))
+    make_current(pick_device("auto", 1))
+    make_current(pick_device("cuda:0"))
+    assert chosen == [1, 0]
     with pytest.raises(ValueError, match="takes its own GPU"):
         pick_device("cuda:0", 1)
     with pytest.raises(ValueError, match="--nproc-per-node 2 or less"):
