@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+
+from dndetr import _process  # noqa: F401 isort: skip  (before torch: tests finish beside other busy processes, too)
 from fake_gpu import NoHostSync, WithoutDevice
 from torch._subclasses import FakeTensorMode
 
