@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .processes import Processes
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = ("data", "device", "workers", "fast_eval", "tensorboard", "quiet")
+_WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard", "quiet")
 
 
 def parse(arguments: Sequence[str]) -> Config:

@@ -1,12 +1,18 @@
 """Runs of a few steps, and a small COCO-format folder, for tests that need a trained model."""
 
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dndetr import train
+from dndetr.console import Console
 
 _SIZES = ((90, 140), (140, 90), (100, 100), (64, 180), (120, 90), (33, 61))
 
@@ -45,3 +51,18 @@ def write_pictures(folder: Path, classes=((3, "cell"), (7, "dust"), (12, "hair")
         document = {"images": images, "annotations": annotations, "categories": categories}
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
     return folder
+
+
+@contextlib.contextmanager
+def stopped_after(step: int):
+    """Runs of training within are told to end after so many of their steps, and end with that signal's status."""
+    advance = Console.advance
+
+    def advance_and_signal(self, *arguments):
+        advance(self, *arguments)
+        if self._step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(Console, "advance", advance_and_signal), pytest.raises(SystemExit) as end:
+        yield
+    assert end.value.code == 128 + signal.SIGTERM

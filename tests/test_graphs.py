@@ -250,3 +250,22 @@ def test_graphs_on_a_gpu_give_the_losses_of_eager_steps():
     # The order of atomic sums differs from run to run; AdamW takes the sign of gradients that are all rounding.
     torch.testing.assert_close(found[:3], expected[:3], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=5e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_breaks_on_a_gpu_leaves_eager_steps():
+    said = []
+    expected = steps_on_two_shapes(make("eager", said, "cuda"), 6)
+    step = make("graph", said, "cuda")
+    compute = step.compute
+
+    def breaking(*given):
+        if torch.cuda.is_current_stream_capturing():
+            torch.ones(1, device="cuda").item()
+        return compute(*given)
+
+    step.compute = breaking
+    found = steps_on_two_shapes(step, 6)
+    assert not step._captured and len(said) == 1 and "all batches run without CUDA graphs" in said[0]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=5e-3, atol=0)

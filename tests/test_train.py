@@ -4,7 +4,6 @@ import ast
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 import goldens
 import pytest
 import torch
+from short_runs import stopped_after
 
 from dndetr import config, train
 from dndetr.config import Config, from_dict, to_dict
-from dndetr.console import Console
 from dndetr.criterion import Criterion
 from dndetr.presets import PRESETS
 from dndetr.shapes import write_shapes
@@ -91,22 +90,12 @@ def test_every_kind_of_model_trains(flags):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
-def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(monkeypatch, stop_after):
+def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(stop_after):
     """Stopped by a signal in the middle of an epoch, of a log window, or at an epoch's end."""
     whole = train.run([*FEW, "--output", "whole"])
-    advance = Console.advance
-
-    def signal_then_advance(self, *arguments):
-        advance(self, *arguments)
-        if self._step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Console, "advance", signal_then_advance)
-    with pytest.raises(SystemExit) as end:
+    with stopped_after(stop_after):
         train.main([*FEW, "--output", "stopped"])
-    assert end.value.code == 128 + signal.SIGTERM
     assert torch.load("stopped/checkpoint.pt", weights_only=True)["step"] == stop_after
-    monkeypatch.setattr(Console, "advance", advance)
     resumed = train.run(["--resume", "stopped", "--quiet"])
     ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, resumed)]
     for part in ("model", "ema"):
@@ -201,6 +190,19 @@ def test_mistakes_are_one_plain_line_and_leave_nothing(flags, message, tmp_path,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_of_captured_steps_goes_on_where_nothing_can_be_captured(capsys):
+    with stopped_after(3):
+        train.main([*FEW, "--output", "run"])
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    saved["config"]["mode"] = "graph"
+    torch.save(saved, "run/checkpoint.pt")
+    capsys.readouterr()
+    assert train.main(["--resume", "run", "--device", "cpu"]) == 1
+    assert "use --mode eager" in capsys.readouterr().err
+    assert train.main(["--resume", "run", "--device", "cpu", "--mode", "eager", "--quiet"]) == 0
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 6
 
 
 def test_resume_refuses_to_change_the_run(capsys):
