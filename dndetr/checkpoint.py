@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ def write_json_atomic(path: str | Path, value, indent: int | None = None) -> Non
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically; it may hold tensors, numbers, strings and containers of them, nothing else."""
 
+    path = Path(path)
+
     def write(file: BinaryIO) -> None:
         guard = _ErrorKeeper(file)
         try:
@@ -54,8 +57,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     try:
         write_atomic(path, write)
     except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}; the file that was there before is unchanged"
-        raise OSError(error.errno, message) from error
+        unchanged = "; the file that was there before is unchanged" if path.exists() else ""
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{unchanged}") from error
 
 
 def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> dict:
@@ -75,7 +78,7 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise anything: zip, pickle, end-of-file and even OS errors
-            reason = str(error).strip().split("\n")[0][:120]
+            reason = re.split(r"\. |\n", str(error).strip())[0][:120]
             size = path.stat().st_size
             raise ValueError(
                 f"{path} cannot be read as a checkpoint ({size} bytes; {type(error).__name__}: {reason}): it "

@@ -2,10 +2,13 @@
 
 import contextlib
 import io
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
 
@@ -28,16 +31,32 @@ def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **o
 
 
 def exit_status(command: Callable[[], object]) -> int:
-    """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C."""
+    """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C.
+
+    141, as the shell has it, where whoever read the output (``| head``) has gone.
+    """
     try:
         command()
+    except MemoryError as error:
+        print(f"error: memory ran out; use smaller images, or fewer at once {error}".rstrip(), file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+            # What is still to be written when the interpreter ends cannot go there either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _unboxed(text: str) -> str:

@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses from which the command line is made; presets are in ``presets``."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
@@ -15,6 +16,13 @@ def _demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
 def _demand_counts(config: Any, prefix: str, *names: str) -> None:
     for name in names:
         _demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
+
+
+def _demand_finite(config: Any, prefix: str) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+        _demand(all(map(math.isfinite, numbers)), prefix + f.name.replace("_", "-"), value, "finite numbers")
 
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
@@ -101,6 +109,7 @@ class ModelConfig:
         return "dense" if self.variant == "dn-detr" else "deformable"
 
     def __post_init__(self):
+        _demand_finite(self, "model.")
         _demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
         _demand_counts(self, "model.", "encoder_points", "decoder_points")
         _demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
@@ -192,6 +201,7 @@ class OptimizerConfig:
     """Decay of the moving average of the weights, which is then what is evaluated (0: off)."""
 
     def __post_init__(self):
+        _demand_finite(self, "optimizer.")
         _demand(self.backbone_scale >= 0, "optimizer.backbone-scale", self.backbone_scale, "0 or more")
         _demand(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "0 or more")
         _demand(self.clip_norm > 0, "optimizer.clip-norm", self.clip_norm, "a positive number")
@@ -304,7 +314,7 @@ class Config:
         ]
         _demand_counts(self, "", *counts)
         _demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
-        _demand(self.seed >= 0, "seed", self.seed, "0 or more")
+        _demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         _demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
         _demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")

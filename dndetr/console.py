@@ -1,5 +1,6 @@
 """What a training run shows: two live lines on a terminal, a plain line now and then in a log file."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,14 @@ from rich.text import Text
 
 _MEMORY = 10.0  # seconds after which a measured speed counts half
 _BAR = 12  # characters: with it the live lines fit a terminal 80 wide
+
+
+class _Out(rich.console.Console):
+    """A console that falls silent when whoever read along has gone; rich's would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Console:
@@ -32,7 +41,7 @@ class Console:
     ):
         self._epochs, self._steps_per_epoch, self._step = epochs, steps_per_epoch, step
         self._quiet = quiet
-        self._out = rich.console.Console(file=file or sys.stdout, highlight=False, quiet=quiet)
+        self._out = _Out(file=file or sys.stdout, highlight=False, quiet=quiet)
         self._interval = interval if interval is not None else 0.25 if self._out.is_terminal else 10.0
         self._live: rich.live.Live | None = None
         self._losses: dict[str, float] = {}

@@ -1,6 +1,7 @@
 """A trained detector to use: ``dndetr.load(RUN).predict(images)``."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ class Detector:
         return [name for _, name in self.classes]
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.5, batch_size: int | None = None
+        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Prediction]:
         """Detections with a score of at least ``threshold`` in one image or several -> one Prediction an image.
 
@@ -62,8 +63,9 @@ class Detector:
         are turned upright as their EXIF data say, and read when their batch comes. DataError names a file that cannot
         be read; ValueError for pixels that are none.
         """
-        if isinstance(images, ImageLike):
-            images = [images]
+        if math.isnan(threshold):
+            raise ValueError("a threshold of NaN: give a number")
+        images = [images] if images is None or isinstance(images, ImageLike) else list(images)
         if not images:
             return []
         if batch_size is not None and batch_size < 1:

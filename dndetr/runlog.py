@@ -1,7 +1,11 @@
 """The run folder: where it comes from, and its log of one JSON object a line."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -39,6 +43,22 @@ def claim_output(path: str | Path) -> Path:
         raise FileExistsError(f"--output {path} exists and is not empty, and runs are never overwritten: {advice}")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def hold(folder: str | Path) -> Iterator[None]:
+    """Within, no other process can hold the folder; ValueError if one does now. A process that dies lets go."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is being trained by another process: wait for its end, or stop it") from None
+        except OSError:
+            pass  # not every file system has locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class RunLog:

@@ -1,5 +1,6 @@
 """``python -m dndetr.train``: train a detector on the built-in shapes or on a COCO-format folder."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,24 +22,27 @@ _WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard",
 
 def parse(arguments: Sequence[str]) -> Config:
     """Command-line arguments -> the configuration of ``--preset`` (default tiny), changed by the other flags."""
-    name = _flag(arguments, "--preset") or "tiny"
+    name = _flag(arguments, "--preset")
+    if name is None:
+        name = "tiny"
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
     default = PRESETS[name]()
-    count = _flag(arguments, "--overfit") or ""
-    if count.isdecimal() and int(count) > 0:
-        default = overfitting(default, int(count))
+    with contextlib.suppress(ValueError):  # what is no number is told below, with all other mistakes
+        count = int(_flag(arguments, "--overfit") or 0)
+        default = overfitting(default, count) if count > 0 else default
     return commandline.parse(Config, list(arguments), "python -m dndetr.train", default=default, description=__doc__)
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of ``flag`` as in ``--flag value`` or ``--flag=value``."""
+    """The value of ``flag`` as in ``--flag value`` or ``--flag=value``, the last one as everywhere."""
+    found = None
     for place, argument in enumerate(arguments):
         if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+            found = arguments[place + 1]
+        elif argument.startswith(f"{flag}="):
+            found = argument.partition("=")[2]
+    return found
 
 
 def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Config:
@@ -81,7 +85,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
     from .console import Console
     from .data.training import TrainingData
     from .initialise import initialise
-    from .runlog import claim_output, new_run_folder, read_rows
+    from .runlog import claim_output, hold, new_run_folder, read_rows
     from .trainer import Stopped, Trainer
 
     data = TrainingData(config, processes.rank, processes.world)
@@ -110,7 +114,8 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
         console.classes(data.classes, data.class_counts)
     trainer.prepare()
     try:
-        metrics = trainer.fit(folder)
+        with hold(folder) if processes.first else contextlib.nullcontext():
+            metrics = trainer.fit(folder)
     except Stopped as stopped:
         if processes.first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)

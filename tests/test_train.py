@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dndetr import config, train
 from dndetr.config import Config, from_dict, to_dict
 from dndetr.criterion import Criterion
 from dndetr.presets import PRESETS
+from dndetr.runlog import hold
 from dndetr.shapes import write_shapes
 from dndetr.window import Diverged
 
@@ -166,6 +168,12 @@ def test_resuming_a_finished_run_says_so(capsys):
         (["--lr", "abc"], "--lr: could not convert string to float: 'abc' (python -m dndetr.train --help"),
         (["--lr", "nan"], "--lr nan: give a positive number"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--seed", str(2**70)], "give 0 or more, below 2**62"),
+        (["--preset", ""], "--preset : choose one of"),
+        (["--preset", "tiny", "--preset", "small"], "--preset small needs data"),
+        (["--overfit", "x", "--overfit", "0"], "--overfit 0: give 1 or more"),
+        (["--model.temperature", "inf", "20"], "--model.temperature (inf, 20.0): give finite numbers"),
+        (["--optimizer.clip-norm", "inf"], "--optimizer.clip-norm inf: give finite numbers"),
         (["--device", "foo"], "--device foo: give auto, cpu, cuda or cuda:N"),
         (["--images.multiple", "0"], "--images.multiple 0: give 1 or more"),
         (["--images.canvas", "0", "0"], "--images.canvas (0, 0): give"),
@@ -190,6 +198,38 @@ def test_mistakes_are_one_plain_line_and_leave_nothing(flags, message, tmp_path,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_on_is_not_resumed_beside_it(capsys):
+    with stopped_after(3):
+        train.main([*FEW, "--output", "run"])
+    log = Path("run/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    with hold("run"):
+        assert train.main(["--resume", "run", "--quiet"]) == 1
+    assert capsys.readouterr().err == "error: run is being trained by another process: wait for its end, or stop it\n"
+    assert Path("run/metrics.jsonl").read_bytes() == log
+    assert train.main(["--resume", "run", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("module", ["train", "check_data"])
+def test_output_that_nobody_reads_is_no_error(module):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", f"dndetr.{module}", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in (0, 128 + signal.SIGPIPE)
+
+
+def test_training_goes_on_when_nobody_reads_along():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dndetr.train", *FEW[:-1], "--output", "run"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in Path("run").iterdir()} == FILES
 
 
 def test_a_run_of_captured_steps_goes_on_where_nothing_can_be_captured(capsys):

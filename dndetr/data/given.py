@@ -54,10 +54,12 @@ def _checked(image: ImageLike, place: int) -> Path | Image.Image:
             raise DataError(f"{image}: no such image file")
         return Path(image)
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"image {place} is a picture of {image.width}x{image.height} pixels")
         return image
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        if image.ndim != 3 or len(image) != 3:
+        if image.ndim != 3 or len(image) != 3 or not image.numel():
             raise ValueError(f"image {place} is a tensor of shape {list(image.shape)}; give [3, height, width], RGB")
         if image.is_floating_point():
             if not (image.min() >= 0 and image.max() <= 1):

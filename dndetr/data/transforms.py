@@ -64,11 +64,14 @@ class View(NamedTuple):
 def short_side(size: tuple[int, int], side: int, longest: int | None) -> tuple[int, int]:
     """(height, width) resized so that the short side is ``side``, or less where the long one would pass ``longest``.
 
-    The official rounding: the short side is rounded where ``longest`` binds, the long side is always cut off.
+    The official rounding: the short side is rounded where ``longest`` binds, the long side is always cut off. Lines
+    that would be thinner than a pixel are one pixel wide.
     """
     short, long = min(size), max(size)
     if longest is not None and long / short * side > longest:
         side = round(longest * short / long)
+        if side == 0:
+            return (1, longest) if size[0] < size[1] else (longest, 1)
     if short == side:
         return size
     height, width = size

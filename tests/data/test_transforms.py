@@ -103,6 +103,9 @@ def test_picture_and_boxes_move_together(hflip, vflip):
         ((800, 900), 800, 1333, (800, 900)),
         ((500, 500), 480, 1333, (480, 480)),
         ((333, 500), 600, None, (600, 900)),
+        ((1, 5000), 800, 1333, (1, 1333)),
+        ((5000, 1), 800, 1333, (1333, 1)),
+        ((3, 5000), 800, 1333, (1, 1666)),  # 0.8 is rounded, and the long side follows it
     ],
 )
 def test_the_official_rounding(size, side, longest, wanted):
