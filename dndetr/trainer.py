@@ -28,7 +28,7 @@ from .lead import Lead
 from .memory import explain_memory
 from .models.build import build_model
 from .models.dn_detr import Predictions
-from .ops import PARTS
+from .ops import PARTS, _backend
 from .pictures import draw_curves
 from .processes import Processes
 from .readback import Readback
@@ -52,6 +52,7 @@ class Trainer:
 
     def __init__(self, config: Config, data: TrainingData, processes: Processes, checkpoint: dict | None = None):
         self.config, self.data, self.processes = config, data, processes
+        _backend.check_environment()
         if config.tensorboard:
             demand_tensorboard()
         if config.fast_eval:

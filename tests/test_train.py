@@ -232,6 +232,21 @@ def test_training_goes_on_when_nobody_reads_along():
     assert {path.name for path in Path("run").iterdir()} == FILES
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: assign has no backend 'quick'"),
+        ("DNDETR_BACKEND_MATCH", "triton", "DNDETR_BACKEND_MATCH: match has no backend 'triton'"),
+        ("DNDETR_BACKEND_ASIGN", "cpp", "DNDETR_BACKEND_ASIGN: there is no such op, only "),
+    ],
+)
+def test_wrong_variables_are_told_before_anything_is_written(monkeypatch, tmp_path, capsys, variable, value, told):
+    monkeypatch.setenv(variable, value)
+    assert train.main(FEW) == 1
+    assert told in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_run_of_captured_steps_goes_on_where_nothing_can_be_captured(capsys):
     with stopped_after(3):
         train.main([*FEW, "--output", "run"])

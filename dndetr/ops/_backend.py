@@ -83,14 +83,18 @@ def forget() -> None:
     _findings.clear()
 
 
+def check_environment() -> None:
+    """ValueError for a ``DNDETR_BACKEND...`` variable that names no op, or no backend of it."""
+    for variable in os.environ:
+        op = variable.removeprefix("DNDETR_BACKEND_")
+        if op != variable and op.lower() not in _backends:
+            raise ValueError(f"{variable}: there is no such op, only {', '.join(_backends).upper()}")
+    for op in _backends:
+        _request(op, None)
+
+
 def _resolve(op: str, requested: str | None, device_type: str) -> tuple[str, str]:
     name, source = _request(op, requested)
-    known = ("auto", "reference", *(backend.name for backend in _backends[op]))
-    if name not in known:
-        if name not in NAMES or source != "DNDETR_BACKEND":
-            raise ValueError(f"{source}: {op} has no backend {name!r}, choose one of {', '.join(known)}")
-        # One variable for all ops cannot name a backend that every op has: it binds those that have it.
-        name, source = "auto", f"DNDETR_BACKEND={name} does not concern {op}"
     if name == "reference":
         return "reference", f"asked for by {source}"
     if name != "auto":
@@ -112,12 +116,17 @@ def _resolve(op: str, requested: str | None, device_type: str) -> tuple[str, str
 
 
 def _request(op: str, requested: str | None) -> tuple[str, str]:
-    if requested is not None:
-        return requested, "the backend argument"
-    for variable in (f"DNDETR_BACKEND_{op.upper()}", "DNDETR_BACKEND"):
-        if value := os.environ.get(variable):
-            return value, variable
-    return "auto", "default"
+    """The backend that is asked for, and by whom; ValueError for one that the op does not have."""
+    variables = (f"DNDETR_BACKEND_{op.upper()}", "DNDETR_BACKEND")
+    asked = [(requested, "the backend argument"), *((os.environ.get(name), name) for name in variables)]
+    name, source = next(((name, source) for name, source in asked if name), ("auto", "default"))
+    known = ("auto", "reference", *(backend.name for backend in _backends[op]))
+    if name in known:
+        return name, source
+    if name not in NAMES or source != "DNDETR_BACKEND":
+        raise ValueError(f"{source}: {op} has no backend {name!r}, choose one of {', '.join(known)}")
+    # One variable for all ops cannot name a backend that every op has: it binds those that have it.
+    return "auto", f"DNDETR_BACKEND={name} does not concern {op}"
 
 
 def examine(op: str, device_type: str) -> list[Finding]:
