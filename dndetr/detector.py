@@ -119,6 +119,8 @@ def load(
 def _from_weights(path: str | Path, device: str, preset: str, classes: Classes | None) -> Detector:
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    if {"config", "classes"} <= read_file(path).keys():
+        raise ValueError(f"--preset {preset}: {path} has its own configuration; leave out --preset")
     config, classes = PRESETS[preset](), COCO_CLASSES if classes is None else classes
     model = build_model(config.model, len(classes))
     report = initialise(model, path, classes)

@@ -1,6 +1,5 @@
 """``python -m dndetr.evaluate RUN_OR_CHECKPOINT``: COCO's numbers of a trained detector, by class, with figures."""
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +67,10 @@ def run(arguments: Arguments) -> Path:
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
+    if not 0 <= arguments.threshold <= 1:
+        raise ValueError(f"--threshold {arguments.threshold}: give a score from 0 to 1")
+    if arguments.workers < 0:
+        raise ValueError(f"--workers {arguments.workers}: give 0 or more")
     if arguments.fast_eval:
         demand_fast_eval()
     if arguments.preset is None:
@@ -94,24 +97,29 @@ def run(arguments: Arguments) -> Path:
         logits, boxes = detector.infer(batch)
         return logits[..., columns], boxes
 
-    with _output(arguments) as folder:
-        results, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
-        referee = coco_referee(ground_truth, results, image_ids, arguments.fast_eval)
+    with _results(arguments) as results:
+        detections, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
+        referee = coco_referee(ground_truth, detections, image_ids, arguments.fast_eval)
         metrics = metrics_of(referee)
         title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
-        counts = confusion_matrix(ground_truth, results, [number for number, _ in classes], arguments.threshold)
-        write_results(folder / f"detections_{arguments.split}.json", results)
-        draw_precision_recall(folder / "precision_recall.png", precision_by_class(referee), title)
+        counts = confusion_matrix(ground_truth, detections, [number for number, _ in classes], arguments.threshold)
+        with results.file(f"detections_{arguments.split}.json") as path:
+            write_results(path, detections)
+        with results.file("precision_recall.png") as path:
+            draw_precision_recall(path, precision_by_class(referee), title)
         names = [name for _, name in classes]
-        draw_confusion(folder / "confusion.png", counts, names, f"{title}, scores from {arguments.threshold:g}")
-        write_json_atomic(folder / "metrics.json", metrics, indent=2)
+        with results.file("confusion.png") as path:
+            draw_confusion(path, counts, names, f"{title}, scores from {arguments.threshold:g}")
+        with results.file("metrics.json") as path:
+            write_json_atomic(path, metrics, indent=2)
     print(report(metrics, ground_truth))
-    print(f"\nresults in {folder}")
-    return folder
+    print(f"\nresults in {results.path}")
+    return results.path
 
 
 def open_split(arguments: Arguments, config):
     """The data set to evaluate on, prepared as ``config`` says, and its name in messages."""
+    from .data.checks import check_files
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
     from .data.training import evaluation_transform
@@ -124,7 +132,13 @@ def open_split(arguments: Arguments, config):
             return ShapesDataset("train", config.train_images, seed=config.seed), source
         return ShapesDataset(arguments.split, config.val_images), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
-    return CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache), source
+    data = CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache)
+    if config.images.skip_unreadable:
+        images = len(data)
+        remarks = check_files(data, skip_unreadable=True)
+        if len(data) < images:
+            print(f"warning: {remarks[-1]}", file=sys.stderr)  # those before it are about training
+    return data, source
 
 
 def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:
@@ -166,25 +180,16 @@ def _number(value: float | None) -> str:
     return "    -" if value is None else f"{value:.3f}"
 
 
-@contextlib.contextmanager
-def _output(arguments: Arguments):
-    """The folder for the results, gone again where there are none."""
-    from .runlog import claim_output, new_run_folder
+def _results(arguments: Arguments):
+    """The folder for the results, as ``results_folder`` has it: by default beside the run."""
+    from .results_folder import results_folder
 
-    if arguments.output is None:
-        path = arguments.model.resolve()
-        run = path if path.is_dir() else path.parent
-        is_run = (run / "config.json").exists()
-        name = run.name if path.is_dir() else f"{run.name}-{path.stem}" if is_run else path.stem
-        folder = new_run_folder(f"{name}-{arguments.split}", run.parent if is_run or path.is_dir() else run)
-    else:
-        folder = claim_output(arguments.output)
-    try:
-        yield folder
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
+    path = arguments.model.resolve()
+    run = path if path.is_dir() else path.parent
+    is_run = (run / "config.json").exists()
+    name = run.name if path.is_dir() else f"{run.name}-{path.stem}" if is_run else path.stem
+    root = run.parent if is_run or path.is_dir() else run
+    return results_folder(arguments.output, f"{name}-{arguments.split}", root)
 
 
 def _shown(loader):

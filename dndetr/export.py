@@ -58,6 +58,7 @@ def run(arguments: Arguments) -> None:
     # Imported here so that --help and mistakes in the flags answer at once.
     from .checkpoint import write_atomic
     from .detector import load
+    from .results_folder import writing
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
     batch = prepare(detector, arguments.image, arguments.canvas)
@@ -65,7 +66,8 @@ def run(arguments: Arguments) -> None:
     program = exported_program(detector, batch)
     content, call = (to_onnx if kind == "onnx" else to_torch)(program, about)
     print(f"the same as the model: {verify(detector, call, batch)}")
-    write_atomic(output, content)
+    with writing(output):
+        write_atomic(output, content)
     height, width = about["canvas"]
     print(f"{output}: {len(content) / 1e6:.1f} MB, images [batch, 3, {height}, {width}], any batch")
 
@@ -101,8 +103,10 @@ def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | 
 
 
 def _validation_image(config):
-    """The first validation image of the run's data: its file, or its pixels if it is built in."""
+    """The first validation image of the run's data that can be read: its file, or its pixels if it is built in."""
     from .data.annotations import find_split, read_document
+    from .data.errors import UnreadableImage
+    from .data.image import read_image
     from .data.shapes import MIN_SIZE, render
 
     if config.data == "shapes":
@@ -111,7 +115,16 @@ def _validation_image(config):
         raise ValueError("--preset needs an image to compare on: --image FILE")
     try:
         split = find_split(config.data, "val")
-        return split.images / read_document(split.json)["images"][0]["file_name"]
+        unreadable = []
+        for image in read_document(split.json)["images"]:
+            path = split.images / image["file_name"]
+            try:
+                read_image(path)
+            except UnreadableImage as error:
+                unreadable.append(error)
+            else:
+                return path
+        raise unreadable[0]
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}; give another image to compare on: --image FILE") from error
 

@@ -1,10 +1,10 @@
 """``python -m dndetr.predict RUN_OR_CHECKPOINT SOURCE``: what a trained detector finds, drawn and as JSON."""
 
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from fractions import Fraction
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +16,10 @@ from .commandline import exit_status, parse
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction
+    from .results_folder import ResultsFolder
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+_KEPT = {".png", ".jpg", ".jpeg"}  # pictures of these keep their file's name
 _AT_ONCE = 16  # images or frames handed to the detector together, so that memory does not grow with their number
 
 
@@ -45,30 +47,29 @@ def run(arguments: Arguments) -> Path:
     """Predict as the arguments say -> the folder with the results."""
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold {arguments.threshold}: give a score from 0 to 1")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
     files = [] if is_video(arguments.source) else image_files(arguments.source)
     if not files:
         import_av()
     # Imported here so that --help and mistakes in the arguments answer at once.
     from .checkpoint import write_json_atomic
     from .detector import load
-    from .runlog import claim_output, new_run_folder
+    from .results_folder import results_folder
 
     detector = load(arguments.model, arguments.device, preset=arguments.preset)
-    folder = new_run_folder("predictions") if arguments.output is None else claim_output(arguments.output)
-    try:
+    with results_folder(arguments.output, "predictions") as results:
         if files:
-            entries = {"images": list(predict_images(detector, files, folder, arguments))}
+            entries = {"images": list(predict_images(detector, files, results, arguments))}
         else:
-            entries = {"video": arguments.source.name, "frames": list(predict_video(detector, folder, arguments))}
+            entries = {"video": arguments.source.name, "frames": list(predict_video(detector, results, arguments))}
         classes = [{"id": number, "name": name} for number, name in detector.classes]
-        write_json_atomic(folder / "predictions.json", {"classes": classes, **entries})
-    except BaseException:
-        shutil.rmtree(folder)  # it was new or empty, and half a result looks like a whole one
-        raise
+        with results.file("predictions.json") as path:
+            write_json_atomic(path, {"classes": classes, **entries})
     rows = next(iter(reversed(entries.values())))
     found = sum(len(row["detections"]) for row in rows)
-    print(f"{found} objects in {len(rows)} {'images' if files else 'frames'}: {folder}")
-    return folder
+    print(f"{found} objects in {len(rows)} {'images' if files else 'frames'}: {results.path}")
+    return results.path
 
 
 def is_video(path: Path) -> bool:
@@ -82,64 +83,101 @@ def image_files(source: Path) -> list[Path]:
         raise FileNotFoundError(f"{source}: no such image, folder or video")
     if source.is_file():
         return [source]
-    Image.init()
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in Image.EXTENSION and file.is_file())
+    files = sorted(file for file in source.iterdir() if _is_image(file))
     if not files:
         raise FileNotFoundError(f"{source}: no images in this folder (folders inside it are not looked into)")
     return files
 
 
-def predict_images(detector: "Detector", files: list[Path], folder: Path, arguments: Arguments) -> Iterator[dict]:
-    """Write each file's picture with its boxes into ``folder``, under its own name -> an entry for each."""
+def _is_image(path: Path) -> bool:
+    Image.init()
+    kind = Image.EXTENSION.get(path.suffix.lower())
+    can_open = kind in Image.OPEN or kind == "MPO"  # which Pillow opens as JPEG; others, such as PDF, it only writes
+    # macOS keeps what other disks cannot hold of a.jpg in ._a.jpg.
+    return can_open and not is_video(path) and not path.name.startswith("._") and path.is_file()
+
+
+def picture_names(files: list[Path]) -> list[str]:
+    """The names of the files' pictures: as PNG and JPEG files have them, others end in .png, numbered where taken."""
+    taken = {file.name for file in files if file.suffix.lower() in _KEPT}
+    names = []
+    for file in files:
+        name = file.name
+        if file.suffix.lower() not in _KEPT:
+            name, number = f"{file.name}.png", 1
+            while name in taken:
+                number += 1
+                name = f"{file.name}-{number}.png"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def predict_images(
+    detector: "Detector", files: list[Path], results: "ResultsFolder", arguments: Arguments
+) -> Iterator[dict]:
+    """Write each file's picture with its boxes into the results -> an entry for each."""
     from .data.image import read_image
     from .pictures import draw_boxes
 
-    for some in _portions(files):
-        pictures = [read_image(file) for file in some]
+    for some in _portions(zip(files, picture_names(files), strict=True)):
+        pictures = [read_image(file) for file, _ in some]
         found = detector.predict(pictures, arguments.threshold, arguments.batch_size)
-        for file, picture, prediction in zip(some, pictures, found, strict=True):
+        for (file, name), picture, prediction in zip(some, pictures, found, strict=True):
             drawn = draw_boxes(picture, prediction.boxes_xyxy, prediction.labels, prediction.scores, detector.names)
-            keeps = file.suffix.lower() in (".png", ".jpg", ".jpeg")
-            drawn.save(folder / (file.name if keeps else f"{file.name}.png"), quality=92)
+            with results.file(name) as path:
+                drawn.save(path, quality=92)
             yield {"file": file.name, "width": picture.width, "height": picture.height} | entry(detector, prediction)
 
 
-def predict_video(detector: "Detector", folder: Path, arguments: Arguments) -> Iterator[dict]:
-    """Write the video with its boxes into ``folder`` as MP4 -> an entry for each frame."""
+def predict_video(detector: "Detector", results: "ResultsFolder", arguments: Arguments) -> Iterator[dict]:
+    """Write the video with its boxes into the results as MP4 -> an entry for each frame."""
     av = import_av()
     from .pictures import draw_boxes
 
-    source = arguments.source
+    source, out = arguments.source, None
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such video")
+    numbers = count()
+    with results.file(f"{source.stem}.mp4") as path:
+        try:
+            with av.open(str(path), "w") as written:
+                for frames in _portions(upright_frames(source)):
+                    pictures = [picture for picture, *_ in frames]
+                    found = detector.predict(pictures, arguments.threshold, arguments.batch_size)
+                    for (picture, seconds, rate), prediction in zip(frames, found, strict=True):
+                        boxes, scores, labels, _ = prediction
+                        drawn = draw_boxes(picture, boxes, labels, scores, detector.names, scale=1.0)
+                        if out is None:
+                            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+                            out = written.add_stream(codec, rate=rate)
+                            # The codecs want even sides.
+                            out.width, out.height, out.pix_fmt = drawn.width // 2 * 2, drawn.height // 2 * 2, "yuv420p"
+                        drawn = drawn.crop((0, 0, out.width, out.height))
+                        written.mux(out.encode(av.VideoFrame.from_image(drawn)))
+                        seconds = None if seconds is None else round(seconds, 4)
+                        yield {"frame": next(numbers), "seconds": seconds} | entry(detector, prediction)
+                written.mux(out.encode())
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror) from error
+
+
+def upright_frames(source: Path) -> Iterator[tuple[Image.Image, float | None, Fraction]]:
+    """Each picture of a video, turned upright as its file says, with its time in seconds, and the frames per second."""
+    av = import_av()
+    frame = None
     try:
-        with av.open(str(source)) as video, av.open(str(folder / f"{source.stem}.mp4"), "w") as written:
+        with av.open(str(source)) as video:
             stream = next(iter(video.streams.video), None)
             if stream is None:
                 raise ValueError(f"{source}: there is no picture in this video")
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            out = written.add_stream(codec, rate=stream.average_rate or 25)
-            # The codecs want even sides.
-            out.width, out.height, out.pix_fmt = stream.width // 2 * 2, stream.height // 2 * 2, "yuv420p"
-            number = 0
-            for frames in _portions(video.decode(stream)):
-                pictures = [frame.to_image() for frame in frames]
-                found = detector.predict(pictures, arguments.threshold, arguments.batch_size)
-                for frame, picture, prediction in zip(frames, pictures, found, strict=True):
-                    boxes, scores, labels, _ = prediction
-                    drawn = draw_boxes(picture, boxes, labels, scores, detector.names, scale=1.0)
-                    drawn = drawn.crop((0, 0, out.width, out.height))
-                    for packet in out.encode(av.VideoFrame.from_image(drawn)):
-                        written.mux(packet)
-                    seconds = None if frame.time is None else round(frame.time, 4)
-                    yield {"frame": number, "seconds": seconds} | entry(detector, prediction)
-                    number += 1
-            for packet in out.encode():
-                written.mux(packet)
-            if number == 0:
-                raise ValueError(f"{source}: no frame of this video could be decoded")
+            for frame in video.decode(stream):
+                turn = 90 * round(frame.rotation / 90)  # degrees counter-clockwise, for PyAV and Pillow alike
+                yield frame.to_image().rotate(turn, expand=True), frame.time, stream.average_rate or Fraction(25)
     except av.FFmpegError as error:
         raise ValueError(f"{source}: cannot be read as a video ({error})") from error
+    if frame is None:
+        raise ValueError(f"{source}: no frame of this video could be decoded")
 
 
 def import_av():

@@ -1,8 +1,11 @@
 """The evaluate command: the run's own numbers again, classes by name, a new folder each time."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
+import warnings
 from pathlib import Path
 
 import detectors
@@ -130,11 +133,14 @@ def test_a_class_that_was_not_trained_is_an_error(run, pictures, tmp_path, capsy
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--split", "test"], "no 'test' split"),
         (["--batch-size", "0"], "--batch-size 0"),
+        (["--workers", "-1"], "--workers -1: give 0 or more"),
+        (["--threshold", "nan"], "--threshold nan: give a score from 0 to 1"),
+        (["--threshold", "5"], "--threshold 5.0: give a score from 0 to 1"),
         (["--preset", "huge"], "--preset huge: choose one of"),
         (["--preset", "small"], "--preset needs data"),
         (["--data", "shapes"], "not trained on 'circle' (id 1)"),
     ],
-    ids=["data", "split", "batch", "preset", "no-data", "other-classes"],
+    ids=["data", "split", "batch", "workers", "threshold", "high", "preset", "no-data", "other-classes"],
 )
 def test_mistakes_are_one_plain_line_and_leave_nothing(run, flags, message, capsys):
     before = set(run.parent.iterdir())
@@ -150,6 +156,48 @@ def test_a_failed_evaluation_leaves_no_folder(run, pictures, tmp_path, capsys):
     assert evaluate.main([str(run), "--data", str(data), "--output", str(tmp_path / "out")]) == 1
     assert "2.jpg" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_a_full_disk_leaves_no_half_results(run, tmp_path, monkeypatch, capsys, there):
+    out, synced = tmp_path / "out", os.fsync
+
+    def full(descriptor):
+        if (out / "precision_recall.png").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr("dndetr.checkpoint.os.fsync", full)
+    if there:
+        out.mkdir()
+    assert evaluate.main([str(run), "--output", str(out)]) == 1
+    assert capsys.readouterr().err == f"error: cannot write {out}/confusion.png: No space left on device\n"
+    assert out.exists() == there and not any(tmp_path.glob("out/*"))
+
+
+def test_images_that_training_skipped_are_skipped(pictures, tmp_path, capsys):
+    data = changed(pictures, tmp_path / "data", lambda document: None)
+    (data / "val" / "2.jpg").write_bytes((data / "val" / "2.jpg").read_bytes()[:300])
+    flags = ["--data", str(data), "--images.canvas", "96", "128", "--images.skip-unreadable"]
+    run = short_run(tmp_path / "run", *flags)
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("warning: val: 1 of 6 images cannot be read and are skipped; the first: image 12: ")
+    results = read(tmp_path / "out" / "detections_val.json")
+    assert results == read(run / "detections_val.json") and len({row["image_id"] for row in results}) == 5
+    assert evaluate.main([str(run), "--data", str(pictures), "--output", str(tmp_path / "whole")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_all_objects_of_a_crowded_image_count(run, pictures, tmp_path):
+    def crowd(document):
+        document["annotations"] += [document["annotations"][0] | {"id": 100 + number} for number in range(600)]
+
+    data = changed(pictures, tmp_path / "data", crowd)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*largest are kept")
+        assert evaluate.main([str(run), "--data", str(data), "--output", str(tmp_path / "out")]) == 0
 
 
 def test_weights_alone_with_a_preset(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """The export command: every variant as ONNX and torch.export, compared with the model, whole or not at all."""
 
+import errno
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -175,3 +177,25 @@ def test_data_that_is_gone_asks_for_an_image(run, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
     assert export.main([str(tmp_path / "run"), "--output", str(tmp_path / "a.pt2")]) == 1
     assert "--image FILE" in capsys.readouterr().err
+
+
+def test_the_first_image_that_can_be_read_is_compared_on(run, tmp_path):
+    data = shutil.copytree(run.parent / "pictures", tmp_path / "data")
+    (data / "val" / "0.jpg").write_bytes((data / "val" / "0.jpg").read_bytes()[:300])
+    config = Config(data=str(data))
+    assert export._validation_image(config) == data / "val" / "1.jpg"
+    for image in (data / "val").iterdir():
+        image.write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"0\.jpg: .*; give another image to compare on: --image FILE"):
+        export._validation_image(config)
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dndetr.checkpoint.os.fsync", full)
+    file = tmp_path / "a.pt2"
+    assert export.main([str(run), "--output", str(file)]) == 1
+    assert capsys.readouterr().err == f"error: cannot write {file}: No space left on device\n"
+    assert not any(tmp_path.iterdir())

@@ -90,7 +90,8 @@ def build_loader(
             f"use --batch-size {max(1, len(dataset) // world)} or less"
         )
     most = slots or TARGET_BUCKETS[-1]
-    if overfull := sum(count > most for count in dataset.counts):
+    # Evaluation scores against the annotations, not against what a batch has room for.
+    if training and (overfull := sum(count > most for count in dataset.counts)):
         warnings.warn(
             f"{overfull} images hold more than {most} objects (up to {max(dataset.counts)}); "
             f"of those, only the {most} largest are kept",

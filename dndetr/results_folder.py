@@ -1,0 +1,55 @@
+"""The folder of a command's results: with all of them in it, or as it was before."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from .runlog import claim_output, new_run_folder
+
+
+class ResultsFolder:
+    """A folder, and what was written into it; made by ``results_folder``."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: list[Path] = []
+
+    @contextlib.contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """The path of a file, to be written within."""
+        path = self.path / name
+        self.files.append(path)
+        with writing(path):
+            yield path
+
+
+@contextlib.contextmanager
+def results_folder(output: Path | None, name: str, root: str | Path = "runs") -> Iterator[ResultsFolder]:
+    """The folder that the user asked for, or else a new one, ``root/name-1`` or the next.
+
+    If the block fails, what it wrote is removed, since half a result looks like a whole one; the folder, and those
+    above it, only where they are new and nothing else is in them.
+    """
+    if output is None:
+        folder = new_run_folder(name, root)
+        made = [folder]  # not the root: somebody else may be about to use it
+    else:
+        made = [path for path in (output, *output.parents) if not path.exists()]
+        folder = claim_output(output)
+    results = ResultsFolder(folder)
+    try:
+        yield results
+    except BaseException:
+        for remove in (*(file.unlink for file in results.files), *(path.rmdir for path in made)):
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                remove()
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, ``path`` is written: an OSError names it, which those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
