@@ -45,10 +45,23 @@ def claim_output(path: str | Path) -> Path:
     return path
 
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+
+
+# A worker process may outlive its parent for seconds, and would hold the folder as long.
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextlib.contextmanager
 def hold(folder: str | Path) -> Iterator[None]:
     """Within, no other process can hold the folder; ValueError if one does now. A process that dies lets go."""
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +71,7 @@ def hold(folder: str | Path) -> Iterator[None]:
             pass  # not every file system has locks
         yield
     finally:
+        _held.remove(descriptor)
         os.close(descriptor)
 
 

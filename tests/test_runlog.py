@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dndetr.console import Console, duration
-from dndetr.runlog import RunLog, claim_output, new_run_folder, read_rows
+from dndetr.runlog import RunLog, claim_output, hold, new_run_folder, read_rows
 
 # ---- folders
 
@@ -209,3 +209,17 @@ def test_half_a_first_checkpoint_does_not_keep_a_folder_from_being_used(tmp_path
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileExistsError):
         claim_output(tmp_path)
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_not_by_its_workers(tmp_path):
+    with hold(tmp_path), pytest.raises(ValueError, match="is being trained by another process"), hold(tmp_path):
+        raise AssertionError("held twice")
+    with hold(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with hold(tmp_path):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+    assert not any(tmp_path.iterdir())
