@@ -214,10 +214,13 @@ def test_half_a_first_checkpoint_does_not_keep_a_folder_from_being_used(tmp_path
 def test_a_folder_is_held_by_one_at_a_time_and_not_by_its_workers(tmp_path):
     with hold(tmp_path), pytest.raises(ValueError, match="is being trained by another process"), hold(tmp_path):
         raise AssertionError("held twice")
+    fork = multiprocessing.get_context("fork")
+    started, ended = fork.Event(), fork.Event()
     with hold(tmp_path):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker = fork.Process(target=lambda: (started.set(), ended.wait()))
         worker.start()
     try:
+        assert started.wait(10)
         with hold(tmp_path):
             assert worker.is_alive()
     finally:
