@@ -36,7 +36,12 @@ def exit_status(command: Callable[[], object]) -> int:
     141, as the shell has it, where whoever read the output (``| head``) has gone.
     """
     try:
-        command()
+        try:
+            command()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except MemoryError as error:
         print(f"error: memory ran out; use smaller images, or fewer at once {error}".rstrip(), file=sys.stderr)
         return 1

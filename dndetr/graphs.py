@@ -14,6 +14,7 @@ from .packing import Layout, layout_of, unpack
 from .step import TrainStep
 
 _MOST = 64  # graphs; rarer shapes than these run eagerly
+_CLASHES = 4  # dropped graphs cost an eager step and a capture each
 
 
 class _Captured(NamedTuple):
@@ -40,6 +41,7 @@ class GraphedStep(TrainStep):
         self._warm: set[Layout] = set()  # ran eagerly, to be captured when they come again
         self._eager: set[Layout] = set()  # will not be captured
         self._given_up = False
+        self._clashes = 0  # captures for which other graphs were dropped
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def run(self, tensors: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
@@ -53,7 +55,7 @@ class GraphedStep(TrainStep):
             captured.buffer.copy_(arrived)
             captured.graph.replay()
             return captured.result
-        if not self._given_up and shape not in self._eager:
+        if not self._given_up and shape not in self._eager | self._warm:
             if len(self._captured) + len(self._warm) < _MOST:
                 self._warm.add(shape)
             else:
@@ -79,6 +81,7 @@ class GraphedStep(TrainStep):
         """``work``, and where memory runs out once more without graphs, whose memory nothing else can use.
 
         A step may be repeated: weights are as they were, since what the optimiser allocates is there before any graph.
+        (Running statistics of batch norm have moved.)
         """
         try:
             return work()
@@ -122,7 +125,11 @@ class GraphedStep(TrainStep):
                 torch._C._cuda_releasePool(self.device.index, self._pool)
             self._give_up(reason)
         elif no_memory and self._captured:
-            self._drop_graphs()
+            self._clashes += 1
+            if self._clashes < _CLASHES:
+                self._drop_graphs()
+            else:
+                self._give_up("those of different shapes do not fit in memory beside each other")
         else:
             self._run_eagerly(shape, reason)
 

@@ -51,6 +51,7 @@ _held: set[int] = set()
 def _let_go() -> None:
     for descriptor in _held:
         os.close(descriptor)
+    _held.clear()
 
 
 # A worker process may outlive its parent for seconds, and would hold the folder as long.
@@ -71,8 +72,9 @@ def hold(folder: str | Path) -> Iterator[None]:
             pass  # not every file system has locks
         yield
     finally:
-        _held.remove(descriptor)
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
 
 
 class RunLog:

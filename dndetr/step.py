@@ -122,10 +122,11 @@ class TrainStep:
     ) -> tuple[Losses, Tensor]:
         """All that happens on the device; noise: that of each batch; share: of the model's weights in the average."""
         objects = self._objects(batches)
+        noised = [self.noised(batch, its_noise) for batch, its_noise in zip(batches, noise, strict=True)]
         totals, parts, finite = [], [], []
-        for number, (batch, its_noise) in enumerate(zip(batches, noise, strict=True), start=1):
+        for number, (batch, queries) in enumerate(zip(batches, noised, strict=True), start=1):
             with self._unshared() if number < len(batches) else contextlib.nullcontext():
-                losses = self._backward(batch, its_noise, objects)
+                losses = self._backward(batch, queries, objects)
             totals.append(losses.total.detach())
             parts.append(losses.parts.detach())
             finite.append(losses.matches.finite)
@@ -134,6 +135,9 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model, share)
+        for batch, queries in zip(batches, noised, strict=True):
+            if queries is not None and self.noise_meter is not None:
+                self.noise_meter.add(queries, batch.targets)
         losses = Losses(sum(totals), sum(parts), losses.matches)
         self.record.write(losses, norm, torch.cat(finite, dim=1))
         return losses, norm
@@ -171,10 +175,7 @@ class TrainStep:
         counts = sum(batch.targets.counts.sum() for batch in batches)
         return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
 
-    def _backward(self, batch: Batch, noise: Noise | None, objects: Tensor) -> Losses:
-        noised = self.noised(batch, noise)
-        if noised is not None and self.noise_meter is not None:
-            self.noise_meter.add(noised, batch.targets)
+    def _backward(self, batch: Batch, noised: NoisedQueries | None, objects: Tensor) -> Losses:
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
             predictions = (self._shared or self.model)(images, batch.sizes, noised)

@@ -62,26 +62,34 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
 def run(arguments: Sequence[str]) -> Path:
     """Train as the arguments say, in this process or in those that torchrun started -> the run's folder."""
     config = parse(arguments)
-    checkpoint = None
-    if config.resume is not None:
-        checkpoint = load_checkpoint(config.resume, needs=("model", "step", "config", "classes"))
-        if "optimizer" not in checkpoint:
-            raise ValueError(
-                f"--resume {config.resume}: this file has weights but not the state of the training; give the run "
-                "folder, or start anew from these weights with --init"
-            )
-        config = resumed_config(config, checkpoint["config"], arguments)
-    if config.data is None:
-        raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
-
     # Imported here so that --help and mistakes in the flags answer at once.
     from .processes import Processes
+    from .runlog import hold
 
-    with Processes() as processes:
-        return _train(config, checkpoint, processes)
+    processes, checkpoint = Processes(), None
+    with contextlib.ExitStack() as stack:
+        if config.resume is not None:
+            if processes.first and _run_folder(config).is_dir():
+                stack.enter_context(hold(_run_folder(config)))  # before the checkpoint is read, which another may write
+            checkpoint = load_checkpoint(config.resume, needs=("model", "step", "config", "classes"))
+            if "optimizer" not in checkpoint:
+                raise ValueError(
+                    f"--resume {config.resume}: this file has weights but not the state of the training; give the run "
+                    "folder, or start anew from these weights with --init"
+                )
+            config = resumed_config(config, checkpoint["config"], arguments)
+        if config.data is None:
+            raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
+        return _train(config, checkpoint, stack.enter_context(processes), stack)
 
 
-def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> Path:
+def _run_folder(config: Config) -> Path:
+    """The folder of the run that is resumed."""
+    path = Path(config.resume)
+    return path if path.is_dir() else path.parent
+
+
+def _train(config: Config, checkpoint: dict | None, processes: "Processes", stack: contextlib.ExitStack) -> Path:
     from .console import Console
     from .data.training import TrainingData
     from .initialise import initialise
@@ -94,7 +102,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
-        folder = Path(config.resume) if Path(config.resume).is_dir() else Path(config.resume).parent
+        folder = _run_folder(config)
         rows = read_rows(folder / "metrics.jsonl")
         if processes.from_first(any(row["event"] == "end" for row in rows)):
             if processes.first:
@@ -106,6 +114,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
         folder = None
         if processes.first:
             folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
+            stack.enter_context(hold(folder))
         folder = processes.from_first(folder)
     with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet or not processes.first) as console:
         console.message(f"run folder: {folder}")
@@ -114,8 +123,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes") -> P
         console.classes(data.classes, data.class_counts)
     trainer.prepare()
     try:
-        with hold(folder) if processes.first else contextlib.nullcontext():
-            metrics = trainer.fit(folder)
+        metrics = trainer.fit(folder)
     except Stopped as stopped:
         if processes.first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)

@@ -194,8 +194,12 @@ def test_graphs_make_room_for_a_capture(python_graphs):
     expected = steps_on_two_shapes(make("eager", said))
     python_graphs.append("room")
     step = make("graph", said)
-    assert torch.equal(steps_on_two_shapes(step), expected)
+    found = [steps_on_two_shapes(step, 6)]
     assert not said and len(step._captured) == 1
+    found.append(steps_on_two_shapes(step, first=6))  # every other shape drops the graph before
+    assert torch.equal(torch.cat(found), expected)
+    why = "those of different shapes do not fit in memory beside each other"
+    assert said == [f"all batches run without CUDA graphs from here on: {why}"] and not step._captured
 
 
 def test_graphs_give_way_to_a_shape_that_cannot_be_captured(python_graphs):
@@ -222,6 +226,14 @@ def test_there_are_only_so_many_graphs(python_graphs, monkeypatch):
     step = make("graph", said)
     steps_on_two_shapes(step, 9)
     assert len(step._captured) == 1 and len(said) == 1 and "there are 1 shapes already" in said[0]
+
+
+def test_dropped_graphs_do_not_count_twice(python_graphs, monkeypatch):
+    monkeypatch.setattr(graphs, "_MOST", 2)
+    said = []
+    python_graphs.append("room")
+    steps_on_two_shapes(make("graph", said), 6)
+    assert not said
 
 
 def test_a_checkpoint_of_one_mode_continues_in_the_other(python_graphs):
