@@ -59,7 +59,8 @@ __global__ void forward(const __grid_constant__ Sizes s, const float* value, con
 }
 
 __global__ void backward(const __grid_constant__ Sizes s, const float* grad_out, const float* value,
-                         const float* locations, const float* weights, float* grad_value, float* grad_locations, float* grad_weights) {
+                         const float* locations, const float* weights, float* grad_value, float* grad_locations,
+                         float* grad_weights) {
   extern __shared__ float parts[];  // [3, width]
   const std::int64_t row = blockIdx.x, image = row / s.heads / s.queries;
   const int channel = threadIdx.x, head = row % s.heads;

@@ -43,7 +43,6 @@ def write_json_atomic(path: str | Path, value, indent: int | None = None) -> Non
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically; it may hold tensors, numbers, strings and containers of them, nothing else."""
-
     path = Path(path)
 
     def write(file: BinaryIO) -> None:

@@ -74,6 +74,7 @@ def noised_queries(
     # Half the size for the centre, the whole size for width and height.
     reach = torch.cat((clean[..., 2:] * 0.5, clean[..., 2:]), dim=-1)
     boxes = (clean + (noise.box.to(clean.dtype) * 2 - 1) * reach * box_noise).clamp(0, 1)
+    # In memory of its own, as kernels want it: once here, not in every layer.
     active = targets.counts.amax().expand_as(targets.counts).contiguous() if batch_active else targets.counts
     return NoisedQueries(labels, boxes, targets.valid, active)
 

@@ -41,7 +41,9 @@ def match_cost_kernel(
     label = tl.load(labels + image * slots + t, mask=real & in_t, other=0)
     row = logits + layer * logits_layer_stride + image * logits_image_stride + n * logits_query_stride
     logit = tl.load(row[None, :] + label[:, None], mask=inside & real[:, None], other=0.0).to(PRECISE)
-    p = 1.0 / (1.0 + tl.exp(-logit))
+    # Rounded as the reference's, since 1 - p magnifies the last digit of a p near one; float64 always is.
+    divisor = 1.0 + tl.exp(-logit)
+    p = tl.div_rn(1.0, divisor) if tl.float32 == PRECISE else 1.0 / divisor
     positive = alpha * (1.0 - p) * (1.0 - p) * -tl.log(p + 1e-8)
     negative = (1.0 - alpha) * p * p * -tl.log(1.0 - p + 1e-8)
 

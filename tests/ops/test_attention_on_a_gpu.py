@@ -11,6 +11,7 @@ from dndetr.ops import GroupLayout, conditional_attention, group_attention
 group = importlib.import_module("dndetr.ops.group_attention")
 conditional = importlib.import_module("dndetr.ops.conditional_attention")
 PARTS = ("q_content", "q_position", "k_content", "k_position", "v")
+CANCELLED = 1e-6  # gradients that are exactly zero come out as the rounding of their terms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,14 +27,15 @@ def on_gpu(case):
 @pytest.mark.parametrize("name", group.CASES)
 def test_group_attention(name, dtype):
     q, k, v, layout, active = on_gpu(group.make_case(name, dtype))
-    compare(group_attention, group.group_attention_reference, (q, k, v), "qkv", dtype, layout, active)
+    compare(group_attention, group.group_attention_reference, (q, k, v), "qkv", dtype, layout, active, least=CANCELLED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", conditional.CASES)
 def test_conditional_attention(name, dtype):
     *inputs, valid = on_gpu(conditional.make_case(name, dtype))
-    compare(conditional_attention, conditional.conditional_attention_reference, inputs, PARTS, dtype, valid)
+    reference = conditional.conditional_attention_reference
+    compare(conditional_attention, reference, inputs, PARTS, dtype, valid, least=CANCELLED)
 
 
 def test_live_slots_in_a_view():

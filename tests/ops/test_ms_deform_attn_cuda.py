@@ -46,7 +46,9 @@ def flat(shapes):
 def as_close_as_the_reference(given, arguments, dtype):
     exact, plain = reference(arguments, torch.float64, dtype), reference(arguments, grad_dtype=dtype)
     for part in NAMES:
-        rounding = 4e-6 if given[part].dtype == torch.float32 else 0
+        # Another order of the reference's float32 sums is enough to pass twice its error where that is a rounding unit.
+        precise = given[part].dtype == torch.float32 and (dtype == torch.float32 or given[part].is_cuda)
+        rounding = 4e-6 if precise else 0
         assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
         assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
 
