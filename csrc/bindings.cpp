@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops.h"
+#include "common/ops.h"
 
 namespace py = pybind11;
 

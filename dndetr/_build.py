@@ -127,7 +127,8 @@ def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str]) -> tup
 
 def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[str], csrc: Path) -> str:
     """The text of a build.ninja that compiles ``record.sources`` from ``csrc`` and links ``target``."""
-    flags = [*record.flags, *(["-DWITH_CUDA"] if record.cuda else []), *(f"-I{_escape(path)}" for path in includes)]
+    own = f"-I{_escape(csrc)}"  # an op's files name those of common/ from there
+    flags = [*record.flags, *(["-DWITH_CUDA"] if record.cuda else []), own, *(f"-I{_escape(path)}" for path in includes)]
     link = ["-shared", *(["-fopenmp"] if record.openmp else [])]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
@@ -138,7 +139,7 @@ def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[s
     ]
     if record.cuda:
         host = f"-ccbin={_escape(record.compiler)}"
-        cuda_flags = ["-O3", "-std=c++17", "-lineinfo", host, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
+        cuda_flags = ["-O3", "-std=c++17", "-lineinfo", host, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", own]
         # nvcc links, since it knows where its runtime is; static, so that torch's CUDA version does not matter.
         link = ["-shared", "-cudart=static", host, *(["-Xcompiler=-fopenmp"] if record.openmp else [])]
         lines += [
@@ -230,14 +231,19 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
     record.compiler = compiler
     record.openmp = supports_openmp(compiler, work)
     record.flags = compile_flags(record.openmp)
-    record.sources = sorted(path.name for path in csrc.glob("*.cpp"))
-    cuda_sources = sorted(path.name for path in csrc.glob("*.cu"))
+    record.sources = _sources(csrc, "*.cpp")
+    cuda_sources = _sources(csrc, "*.cu")
     record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc, cuda_sources)
     if record.cuda:
         record.nvcc = nvcc
         record.archs, why = choose_archs(env, visible_archs(), supported_archs(nvcc))
         record.cuda_reason += f" for {' '.join(record.archs)}: {why}"
         record.sources += cuda_sources
+
+
+def _sources(csrc: Path, pattern: str) -> list[str]:
+    """Files below ``csrc``, a folder per op, by their paths in it."""
+    return sorted(path.relative_to(csrc).as_posix() for path in csrc.rglob(pattern))
 
 
 def _compile(record: Record, csrc: Path, target: Path, work: Path) -> None:

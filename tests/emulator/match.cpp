@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "match_block.cuh"
+#include "match/block.cuh"
 
 using namespace dndetr;
 using namespace dndetr::matching;

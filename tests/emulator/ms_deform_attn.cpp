@@ -1,9 +1,9 @@
 // The CUDA kernels of deformable attention, run on the host.
 #include "cuda_on_host.h"
 
-#include "ms_deform_attn_backward.cuh"
-#include "ms_deform_attn_forward.cuh"
-#include "ms_deform_attn_plan.cuh"
+#include "ms_deform_attn/backward.cuh"
+#include "ms_deform_attn/forward.cuh"
+#include "ms_deform_attn/plan.cuh"
 
 namespace dndetr::deform {
 float4 shared[48 * 1024 / sizeof(float4)];

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "floats.h"
+#include "common/floats.h"
 
 #define DNDETR_INLINE __device__ __forceinline__
 

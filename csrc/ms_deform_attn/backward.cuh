@@ -5,7 +5,7 @@
 // once a row is done, its team turns them into the gradients of offsets, logits and reference points.
 #pragma once
 
-#include "ms_deform_attn_rows.cuh"
+#include "rows.cuh"
 
 namespace dndetr::deform {
 

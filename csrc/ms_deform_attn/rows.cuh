@@ -5,8 +5,8 @@
 // GPU). The team prepares each sample once: addresses and weights of its four corners, left in shared memory for all.
 #pragma once
 
-#include "lanes.cuh"
-#include "ms_deform_attn_sample.cuh"
+#include "common/lanes.cuh"
+#include "sample.cuh"
 
 namespace dndetr::deform {
 

@@ -1,8 +1,8 @@
 // Focal loss and its slope, whole registers at a time, on one instruction set; included as vectors.h says.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 // ln(1 + e) for e in [0, 1], by the series of 2 artanh(e / (2 + e)).
 DNDETR_KERNEL Reals<float> log_of_one_plus(Reals<float> e) {

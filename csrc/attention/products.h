@@ -1,6 +1,6 @@
 // What attention is made of: products of tiles and panels, joined registers, copies of rows. Included once per instruction set.
 
-#include "products.h"
+#include "common/products.h"
 
 constexpr int kDepth = DNDETR_VECTOR == 64 ? 8 : 4;  // channels of a key's gradient that are summed together
 

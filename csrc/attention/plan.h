@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops.h"
+#include "common/ops.h"
 
 namespace dndetr {
 

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "floats.h"
-#include "ops.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr::deform {
 

@@ -10,11 +10,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "fused_sums.h"
+#include "common/fused_sums.h"
 
-#include "attention_plan.h"
-#include "floats.h"
-#include "ops.h"
+#include "plan.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -49,8 +49,8 @@ class Memory {
   std::unique_ptr<char, decltype(&std::free)> bytes_{nullptr, &std::free};
 };
 
-#define DNDETR_KERNELS "attention_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "attention/kernel.h"
+#include "common/instruction_sets.h"
 
 // Calls run(task, memory) for all tasks, by a team of threads if `products`, of all of them, are worth waking one.
 template <class Run>

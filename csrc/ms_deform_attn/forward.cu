@@ -1,7 +1,7 @@
 // Deformable attention on a GPU: launches of the forward kernels.
-#include "cuda_launch.cuh"
-#include "ms_deform_attn_forward.cuh"
-#include "ms_deform_attn_plan.cuh"
+#include "common/cuda_launch.cuh"
+#include "forward.cuh"
+#include "plan.cuh"
 
 namespace dndetr {
 

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "floats.h"
-#include "ops.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 #define DNDETR_INLINE __device__ __forceinline__
 
@@ -16,7 +16,7 @@ DNDETR_INLINE double exp_of(double x) { return exp(x); }
 DNDETR_INLINE float log_of(float x) { return logf(x); }
 DNDETR_INLINE double log_of(double x) { return log(x); }
 
-#include "match_cost.h"
+#include "cost.h"
 
 template <class CostType>
 struct GivenCosts {

@@ -1,8 +1,8 @@
 // Gradients of a linear layer's weights: panels, and tiles where two of them meet. Included once per instruction set.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
-#include "matrix_products.h"
+#include "common/matrix_products.h"
 
 // `count` rows of `columns` numbers -> panels [panels, rows, kPanel] from `to` on, zeros where there are no columns.
 DNDETR_TARGET void copy_to_panels(const float* from, int columns, int count, std::int64_t rows, float* to) {

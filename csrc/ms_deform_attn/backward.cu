@@ -1,7 +1,7 @@
 // Deformable attention on a GPU: launches of the backward kernels.
-#include "cuda_launch.cuh"
-#include "ms_deform_attn_backward.cuh"
-#include "ms_deform_attn_plan.cuh"
+#include "common/cuda_launch.cuh"
+#include "backward.cuh"
+#include "plan.cuh"
 
 namespace dndetr {
 

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "ms_deform_attn_rows.cuh"
+#include "rows.cuh"
 
 namespace dndetr::deform {
 

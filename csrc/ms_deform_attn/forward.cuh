@@ -1,7 +1,7 @@
 // Deformable attention on a GPU, forward: a team of lanes gathers and sums the samples of one query and head.
 #pragma once
 
-#include "ms_deform_attn_rows.cuh"
+#include "rows.cuh"
 
 namespace dndetr::deform {
 

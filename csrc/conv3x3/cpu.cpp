@@ -5,11 +5,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "fused_sums.h"
+#include "common/fused_sums.h"
 
-#include "blocks.h"
-#include "floats.h"
-#include "ops.h"
+#include "common/blocks.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -40,8 +40,8 @@ struct Grid {
         count(p.batch * per_image) {}
 };
 
-#define DNDETR_KERNELS "conv3x3_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "conv3x3/kernel.h"
+#include "common/instruction_sets.h"
 
 #define DNDETR_STRIDE(simd, p, function) \
   (p.stride == 1 ? DNDETR_FOR(simd, function<1>) : DNDETR_FOR(simd, function<2>))

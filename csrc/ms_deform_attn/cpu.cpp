@@ -14,10 +14,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "fused_sums.h"
+#include "common/fused_sums.h"
 
-#include "floats.h"
-#include "ops.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -90,8 +90,8 @@ struct Workspace {
   }
 };
 
-#define DNDETR_KERNELS "ms_deform_attn_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "ms_deform_attn/kernel.h"
+#include "common/instruction_sets.h"
 
 // Memory of this size is new with each call, and touching it for the first time costs more than adding gradients to it,
 // unless it comes in huge pages.

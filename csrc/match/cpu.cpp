@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "floats.h"
-#include "ops.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -175,8 +175,8 @@ struct Problem {
   Lines<Closed> closed_;
 };
 
-#define DNDETR_KERNELS "match_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "match/kernel.h"
+#include "common/instruction_sets.h"
 
 // Waking a team of threads costs tens of microseconds on a quiet machine and milliseconds on a shared one.
 constexpr double kWorkPerTeam = 2e6;

@@ -1,13 +1,13 @@
 // 3x3 convolution by tiles of 4x4 results: transforms and products. Included once per instruction set; formulas are in
 // dndetr/ops/conv3x3.py.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
-#include "matrix_products.h"
+#include "common/matrix_products.h"
 
 typedef Reals<float> Vec;
 
-#include "conv3x3_lines.h"
+#include "lines.h"
 
 constexpr int kGradTiles = 128;  // tiles of two panels that stay in the first cache
 

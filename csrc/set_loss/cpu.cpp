@@ -12,10 +12,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "fused_sums.h"
+#include "common/fused_sums.h"
 
-#include "floats.h"
-#include "ops.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -25,8 +25,8 @@ constexpr int kBlock = 1024;  // logits, or one row where that is longer
 
 constexpr int kAlignment = 64;  // bytes, the widest register
 
-#define DNDETR_KERNELS "set_loss_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "set_loss/kernel.h"
+#include "common/instruction_sets.h"
 
 template <class Real>
 struct Loops {

@@ -5,11 +5,11 @@
 #include <type_traits>
 #include <utility>
 
-#include "fused_sums.h"
+#include "common/fused_sums.h"
 
-#include "blocks.h"
-#include "floats.h"
-#include "ops.h"
+#include "common/blocks.h"
+#include "common/floats.h"
+#include "common/ops.h"
 
 namespace dndetr {
 namespace {
@@ -18,8 +18,8 @@ constexpr int kPartRows = 768;   // that are laid out in panels at once, which s
 constexpr int kCopiedRows = 16;  // that one step lays out
 constexpr int kDepth = 384;      // rows whose products are summed in registers
 
-#define DNDETR_KERNELS "weight_gradients_kernel.h"
-#include "instruction_sets.h"
+#define DNDETR_KERNELS "linear/kernel.h"
+#include "common/instruction_sets.h"
 
 // How the work is cut: rows that are summed at once, panels, threads.
 struct Plan {

@@ -2,7 +2,7 @@
 //
 // Included once per instruction set, as vectors.h says.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
 #define DNDETR_INLINE DNDETR_KERNEL
 
@@ -41,9 +41,9 @@ DNDETR_INLINE bool any_lane(const Vector& x) {
   return any;
 }
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
-#include "match_cost.h"
+#include "cost.h"
 
 // The smallest value seen, and the lowest column that has it; two chains of vectors, so that one need not wait for the
 // other.

@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "match_search.cuh"
-#include "match_source.cuh"
-#include "ops.h"
+#include "search.cuh"
+#include "source.cuh"
+#include "common/ops.h"
 
 namespace dndetr::matching {
 

@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_launch.cuh"
-#include "match_block.cuh"
+#include "common/cuda_launch.cuh"
+#include "block.cuh"
 
 namespace dndetr {
 namespace matching {

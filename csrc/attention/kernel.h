@@ -4,11 +4,11 @@
 // so that scores are sums of outer products. Forwards each tile goes past its panels, a chunk of them at a time, with a
 // running maximum. Backwards each panel goes past the tiles that see it, in their order: sums do not depend on threads.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
-#include "attention_products.h"
+#include "products.h"
 
 // Widths of queries and keys, and of values: as they are, in whole registers, and in whole blocks of a gradient's channels.
 struct Widths {

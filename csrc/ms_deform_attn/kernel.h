@@ -4,14 +4,14 @@
 // gathers whole registers of channels, from value as it is or from a copy of the head's pixels. The backward pass adds up in
 // the order of the queries, so its sums do not depend on threads.
 
-#include "vectors.h"
+#include "common/vectors.h"
 
-#include "vector_math.h"
+#include "common/vector_math.h"
 
 static_assert(kBlock % Registers<float>::lanes == 0);
 
-#include "ms_deform_attn_pixels.h"
-#include "ms_deform_attn_points.h"
+#include "pixels.h"
+#include "points.h"
 
 // N registers of channels of one query: the weighted sum of all corners of all samples.
 template <int N, class Rows, class Real>
