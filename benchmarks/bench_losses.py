@@ -14,7 +14,7 @@ import pytest
 import torch
 from per_layer_losses import per_layer_losses
 
-from dndetr.criterion import Criterion
+from dndetr.training.criterion import Criterion
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import LossWeights, set_loss
 

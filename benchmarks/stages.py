@@ -6,8 +6,8 @@ from unittest import mock
 
 import torch
 
-import dndetr.criterion
-from dndetr.step import TrainStep
+import dndetr.training.criterion
+from dndetr.training.step import TrainStep
 
 STAGES = ("forward", "matching", "losses", "backward", "optimizer")
 
@@ -17,8 +17,8 @@ def stages(step: TrainStep, around: Callable[[str], contextlib.AbstractContextMa
     """Within, each stage of an eager step runs in ``around(name)``."""
     places = (
         (step.model, "forward"),
-        (dndetr.criterion, "match"),
-        (dndetr.criterion, "set_loss"),
+        (dndetr.training.criterion, "match"),
+        (dndetr.training.criterion, "set_loss"),
         (torch.Tensor, "backward"),
         (step.optimizer, "step"),
     )

@@ -12,9 +12,9 @@ import rich.console
 import rich.progress
 import tyro
 
-from dndetr.commandline import exit_status, parse
-from dndetr.console import Console
-from dndetr.data.annotations import (
+from .commandline import exit_status, parse
+from .console import Console
+from .data.annotations import (
     NOTHING_TO_LEARN,
     Classes,
     Problem,
@@ -26,11 +26,11 @@ from dndetr.data.annotations import (
     read_document,
     sound_images,
 )
-from dndetr.data.checks import MISSING, file_problems
-from dndetr.data.coco import CocoDataset
-from dndetr.data.errors import DataError
-from dndetr.data.transforms import Unresized
-from dndetr.pictures.samples import draw_samples
+from .data.checks import MISSING, file_problems
+from .data.coco import CocoDataset
+from .data.errors import DataError
+from .data.transforms import Unresized
+from .pictures.samples import draw_samples
 
 _SAMPLES = 12  # images on the contact sheet
 

@@ -68,8 +68,8 @@ def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[floa
 
     Two steps of each are run before the first that counts.
     """
-    from .processes import Processes
-    from .trainer import Trainer
+    from .training.distributed import Processes
+    from .training.trainer import Trainer
 
     trainers = []
     for groups in (config.denoising.groups, 0):

@@ -40,8 +40,8 @@ def profile(arguments: Sequence[str]) -> str:
     import torch
 
     from .data.training import TrainingData
-    from .processes import Processes
-    from .trainer import Trainer
+    from .training.distributed import Processes
+    from .training.trainer import Trainer
 
     trainer = Trainer(config, TrainingData(config), Processes({}))
     trainer.prepare()

@@ -12,9 +12,9 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from dndetr.commandline import exit_status, parse
-from dndetr.data.errors import DataError
-from dndetr.data.shapes import MIN_SIZE, ShapesDataset, render
+from .commandline import exit_status, parse
+from .data.errors import DataError
+from .data.shapes import MIN_SIZE, ShapesDataset, render
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from . import _process, commandline  # noqa: F401
 from .checkpoint import load_checkpoint
 from .config import Config, from_dict
-from .overfit import overfitting, verdict
+from .training.overfit import overfitting, verdict
 from .presets import PRESETS
 
 if TYPE_CHECKING:
-    from .processes import Processes
+    from .training.distributed import Processes
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
 _WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard", "quiet")
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> Path:
     """Train as the arguments say, in this process or in those that torchrun started -> the run's folder."""
     config = parse(arguments)
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .processes import Processes
+    from .training.distributed import Processes
     from .runlog import hold
 
     processes, checkpoint = Processes(), None
@@ -94,7 +94,7 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes", stac
     from .data.training import TrainingData
     from .initialise import initialise
     from .runlog import claim_output, hold, new_run_folder, read_rows
-    from .trainer import Stopped, Trainer
+    from .training.trainer import Stopped, Trainer
 
     data = TrainingData(config, processes.rank, processes.world)
     trainer = Trainer(config, data, processes, checkpoint)

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import detectors  # noqa: E402
 from fake_gpu import NoHostSync  # noqa: E402
 
-from dndetr.optim import WeightAverage  # noqa: E402
+from dndetr.training.optim import WeightAverage  # noqa: E402
 
 
 class Module(_DummyBackendModule):

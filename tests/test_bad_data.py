@@ -52,7 +52,7 @@ def good_set(tmp_path_factory):
 # a fork of a process that has done the slow imports.
 FORKS = """
 import json, os, runpy, sys, traceback
-import dndetr.trainer, dndetr.data.training, dndetr.pictures.samples
+import dndetr.training.trainer, dndetr.data.training, dndetr.pictures.samples
 for line in sys.stdin:
     sys.argv, folder, cache = json.loads(line)
     if os.fork() == 0:

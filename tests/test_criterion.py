@@ -7,7 +7,7 @@ import torch
 from operations import Operations
 from per_layer_losses import per_layer_losses
 
-from dndetr.criterion import Criterion
+from dndetr.training.criterion import Criterion
 from dndetr.models.dn_detr import Predictions
 
 op = importlib.import_module("dndetr.ops.set_loss")

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from dndetr.batch import Targets
-from dndetr.criterion import Criterion
+from dndetr.training.criterion import Criterion
 from dndetr.denoising import Noise, denoising_loss, draw_noise, noised_queries
 from dndetr.ops import match, set_loss
 

@@ -8,9 +8,9 @@ import detectors
 import pytest
 import torch
 
-from dndetr import graphs
-from dndetr.graphs import GraphedStep
-from dndetr.step import TrainStep
+from dndetr.training import graphs
+from dndetr.training.graphs import GraphedStep
+from dndetr.training.step import TrainStep
 
 
 class Stream:

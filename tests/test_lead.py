@@ -2,7 +2,7 @@
 
 import torch
 
-from dndetr.lead import Lead
+from dndetr.training.run_ahead import Lead
 
 
 def test_at_most_two_steps_ahead(monkeypatch):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from short_runs import short_run
 
-from dndetr.memory import OutOfMemory, explain_memory, is_out_of_memory
+from dndetr.training.memory import OutOfMemory, explain_memory, is_out_of_memory
 from dndetr.presets import PRESETS
-from dndetr.step import TrainStep
+from dndetr.training.step import TrainStep
 
 BATCH = detectors.make_batch([3, 1], 16, canvas=(64, 96))
 # One step, then an address space that has no room for another.

@@ -9,7 +9,7 @@ from short_runs import stopped_after
 
 import dndetr
 from dndetr import evaluate, profile, train
-from dndetr.trainer import Trainer
+from dndetr.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

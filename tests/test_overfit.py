@@ -12,8 +12,8 @@ from dndetr.config import Config
 from dndetr.data.few import FewImages
 from dndetr.data.shapes import ShapesDataset
 from dndetr.data.training import TrainingData
-from dndetr.overfit import verdict
-from dndetr.trainer import Trainer
+from dndetr.training.overfit import verdict
+from dndetr.training.trainer import Trainer
 
 
 def images_of(batches) -> dict[int, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from dndetr import train
 from dndetr.device import make_current, pick_device, pick_mode
 from dndetr.ops import _backend
-from dndetr.processes import Processes
+from dndetr.training.distributed import Processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FEW = ["--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "6", "--log-every", "2"]

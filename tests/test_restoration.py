@@ -13,7 +13,7 @@ from dndetr.denoising import draw_noise, noised_queries
 from dndetr.leak import leak_check
 from dndetr.models import deformable_decoder
 from dndetr.models.dn_detr import Predictions
-from dndetr.noise_meter import NoiseMeter
+from dndetr.training.noise_meter import NoiseMeter
 from dndetr.ops.group_attention import GroupLayout, group_attention
 from dndetr.pictures import draw_denoising
 from dndetr.restoration import measure_restoration

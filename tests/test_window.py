@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dndetr import window
-from dndetr.criterion import Losses
-from dndetr.window import LossWindow, Record
+from dndetr.training import loss_window
+from dndetr.training.criterion import Losses
+from dndetr.training.loss_window import LossWindow, Record
 
 
 def test_time_before_a_resumption_counts_and_evaluations_do_not(monkeypatch):

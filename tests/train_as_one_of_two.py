@@ -9,7 +9,7 @@ import torch
 
 from dndetr.batch import Batch, Targets
 from dndetr.denoising import Noise, draw_noise
-from dndetr.processes import Processes
+from dndetr.training.distributed import Processes
 
 
 def gradients(
@@ -66,7 +66,7 @@ def compare(name: str, accumulate: int, groups: int) -> None:
 def lose_one(*flags: str) -> None:
     """A run whose second process dies in its third step."""
     from dndetr import train
-    from dndetr.step import TrainStep
+    from dndetr.training.step import TrainStep
 
     call, steps = TrainStep.__call__, []
 

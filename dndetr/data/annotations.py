@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dndetr.data.errors import DataError
+from .errors import DataError
 
 # Names under which a split may be found, in order of preference.
 _NAMES = {

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from dndetr.checkpoint import write_atomic
-from dndetr.data.annotations import Split, missing_file, raise_problems
-from dndetr.data.coco import CocoDataset
-from dndetr.data.errors import DataError, UnreadableImage
-from dndetr.data.image import read_header, read_image
+from ..checkpoint import write_atomic
+from .annotations import Split, missing_file, raise_problems
+from .coco import CocoDataset
+from .errors import DataError, UnreadableImage
+from .image import read_header, read_image
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from dndetr.data.annotations import (
+from .annotations import (
     Classes,
     class_problems,
     classes_of,
@@ -18,10 +18,10 @@ from dndetr.data.annotations import (
     raise_problems,
     read_document,
 )
-from dndetr.data.errors import DataError
-from dndetr.data.image import read_image
-from dndetr.data.sample import Sample
-from dndetr.data.transforms import Transform
+from .errors import DataError
+from .image import read_image
+from .sample import Sample
+from .transforms import Transform
 
 
 class CocoDataset:

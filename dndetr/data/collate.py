@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dndetr.batch import Batch, Targets
-from dndetr.boxes import xyxy_to_cxcywh
-from dndetr.data.sample import Sample
+from ..batch import Batch, Targets
+from ..boxes import xyxy_to_cxcywh
+from .sample import Sample
 
 TARGET_BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 

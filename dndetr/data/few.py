@@ -1,8 +1,8 @@
 """A few images of a data set, over and over."""
 
-from dndetr.data.errors import DataError
-from dndetr.data.loader import Dataset
-from dndetr.data.sample import Sample
+from .errors import DataError
+from .loader import Dataset
+from .sample import Sample
 
 # Objects whose shorter side is a smaller share of the image's have few pixels on small canvases, and learning them by
 # heart takes much longer than all others.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dndetr.data.errors import DataError, UnreadableImage
+from .errors import DataError, UnreadableImage
 
 _ORIENTATION = 0x0112
 _SWAPS_SIDES = (5, 6, 7, 8)  # orientations that lay the picture on its side

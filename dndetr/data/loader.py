@@ -7,10 +7,10 @@ from typing import Protocol
 import numpy as np
 from torch.utils.data import DataLoader
 
-from dndetr.batch import Batch
-from dndetr.data.collate import TARGET_BUCKETS, collate
-from dndetr.data.errors import DataError
-from dndetr.data.sample import Sample
+from ..batch import Batch
+from .collate import TARGET_BUCKETS, collate
+from .errors import DataError
+from .sample import Sample
 
 
 class Dataset(Protocol):

@@ -15,8 +15,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dndetr.data.errors import DataError
-from dndetr.data.sample import Sample, normalise
+from .errors import DataError
+from .sample import Sample, normalise
 
 VERSION = 1
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..batch import Batch
 from ..config import Config
-from ..overfit import STEPS
+from ..training.overfit import STEPS
 from .annotations import NOTHING_TO_LEARN
 from .checks import check_files
 from .coco import CocoDataset

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dndetr.data.sample import MEAN, STD
+from .sample import MEAN, STD
 
 
 class View(NamedTuple):

@@ -6,12 +6,12 @@ import goldens
 import pytest
 import torch
 
-from dndetr.criterion import Criterion
+from dndetr.training.criterion import Criterion
 from dndetr.denoising import noised_queries
 from dndetr.evaluation import postprocess
 from dndetr.models.official import official_names
 from dndetr.ops import CostWeights, LossWeights
-from dndetr.optim import build_optimizer
+from dndetr.training.optim import build_optimizer
 
 FILES = goldens.model_files()
 CASES = [(file, case) for file, content in FILES.items() for case in content["cases"]]

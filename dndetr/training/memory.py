@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .batch import Batch
-from .config import Config
+from ..batch import Batch
+from ..config import Config
 
 # What torch raises as a plain RuntimeError: the CPU allocator, and CUDA libraries outside torch's own allocator.
 _SIGNS = (

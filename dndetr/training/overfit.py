@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .config import Config
+from ..config import Config
 
 PASSED = 0.9  # AP
 STEPS = 50  # of an epoch

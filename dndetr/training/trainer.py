@@ -10,30 +10,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .assemble import build_step
-from .batch import Batch
-from .board import demand_tensorboard
-from .checkpoint import save_checkpoint, write_json_atomic
-from .config import Config, to_dict
-from .console import Console
-from .data.training import TrainingData
-from .denoising import NoisedQueries
-from .device import make_current, pick_device, pick_mode, pick_precision
-from .drawing import draw_training, draw_validation
-from .evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
-from .health import write_denoising
-from .instability import PROBED, MatchingProbe
-from .journal import Journal
-from .lead import Lead
+from .build import build_step
+from ..batch import Batch
+from ..board import demand_tensorboard
+from ..checkpoint import save_checkpoint, write_json_atomic
+from ..config import Config, to_dict
+from ..console import Console
+from ..data.training import TrainingData
+from ..denoising import NoisedQueries
+from ..device import make_current, pick_device, pick_mode, pick_precision
+from ..drawing import draw_training, draw_validation
+from ..evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
+from ..health import write_denoising
+from ..instability import PROBED, MatchingProbe
+from ..journal import Journal
+from .run_ahead import Lead
 from .memory import explain_memory
-from .models.build import build_model
-from .models.dn_detr import Predictions
-from .ops import PARTS, _backend
-from .pictures import draw_curves
-from .processes import Processes
-from .readback import Readback
-from .runlog import RunLog
-from .window import LossWindow, demand_finite, taken_apart
+from ..models.build import build_model
+from ..models.dn_detr import Predictions
+from ..ops import PARTS, _backend
+from ..pictures import draw_curves
+from .distributed import Processes
+from .delayed_copy import Readback
+from ..runlog import RunLog
+from .loss_window import LossWindow, demand_finite, taken_apart
 
 
 class Stopped(Exception):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .batch import Targets
-from .denoising import NoisedQueries
+from ..batch import Targets
+from ..denoising import NoisedQueries
 
 
 def noise_sums(noised: NoisedQueries, targets: Targets) -> Tensor:

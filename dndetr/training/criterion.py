@@ -5,10 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batch import Targets
-from .denoising import normalizers
-from .models.dn_detr import Predictions
-from .ops import CostWeights, LossWeights, Matches, match, set_loss
+from ..batch import Targets
+from ..denoising import normalizers
+from ..models.dn_detr import Predictions
+from ..ops import CostWeights, LossWeights, Matches, match, set_loss
 
 
 class Losses(NamedTuple):

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .config import Config
+from ..config import Config
 from .criterion import Criterion
 from .graphs import GraphedStep
 from .noise_meter import NoiseMeter
-from .ops import CostWeights, LossWeights
+from ..ops import CostWeights, LossWeights
 from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
-from .processes import Processes
+from .distributed import Processes
 from .step import TrainStep
-from .window import Record
+from .loss_window import Record
 
 
 def build_step(

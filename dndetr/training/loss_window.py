@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .criterion import Losses
-from .ops import PARTS
+from ..ops import PARTS
 
 
 class Diverged(RuntimeError):

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from ..batch import Batch
 from .criterion import Losses
 from .memory import is_out_of_memory
-from .packing import Layout, layout_of, unpack
+from .transfer import Layout, layout_of, unpack
 from .step import TrainStep
 
 _MOST = 64  # graphs; rarer shapes than these run eagerly

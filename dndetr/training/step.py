@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .batch import Batch
+from ..batch import Batch
 from .criterion import Criterion, Losses
-from .denoising import Noise, NoisedQueries, draw_noise, noised_queries
+from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
 from .noise_meter import NoiseMeter
 from .optim import Schedule, WeightAverage
-from .packing import Transfer, layout_of, unpack
-from .processes import Processes
-from .window import Record
+from .transfer import Transfer, layout_of, unpack
+from .distributed import Processes
+from .loss_window import Record
 
 
 class TrainStep:
