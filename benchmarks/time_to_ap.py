@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recording import Recording, provenance
 
-from dndetr.runlog import read_rows
+from dndetr.runs.folder import read_rows
 from dndetr.verdict import reach, read_track
 
 

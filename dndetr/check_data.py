@@ -13,7 +13,7 @@ import rich.progress
 import tyro
 
 from .commandline import exit_status, parse
-from .console import Console
+from .runs.console import Console
 from .data.annotations import (
     NOTHING_TO_LEARN,
     Classes,

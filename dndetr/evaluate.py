@@ -57,7 +57,7 @@ class Arguments:
 def run(arguments: Arguments) -> Path:
     """Evaluate as the arguments say -> the folder with the results."""
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .checkpoint import write_json_atomic
+    from .runs.checkpoint import write_json_atomic
     from .confusion import confusion_matrix
     from .data.loader import build_loader
     from .data.training import evaluation_batch
@@ -182,7 +182,7 @@ def _number(value: float | None) -> str:
 
 def _results(arguments: Arguments):
     """The folder for the results, as ``results_folder`` has it: by default beside the run."""
-    from .results_folder import results_folder
+    from .runs.results import results_folder
 
     path = arguments.model.resolve()
     run = path if path.is_dir() else path.parent

@@ -56,9 +56,9 @@ def run(arguments: Arguments) -> None:
     if kind == "onnx":
         _demand_onnx()
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .checkpoint import write_atomic
+    from .runs.checkpoint import write_atomic
     from .detector import load
-    from .results_folder import writing
+    from .runs.results import writing
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
     batch = prepare(detector, arguments.image, arguments.canvas)

@@ -45,10 +45,10 @@ def write_denoising(folder: Path, infer: Callable, data: "TrainingData", config:
     infer: as for ``measure_restoration`` -> the report, or None where there is nothing to measure: no denoising in
     ``config``, no objects.
     """
-    from .checkpoint import write_json_atomic
+    from .runs.checkpoint import write_json_atomic
     from .pictures import draw_denoising
     from .restoration import measure_restoration
-    from .runlog import read_rows
+    from .runs.folder import read_rows
 
     noise = config.denoising
     if noise.groups == 0:
@@ -131,7 +131,7 @@ def run(arguments: Arguments) -> None:
     from .detector import load
     from .leak import leak_check
     from .models.dn_detr import Predictions
-    from .runlog import claim_output
+    from .runs.folder import claim_output
 
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps}: give 0 or more")

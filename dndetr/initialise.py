@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_checkpoint
+from .runs.checkpoint import load_checkpoint
 from .classes import Classes, listed, match_classes
 from .models.official import from_official
 

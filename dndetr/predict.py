@@ -16,7 +16,7 @@ from .commandline import exit_status, parse
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction
-    from .results_folder import ResultsFolder
+    from .runs.results import ResultsFolder
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 _KEPT = {".png", ".jpg", ".jpeg"}  # pictures of these keep their file's name
@@ -53,9 +53,9 @@ def run(arguments: Arguments) -> Path:
     if not files:
         import_av()
     # Imported here so that --help and mistakes in the arguments answer at once.
-    from .checkpoint import write_json_atomic
+    from .runs.checkpoint import write_json_atomic
     from .detector import load
-    from .results_folder import results_folder
+    from .runs.results import results_folder
 
     detector = load(arguments.model, arguments.device, preset=arguments.preset)
     with results_folder(arguments.output, "predictions") as results:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _process, commandline  # noqa: F401
-from .checkpoint import load_checkpoint
+from .runs.checkpoint import load_checkpoint
 from .config import Config, from_dict
 from .training.overfit import overfitting, verdict
 from .presets import PRESETS
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> Path:
     config = parse(arguments)
     # Imported here so that --help and mistakes in the flags answer at once.
     from .training.distributed import Processes
-    from .runlog import hold
+    from .runs.folder import hold
 
     processes, checkpoint = Processes(), None
     with contextlib.ExitStack() as stack:
@@ -90,10 +90,10 @@ def _run_folder(config: Config) -> Path:
 
 
 def _train(config: Config, checkpoint: dict | None, processes: "Processes", stack: contextlib.ExitStack) -> Path:
-    from .console import Console
+    from .runs.console import Console
     from .data.training import TrainingData
     from .initialise import initialise
-    from .runlog import claim_output, hold, new_run_folder, read_rows
+    from .runs.folder import claim_output, hold, new_run_folder, read_rows
     from .training.trainer import Stopped, Trainer
 
     data = TrainingData(config, processes.rank, processes.world)

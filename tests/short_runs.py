@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dndetr import train
-from dndetr.console import Console
+from dndetr.runs.console import Console
 
 _SIZES = ((90, 140), (140, 90), (100, 100), (64, 180), (120, 90), (33, 61))
 

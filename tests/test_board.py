@@ -7,8 +7,8 @@ import pytest
 from short_runs import short_run
 
 from dndetr import train
-from dndetr.board import Board
-from dndetr.runlog import read_rows
+from dndetr.runs.tensorboard import Board
+from dndetr.runs.folder import read_rows
 
 ROW = {"event": "train", "step": 20, "loss": 3.5, "lr": 1e-3}
 

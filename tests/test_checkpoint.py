@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dndetr.checkpoint import load_checkpoint, save_checkpoint, write_atomic, write_json_atomic
+from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint, write_atomic, write_json_atomic
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from dndetr import compare
 from dndetr.compare import Arguments, make_plan
-from dndetr.console import Console
+from dndetr.runs.console import Console
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--log-every", "1"]
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from short_runs import short_run, write_pictures
 
 import dndetr
-from dndetr.checkpoint import load_checkpoint, save_checkpoint
+from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 from dndetr.config import to_dict
 from dndetr.data.errors import DataError
 from dndetr.models.build import build_model

@@ -22,7 +22,7 @@ from dndetr.config import Config, ImagesConfig
 from dndetr.confusion import confusion_matrix
 from dndetr.detector import Detector
 from dndetr.presets import PRESETS
-from dndetr.runlog import read_rows
+from dndetr.runs.folder import read_rows
 
 FILES = {"metrics.json", "detections_val.json", "precision_recall.png", "confusion.png"}
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_no_half_results(run, tmp_path, monkeypatch, capsys, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         synced(descriptor)
 
-    monkeypatch.setattr("dndetr.checkpoint.os.fsync", full)
+    monkeypatch.setattr("dndetr.runs.checkpoint.os.fsync", full)
     if there:
         out.mkdir()
     assert evaluate.main([str(run), "--output", str(out)]) == 1

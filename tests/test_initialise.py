@@ -11,7 +11,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr.checkpoint import save_checkpoint
+from dndetr.runs.checkpoint import save_checkpoint
 from dndetr.initialise import initialise, read_weights
 from dndetr.models.build import build_model
 from dndetr.models.official import COCO_CLASSES, official_names

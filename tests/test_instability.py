@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dndetr import instability, train
 from dndetr.batch import Targets
-from dndetr.console import Console
+from dndetr.runs.console import Console
 from dndetr.instability import MatchingProbe
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import CostWeights, GroupLayout

@@ -20,7 +20,7 @@ BATCH = detectors.make_batch([3, 1], 16, canvas=(64, 96))
 LIMITED = """
 import resource, sys
 from dndetr import train
-from dndetr.console import Console
+from dndetr.runs.console import Console
 advance = Console.advance
 def limit(self, *arguments):
     advance(self, *arguments)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dndetr.console import Console, duration
-from dndetr.runlog import RunLog, claim_output, hold, new_run_folder, read_rows
+from dndetr.runs.console import Console, duration
+from dndetr.runs.folder import RunLog, claim_output, hold, new_run_folder, read_rows
 
 # ---- folders
 
@@ -124,7 +124,7 @@ def test_updates_are_rare_but_the_last_step_is_shown():
 
 def test_eta_covers_the_steps_and_the_evaluations_to_come(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
-    monkeypatch.setattr("dndetr.console.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", lambda: clock[0])
     console = Console(epochs=3, steps_per_epoch=10, interval=1, file=io.StringIO())
     assert console.eta() is None
     for _ in range(10):

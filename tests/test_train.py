@@ -19,7 +19,7 @@ from dndetr import config, train
 from dndetr.config import Config, from_dict, to_dict
 from dndetr.training.criterion import Criterion
 from dndetr.presets import PRESETS
-from dndetr.runlog import hold
+from dndetr.runs.folder import hold
 from dndetr.shapes import write_shapes
 from dndetr.training.loss_window import Diverged
 

@@ -7,8 +7,8 @@ import torch
 from short_runs import short_run
 
 from dndetr.presets import PRESETS
-from dndetr.runlog import read_rows
-from dndetr.watch import Watch
+from dndetr.runs.folder import read_rows
+from dndetr.runs.early_warnings import Watch
 
 TINY = PRESETS["tiny"]()
 SMALL = replace(PRESETS["small"](), data="my_data", init="resnet18.pth")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import write_atomic
+from ..runs.checkpoint import write_atomic
 from .boxes import class_colour
 from .fonts import plain
 

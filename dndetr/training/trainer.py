@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .build import build_step
 from ..batch import Batch
-from ..board import demand_tensorboard
-from ..checkpoint import save_checkpoint, write_json_atomic
+from ..runs.tensorboard import demand_tensorboard
+from ..runs.checkpoint import save_checkpoint, write_json_atomic
 from ..config import Config, to_dict
-from ..console import Console
+from ..runs.console import Console
 from ..data.training import TrainingData
 from ..denoising import NoisedQueries
 from ..device import make_current, pick_device, pick_mode, pick_precision
@@ -23,7 +23,7 @@ from ..drawing import draw_training, draw_validation
 from ..evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
 from ..health import write_denoising
 from ..instability import PROBED, MatchingProbe
-from ..journal import Journal
+from ..runs.run_log import Journal
 from .run_ahead import Lead
 from .memory import explain_memory
 from ..models.build import build_model
@@ -32,7 +32,7 @@ from ..ops import PARTS, _backend
 from ..pictures import draw_curves
 from .distributed import Processes
 from .delayed_copy import Readback
-from ..runlog import RunLog
+from ..runs.folder import RunLog
 from .loss_window import LossWindow, demand_finite, taken_apart
 
 

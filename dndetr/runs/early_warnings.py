@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Any
 
-from .config import Config
+from ..config import Config
 
 _RECENT = 5  # rows whose mean is the loss of now
 _FALLEN = 0.9  # share of the first row's loss; a run that learns is below it after a hundred steps

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from .runlog import claim_output, new_run_folder
+from .folder import claim_output, new_run_folder
 
 
 class ResultsFolder:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from .board import Board
-from .config import Config
-from .runlog import RunLog
-from .watch import Watch
+from .tensorboard import Board
+from ..config import Config
+from .folder import RunLog
+from .early_warnings import Watch
 
 
 class Journal:
