@@ -10,7 +10,7 @@ from pathlib import Path
 from recording import Recording, provenance
 
 from dndetr.runs.folder import read_rows
-from dndetr.verdict import reach, read_track
+from dndetr.analysis.comparison import reach, read_track
 
 
 def told(folder: Path) -> dict:

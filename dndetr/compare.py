@@ -145,7 +145,7 @@ def compare(folder: Path, plan: Plan, quiet: bool = False) -> dict:
     """Train what is not trained yet, and keep figure and verdict up to date after every run -> the verdict."""
     from .runs.checkpoint import write_json_atomic
     from .pictures.comparison import draw_comparison
-    from .verdict import read_track, sentences, verdict
+    from .analysis.comparison import read_track, sentences, verdict
 
     told: dict = {}
     tracks = []
@@ -193,7 +193,7 @@ def run(argv: Sequence[str] | None = None) -> Path:
     # Imported here so that --help and mistakes in the flags answer at once.
     from .runs.checkpoint import write_json_atomic
     from .runs.folder import claim_output, new_run_folder
-    from .verdict import sentences
+    from .analysis.comparison import sentences
 
     if arguments.resume is None:
         plan = make_plan(arguments, rest)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .data.training import TrainingData
-    from .leak import LeakCheck
+    from .analysis.leak import LeakCheck
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def write_denoising(folder: Path, infer: Callable, data: "TrainingData", config:
     """
     from .runs.checkpoint import write_json_atomic
     from .pictures import draw_denoising
-    from .restoration import measure_restoration
+    from .analysis.reconstruction import measure_restoration
     from .runs.folder import read_rows
 
     noise = config.denoising
@@ -129,7 +129,7 @@ def run(arguments: Arguments) -> None:
 
     from .data.training import TrainingData
     from .detector import load
-    from .leak import leak_check
+    from .analysis.leak import leak_check
     from .models.dn_detr import Predictions
     from .runs.folder import claim_output
 
@@ -164,7 +164,7 @@ def run(arguments: Arguments) -> None:
     if arguments.output is not None:
         report = write_denoising(claim_output(arguments.output), infer, data, config, detector.device)
     else:
-        from .restoration import measure_restoration
+        from .analysis.reconstruction import measure_restoration
 
         noise = config.denoising.label_noise
         report = measure_restoration(infer, data.validation(), len(data.classes), noise, detector.device).report

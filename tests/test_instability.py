@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dndetr import instability, train
+from dndetr.analysis import instability
+from dndetr import train
 from dndetr.batch import Targets
 from dndetr.runs.console import Console
-from dndetr.instability import MatchingProbe
+from dndetr.analysis.instability import MatchingProbe
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import CostWeights, GroupLayout
 from dndetr.ops.match_cost import match_cost

@@ -10,13 +10,13 @@ from short_runs import short_run
 
 from dndetr import health
 from dndetr.denoising import draw_noise, noised_queries
-from dndetr.leak import leak_check
+from dndetr.analysis.leak import leak_check
 from dndetr.models import deformable_decoder
 from dndetr.models.dn_detr import Predictions
 from dndetr.training.noise_meter import NoiseMeter
 from dndetr.ops.group_attention import GroupLayout, group_attention
 from dndetr.pictures import draw_denoising
-from dndetr.restoration import measure_restoration
+from dndetr.analysis.reconstruction import measure_restoration
 
 COUNTS = [3, 0, 5]
 NAMES = ["circle", "square", "triangle", "star", "ring"]

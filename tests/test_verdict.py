@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dndetr.pictures.comparison import draw_comparison
-from dndetr.verdict import Track, reach, read_track, sentences, spread, verdict
+from dndetr.analysis.comparison import Track, reach, read_track, sentences, spread, verdict
 
 
 def track(value, seed, ap, unstable=None, step_seconds=0.1):

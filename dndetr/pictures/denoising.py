@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..restoration import Example, Restoration
+from ..analysis.reconstruction import Example, Restoration
 from .boxes import INK, WHITE, BoxCanvas, class_colour
 from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _finish, draw_denoising_log
 from .sheets import _FLIPPED, _centre, _pixels, _save, _sheet, batch_images

@@ -22,7 +22,7 @@ from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..drawing import draw_training, draw_validation
 from ..evaluation import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
 from ..health import write_denoising
-from ..instability import PROBED, MatchingProbe
+from ..analysis.instability import PROBED, MatchingProbe
 from ..runs.run_log import Journal
 from .run_ahead import Lead
 from .memory import explain_memory

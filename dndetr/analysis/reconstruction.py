@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .boxes import cxcywh_to_xyxy, iou_and_union
-from .denoising import NoisedQueries, draw_noise, noised_queries
-from .models.dn_detr import Predictions
+from ..batch import Batch
+from ..boxes import cxcywh_to_xyxy, iou_and_union
+from ..denoising import NoisedQueries, draw_noise, noised_queries
+from ..models.dn_detr import Predictions
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 IMAGES = 100

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .batch import Batch
-from .denoising import NoisedQueries, draw_noise, noised_queries
+from ..batch import Batch
+from ..denoising import NoisedQueries, draw_noise, noised_queries
 
 TOLERANCE = 1e-4
 _BOX_NOISE, _LABEL_NOISE = 0.4, 0.2

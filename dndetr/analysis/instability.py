@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .models.dn_detr import Predictions
-from .ops import CostWeights, match
+from ..batch import Batch
+from ..models.dn_detr import Predictions
+from ..ops import CostWeights, match
 
 PROBED = 1000  # images; more would change the mean little and the checkpoint's size a lot
 
