@@ -15,7 +15,7 @@ from .data.given import GivenImages, ImageLike
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
 from .device import pick_device, pick_precision
-from .evaluation import postprocess
+from .scoring.coco import postprocess
 from .initialise import initialise, read_file
 from .models.build import build_model
 from .models.dn_detr import DNDETR

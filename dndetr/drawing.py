@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .denoising import NoisedQueries
-from .evaluation import postprocess
+from .scoring.coco import postprocess
 from .pictures import batch_images, draw_first_batch, draw_predictions
 
 _PICTURED = 12  # validation images in predictions.png

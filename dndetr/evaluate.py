@@ -58,11 +58,11 @@ def run(arguments: Arguments) -> Path:
     """Evaluate as the arguments say -> the folder with the results."""
     # Imported here so that --help and mistakes in the flags answer at once.
     from .runs.checkpoint import write_json_atomic
-    from .confusion import confusion_matrix
+    from .scoring.confusion import confusion_matrix
     from .data.loader import build_loader
     from .data.training import evaluation_batch
     from .detector import load
-    from .evaluation import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class, write_results
+    from .scoring.coco import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class, write_results
     from .pictures.scores import draw_confusion, draw_precision_recall
 
     if arguments.batch_size is not None and arguments.batch_size < 1:

@@ -169,7 +169,7 @@ def exported_program(detector: "Detector", batch: "Batch"):
     """
     import torch
 
-    from .evaluation import postprocess
+    from .scoring.coco import postprocess
 
     class Deployed(torch.nn.Module):
         def __init__(self):
@@ -238,7 +238,7 @@ def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
     """
     import torch
 
-    from .evaluation import Detections, postprocess
+    from .scoring.coco import Detections, postprocess
 
     errors, compared = torch.zeros(2), 0
     for count in (1, 2):

@@ -19,7 +19,7 @@ from test_initialise import official, randomised
 from dndetr import evaluate
 from dndetr.classes import match_classes
 from dndetr.config import Config, ImagesConfig
-from dndetr.confusion import confusion_matrix
+from dndetr.scoring.confusion import confusion_matrix
 from dndetr.detector import Detector
 from dndetr.presets import PRESETS
 from dndetr.runs.folder import read_rows

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dndetr.batch import Batch, Targets
-from dndetr.evaluation import (
+from dndetr.scoring.coco import (
     STATISTICS,
     Detections,
     coco_evaluate,

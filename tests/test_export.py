@@ -18,7 +18,7 @@ from short_runs import short_run, write_pictures
 from dndetr import export
 from dndetr.config import BackboneConfig, Config, ImagesConfig
 from dndetr.detector import Detector
-from dndetr.evaluation import Detections
+from dndetr.scoring.coco import Detections
 from dndetr.models.build import build_model
 from dndetr.ops import _backend
 

@@ -8,7 +8,7 @@ import torch
 
 from dndetr.training.criterion import Criterion
 from dndetr.denoising import noised_queries
-from dndetr.evaluation import postprocess
+from dndetr.scoring.coco import postprocess
 from dndetr.models.official import official_names
 from dndetr.ops import CostWeights, LossWeights
 from dndetr.training.optim import build_optimizer

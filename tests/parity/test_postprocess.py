@@ -4,7 +4,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr.evaluation import postprocess
+from dndetr.scoring.coco import postprocess
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from .batch import Batch
-from .boxes import cxcywh_to_xyxy
-from .runs.checkpoint import write_json_atomic
+from ..batch import Batch
+from ..boxes import cxcywh_to_xyxy
+from ..runs.checkpoint import write_json_atomic
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
