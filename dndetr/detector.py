@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .classes import Classes, listed
+from .data.classes import Classes, listed
 from .config import Config, from_dict
-from .data.given import GivenImages, ImageLike
+from .data.user_images import GivenImages, ImageLike
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
 from .device import pick_device, pick_precision
 from .scoring.coco import postprocess
-from .initialise import initialise, read_file
+from .models.pretrained import initialise, read_file
 from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES

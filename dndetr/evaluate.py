@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from . import _process  # noqa: F401
-from .classes import listed, match_classes
+from .data.classes import listed, match_classes
 from .commandline import exit_status, parse
 
 _MEANINGS = {

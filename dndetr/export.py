@@ -86,7 +86,7 @@ def _demand_onnx() -> None:
 def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | None) -> "Batch":
     """The image, by default the first validation image of the run's data, and its mirror image, on one canvas."""
     from .data.collate import collate
-    from .data.given import GivenImages
+    from .data.user_images import GivenImages
     from .data.training import evaluation_transform
 
     config = detector.config

@@ -92,7 +92,7 @@ def _run_folder(config: Config) -> Path:
 def _train(config: Config, checkpoint: dict | None, processes: "Processes", stack: contextlib.ExitStack) -> Path:
     from .runs.console import Console
     from .data.training import TrainingData
-    from .initialise import initialise
+    from .models.pretrained import initialise
     from .runs.folder import claim_output, hold, new_run_folder, read_rows
     from .training.trainer import Stopped, Trainer
 

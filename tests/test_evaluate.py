@@ -17,7 +17,7 @@ from short_runs import short_run, write_pictures
 from test_initialise import official, randomised
 
 from dndetr import evaluate
-from dndetr.classes import match_classes
+from dndetr.data.classes import match_classes
 from dndetr.config import Config, ImagesConfig
 from dndetr.scoring.confusion import confusion_matrix
 from dndetr.detector import Detector

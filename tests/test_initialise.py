@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dndetr.runs.checkpoint import save_checkpoint
-from dndetr.initialise import initialise, read_weights
+from dndetr.models.pretrained import initialise, read_weights
 from dndetr.models.build import build_model
 from dndetr.models.official import COCO_CLASSES, official_names
 

@@ -9,7 +9,7 @@ from short_runs import write_pictures
 
 from dndetr import train
 from dndetr.config import Config
-from dndetr.data.few import FewImages
+from dndetr.data.subset import FewImages
 from dndetr.data.shapes import ShapesDataset
 from dndetr.data.training import TrainingData
 from dndetr.training.overfit import verdict

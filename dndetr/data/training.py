@@ -10,7 +10,7 @@ from .annotations import NOTHING_TO_LEARN
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
-from .few import FewImages
+from .subset import FewImages
 from .loader import build_loader
 from .shapes import MIN_SIZE, ShapesDataset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized

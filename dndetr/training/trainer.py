@@ -19,7 +19,7 @@ from ..runs.console import Console
 from ..data.training import TrainingData
 from ..denoising import NoisedQueries
 from ..device import make_current, pick_device, pick_mode, pick_precision
-from ..drawing import draw_training, draw_validation
+from ..pictures.run import draw_training, draw_validation
 from ..scoring.coco import Evaluation, coco_evaluate, demand_fast_eval, detect, write_results
 from ..health import write_denoising
 from ..analysis.instability import PROBED, MatchingProbe

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dndetr.data.given import GivenImages
+from dndetr.data.user_images import GivenImages
 
 GOOD = np.zeros((4, 6, 3), dtype=np.uint8)
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .runs.checkpoint import load_checkpoint
-from .classes import Classes, listed, match_classes
-from .models.official import from_official
+from ..runs.checkpoint import load_checkpoint
+from ..data.classes import Classes, listed, match_classes
+from .official import from_official
 
 _CLASS_HEAD = re.compile(r"decoder\.class_embed\.(\d+\.)?(weight|bias)")
 _LABEL_TABLE = "queries.label_enc.weight"

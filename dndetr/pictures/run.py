@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .denoising import NoisedQueries
-from .scoring.coco import postprocess
-from .pictures import batch_images, draw_first_batch, draw_predictions
+from ..batch import Batch
+from ..denoising import NoisedQueries
+from ..scoring.coco import postprocess
+from ..pictures import batch_images, draw_first_batch, draw_predictions
 
 _PICTURED = 12  # validation images in predictions.png
 _THRESHOLD = 0.35  # score from which a prediction is drawn
