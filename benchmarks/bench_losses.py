@@ -14,9 +14,9 @@ import pytest
 import torch
 from per_layer_losses import per_layer_losses
 
-from dndetr.training.criterion import Criterion
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import LossWeights, set_loss
+from dndetr.training.criterion import Criterion
 
 op = importlib.import_module("dndetr.ops.set_loss")
 CRITERION = Criterion()

@@ -10,16 +10,16 @@ from torch import nn
 
 from dndetr.batch import Batch, Targets
 from dndetr.config import ModelConfig
-from dndetr.training.criterion import Criterion
 from dndetr.data.collate import TARGET_BUCKETS
-from dndetr.training.graphs import GraphedStep
 from dndetr.models.build import build_model
 from dndetr.ops import _backend
-from dndetr.training.optim import Schedule, build_optimizer
 from dndetr.presets import PRESETS
+from dndetr.training.criterion import Criterion
 from dndetr.training.distributed import Processes
-from dndetr.training.step import TrainStep
+from dndetr.training.graphs import GraphedStep
 from dndetr.training.loss_window import Record
+from dndetr.training.optim import Schedule, build_optimizer
+from dndetr.training.step import TrainStep
 
 CLASSES = 91
 

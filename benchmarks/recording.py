@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import dndetr
-from dndetr.runs.checkpoint import write_json_atomic
+from dndetr.files import write_json_atomic
 from dndetr.ops import _backend
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from recording import Recording, provenance
 
-from dndetr.runs.folder import read_rows
 from dndetr.analysis.comparison import reach, read_track
+from dndetr.runs.run_log import read_rows
 
 
 def told(folder: Path) -> dict:

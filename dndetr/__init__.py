@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .detector import Detector, load
     from .hf import accelerate, denoise
+    from .runs.listener import Listener
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "__version__", "accelerate", "denoise", "load"]
+__all__ = ["Detector", "Listener", "__version__", "accelerate", "denoise", "load"]
 
-_HOMES = {"Detector": ".detector", "load": ".detector", "accelerate": ".hf", "denoise": ".hf"}
+_HOMES = {
+    "Detector": ".detector",
+    "load": ".detector",
+    "Listener": ".runs.listener",
+    "accelerate": ".hf",
+    "denoise": ".hf",
+}
 
 
 def __getattr__(name: str):

@@ -128,7 +128,8 @@ def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str]) -> tup
 def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[str], csrc: Path) -> str:
     """The text of a build.ninja that compiles ``record.sources`` from ``csrc`` and links ``target``."""
     own = f"-I{_escape(csrc)}"  # an op's files name those of common/ from there
-    flags = [*record.flags, *(["-DWITH_CUDA"] if record.cuda else []), own, *(f"-I{_escape(path)}" for path in includes)]
+    includes = [own, *(f"-I{_escape(path)}" for path in includes)]
+    flags = [*record.flags, *(["-DWITH_CUDA"] if record.cuda else []), *includes]
     link = ["-shared", *(["-fopenmp"] if record.openmp else [])]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]

@@ -12,8 +12,7 @@ import rich.console
 import rich.progress
 import tyro
 
-from .commandline import exit_status, parse
-from .runs.console import Console
+from .commandline import program
 from .data.annotations import (
     NOTHING_TO_LEARN,
     Classes,
@@ -31,6 +30,7 @@ from .data.coco import CocoDataset
 from .data.errors import DataError
 from .data.transforms import Unresized
 from .pictures.samples import draw_samples
+from .runs.console import Console
 
 _SAMPLES = 12  # images on the contact sheet
 
@@ -153,7 +153,7 @@ def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
     if known:
         classes = known[0].classes
         table = {report.split.name: [report.counts[number] for number, _ in classes] for report in known}
-        Console(epochs=1, steps_per_epoch=1).classes(classes, table)
+        Console().classes(classes, table)
     for obstacle in obstacles:
         print(f"problem: {obstacle}")
     for report in reports:
@@ -178,9 +178,7 @@ def run(arguments: Arguments) -> None:
     print("no problems")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 if anything is wrong with the folder."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.check_data", description=__doc__)))
+main = program(Arguments, run, "check_data", __doc__)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,37 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO, TypeVar
+from pathlib import Path
+from typing import Annotated, TextIO, TypeVar
 
 import tyro
 
 Arguments = TypeVar("Arguments")
+
+ModelPath = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN_OR_CHECKPOINT", help="A run folder (its latest checkpoint) or a checkpoint file."),
+]
+PresetName = Annotated[
+    str | None,
+    tyro.conf.arg(help="The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."),
+]
+DeviceName = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or cuda:N.")]
+
+
+def program(
+    kind: type[Arguments], command: Callable[[Arguments], object], name: str, about: str
+) -> Callable[[Sequence[str] | None], int]:
+    """The ``main`` of ``python -m dndetr.<name>``: flags (None: those of the process) -> exit status.
+
+    kind: the dataclass that the flags make; command: what is done with it; about: first lines of ``--help``.
+    """
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return exit_status(lambda: command(parse(kind, arguments, f"python -m dndetr.{name}", description=about)))
+
+    return main
 
 
 def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **options) -> Arguments:

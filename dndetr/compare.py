@@ -143,9 +143,9 @@ def _without_seed(flags: list[str]) -> tuple[list[str], int | None]:
 
 def compare(folder: Path, plan: Plan, quiet: bool = False) -> dict:
     """Train what is not trained yet, and keep figure and verdict up to date after every run -> the verdict."""
-    from .runs.checkpoint import write_json_atomic
-    from .pictures.comparison import draw_comparison
     from .analysis.comparison import read_track, sentences, verdict
+    from .files import write_json_atomic
+    from .pictures.comparison import draw_comparison
 
     told: dict = {}
     tracks = []
@@ -168,7 +168,7 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     """Train the run in this folder to its end, wherever it stands."""
     import shutil
 
-    from .runs.folder import read_rows
+    from .runs.run_log import read_rows
 
     epochs = train.parse(arguments).epochs
     evaluated = [row["epoch"] for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
@@ -191,9 +191,9 @@ def run(argv: Sequence[str] | None = None) -> Path:
         raise ValueError(f"{PROGRAM} trains in one process: start it without torchrun")
     arguments, rest = commandline.parse(Arguments, argv, PROGRAM, description=__doc__, return_unknown_args=True)
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .runs.checkpoint import write_json_atomic
-    from .runs.folder import claim_output, new_run_folder
     from .analysis.comparison import sentences
+    from .files import write_json_atomic
+    from .runs.folder import claim_output, new_run_folder
 
     if arguments.resume is None:
         plan = make_plan(arguments, rest)

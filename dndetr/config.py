@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
 
-def _demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
+def demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
     """ValueError that names the flag, what it was given, and what it takes; NaN meets no condition."""
     if not condition:
         raise ValueError(f"--{flag} {value}: give {wanted}")
@@ -15,14 +15,14 @@ def _demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
 
 def _demand_counts(config: Any, prefix: str, *names: str) -> None:
     for name in names:
-        _demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
+        demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
 
 
 def _demand_finite(config: Any, prefix: str) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
-        _demand(all(map(math.isfinite, numbers)), prefix + f.name.replace("_", "-"), value, "finite numbers")
+        demand(all(map(math.isfinite, numbers)), prefix + f.name.replace("_", "-"), value, "finite numbers")
 
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
@@ -55,12 +55,12 @@ class BackboneConfig:
         stages = min(len(self.planes), len(self.blocks) or 4)
         wanted = f"ascending numbers of stages from 1 to {stages}"
         in_range = bool(self.outputs) and set(self.outputs) <= set(range(1, stages + 1))
-        _demand(
+        demand(
             in_range and list(self.outputs) == sorted(set(self.outputs)), "model.backbone.outputs", self.outputs, wanted
         )
-        _demand(all(n >= 1 for n in self.planes), "model.backbone.planes", self.planes, "widths of 1 or more")
-        _demand(all(n >= 1 for n in self.blocks), "model.backbone.blocks", self.blocks, "counts of 1 or more")
-        _demand(self.frozen >= 0, "model.backbone.frozen", self.frozen, "0 or more")
+        demand(all(n >= 1 for n in self.planes), "model.backbone.planes", self.planes, "widths of 1 or more")
+        demand(all(n >= 1 for n in self.blocks), "model.backbone.blocks", self.blocks, "counts of 1 or more")
+        demand(self.frozen >= 0, "model.backbone.frozen", self.frozen, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class ModelConfig:
         _demand_finite(self, "model.")
         _demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
         _demand_counts(self, "model.", "encoder_points", "decoder_points")
-        _demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
-        _demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
-        _demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
+        demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
+        demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
+        demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")
         if self.variant == "dn-detr" and (self.levels != 1 or len(self.backbone.outputs) != 1):
@@ -144,11 +144,11 @@ class DenoisingConfig:
     """Slots without an object: hidden from attention, or seen up to the batch's largest count (official code)."""
 
     def __post_init__(self):
-        _demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
+        demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
         _demand_counts(self, "denoising.", "max_queries")
         for name in ("label_noise", "box_noise"):
             value = getattr(self, name)
-            _demand(0 <= value <= 1, f"denoising.{name.replace('_', '-')}", value, "0 to 1")
+            demand(0 <= value <= 1, f"denoising.{name.replace('_', '-')}", value, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ class LossConfig:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            _demand(0 <= value < float("inf"), f"loss.{f.name.replace('_', '-')}", value, "0 or more")
-        _demand(self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
+            demand(0 <= value < float("inf"), f"loss.{f.name.replace('_', '-')}", value, "0 or more")
+        demand(self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -202,16 +202,16 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _demand_finite(self, "optimizer.")
-        _demand(self.backbone_scale >= 0, "optimizer.backbone-scale", self.backbone_scale, "0 or more")
-        _demand(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "0 or more")
-        _demand(self.clip_norm > 0, "optimizer.clip-norm", self.clip_norm, "a positive number")
-        _demand(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of the run from 0 to below 1")
-        _demand(0 <= self.floor <= 1, "optimizer.floor", self.floor, "0 to 1")
-        _demand(0 <= self.ema < 1, "optimizer.ema", self.ema, "0 (off) to below 1")
-        _demand(self.gamma > 0, "optimizer.gamma", self.gamma, "a positive number")
+        demand(self.backbone_scale >= 0, "optimizer.backbone-scale", self.backbone_scale, "0 or more")
+        demand(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "0 or more")
+        demand(self.clip_norm > 0, "optimizer.clip-norm", self.clip_norm, "a positive number")
+        demand(0 <= self.warmup < 1, "optimizer.warmup", self.warmup, "a share of the run from 0 to below 1")
+        demand(0 <= self.floor <= 1, "optimizer.floor", self.floor, "0 to 1")
+        demand(0 <= self.ema < 1, "optimizer.ema", self.ema, "0 (off) to below 1")
+        demand(self.gamma > 0, "optimizer.gamma", self.gamma, "a positive number")
         ascending = list(self.drops) == sorted(self.drops) and all(0 < share <= 1 for share in self.drops)
         needed = self.schedule not in ("step", "multistep") or bool(self.drops)
-        _demand(ascending and needed, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
+        demand(ascending and needed, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,9 @@ class ImagesConfig:
 
     def __post_init__(self):
         _demand_counts(self, "images.", "eval_size", "max_size", "multiple")
-        _demand(bool(self.sizes) and all(n >= 1 for n in self.sizes), "images.sizes", self.sizes, "sizes of 1 or more")
-        _demand(all(n >= 1 for n in self.canvas), "images.canvas", self.canvas, "height and width of 1 or more")
-        _demand(self.cache_mib >= 0, "images.cache-mib", self.cache_mib, "0 or more")
+        demand(bool(self.sizes) and all(n >= 1 for n in self.sizes), "images.sizes", self.sizes, "sizes of 1 or more")
+        demand(all(n >= 1 for n in self.canvas), "images.canvas", self.canvas, "height and width of 1 or more")
+        demand(self.cache_mib >= 0, "images.cache-mib", self.cache_mib, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -313,11 +313,11 @@ class Config:
             name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
         ]
         _demand_counts(self, "", *counts)
-        _demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
-        _demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
-        _demand(self.workers >= 0, "workers", self.workers, "0 or more")
+        demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
+        demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
-        _demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
+        demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

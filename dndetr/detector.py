@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .data.classes import Classes, listed
 from .config import Config, from_dict
-from .data.user_images import GivenImages, ImageLike
+from .data.classes import Classes, listed
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
+from .data.user_images import ImageLike, UserImages
 from .device import pick_device, pick_precision
-from .scoring.coco import postprocess
-from .models.pretrained import initialise, read_file
 from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES
-from .presets import PRESETS
+from .models.pretrained import initialise
+from .presets import PRESETS, preset_named
+from .runs.checkpoint import load_checkpoint
+from .scoring.coco import postprocess
 
 
 class Prediction(NamedTuple):
@@ -70,7 +71,7 @@ class Detector:
             return []
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"a batch size of {batch_size}: give 1 or more")
-        data = GivenImages(images, evaluation_transform(self.config))
+        data = UserImages(images, evaluation_transform(self.config))
         batch_size = batch_size or evaluation_batch(self.config, data.canvas)
         loader = build_loader(data, batch_size, training=False, multiple=self.config.images.multiple)
         found: dict[int, Prediction] = {}
@@ -88,10 +89,8 @@ class Detector:
 
     def infer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The last decoder layer's logits [B, N, K] and boxes [B, N, 4] for a batch, float32, on the device."""
-        batch = batch.to(self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits, boxes = self.model.predict(batch.images, batch.sizes)
-        return logits.float(), boxes.float()
+        logits, boxes, _ = self.model.infer(batch, self.precision)
+        return logits[-1], boxes[-1]
 
 
 def load(
@@ -102,8 +101,9 @@ def load(
     preset, classes: for weights that come without configuration and classes, such as official files, which have COCO's
     classes unless others are given. ValueError where anything would have to be guessed.
     """
-    if preset is None:
-        checkpoint = read_file(path)
+    chosen = None if preset is None else preset_named(preset)
+    checkpoint = load_checkpoint(path, needs=())
+    if chosen is None:
         if not {"model", "config", "classes"} <= checkpoint.keys():
             raise ValueError(
                 f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "
@@ -113,17 +113,17 @@ def load(
         model = build_model(config.model, len(classes))
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
         return Detector(model, config, classes, device, config.precision)
-    return _from_weights(path, device, preset, classes)
+    classes = COCO_CLASSES if classes is None else classes
+    return Detector(_model_of_weights(checkpoint, path, chosen, classes), chosen, classes, device)
 
 
-def _from_weights(path: str | Path, device: str, preset: str, classes: Classes | None) -> Detector:
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    if {"config", "classes"} <= read_file(path).keys():
+def _model_of_weights(checkpoint: dict, path: str | Path, config: Config, classes: Classes) -> DNDETR:
+    """The preset's model with the weights of a file that has nothing else."""
+    preset = config.preset
+    if {"config", "classes"} <= checkpoint.keys():
         raise ValueError(f"--preset {preset}: {path} has its own configuration; leave out --preset")
-    config, classes = PRESETS[preset](), COCO_CLASSES if classes is None else classes
     model = build_model(config.model, len(classes))
-    report = initialise(model, path, classes)
+    report = initialise(model, checkpoint, path, classes)
     if report.remade:
         raise ValueError(
             f"{path} is not a whole {preset}: {len(report.remade)} tensors are missing or of another shape, such as "
@@ -131,4 +131,4 @@ def _from_weights(path: str | Path, device: str, preset: str, classes: Classes |
         )
     if report.absent or not report.found:
         raise ValueError(f"{path} has no classes {listed(report.absent) or 'that are known by id or name'}")
-    return Detector(model, config, classes, device, config.precision)
+    return model

@@ -1,16 +1,14 @@
 """``python -m dndetr.evaluate RUN_OR_CHECKPOINT``: COCO's numbers of a trained detector, by class, with figures."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from . import _process  # noqa: F401
+from .commandline import DeviceName, ModelPath, PresetName, program
+from .config import demand
 from .data.classes import listed, match_classes
-from .commandline import exit_status, parse
+from .presets import preset_named
 
 _MEANINGS = {
     "AP": "IoU 0.50:0.95",
@@ -32,8 +30,7 @@ _MEANINGS = {
 class Arguments:
     """One evaluation."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run folder (its latest checkpoint) or a checkpoint file."""
+    model: ModelPath
     data: str | None = None
     """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
     split: str = "val"
@@ -42,10 +39,8 @@ class Arguments:
     """New folder for the results (default: a numbered one beside the run)."""
     threshold: float = 0.5
     """Score from which a detection counts in the confusion matrix."""
-    preset: str | None = None
-    """The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    preset: PresetName = None
+    device: DeviceName = "auto"
     batch_size: int | None = None
     """Images at once (default: as in the run)."""
     fast_eval: bool = False
@@ -57,31 +52,24 @@ class Arguments:
 def run(arguments: Arguments) -> Path:
     """Evaluate as the arguments say -> the folder with the results."""
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .runs.checkpoint import write_json_atomic
-    from .scoring.confusion import confusion_matrix
     from .data.loader import build_loader
     from .data.training import evaluation_batch
     from .detector import load
-    from .scoring.coco import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class, write_results
+    from .files import write_json_atomic
     from .pictures.scores import draw_confusion, draw_precision_recall
+    from .scoring.coco import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class
+    from .scoring.confusion import confusion_matrix
 
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold {arguments.threshold}: give a score from 0 to 1")
-    if arguments.workers < 0:
-        raise ValueError(f"--workers {arguments.workers}: give 0 or more")
+    demand(arguments.batch_size is None or arguments.batch_size >= 1, "batch-size", arguments.batch_size, "1 or more")
+    demand(0 <= arguments.threshold <= 1, "threshold", arguments.threshold, "a score from 0 to 1")
+    demand(arguments.workers >= 0, "workers", arguments.workers, "0 or more")
     if arguments.fast_eval:
         demand_fast_eval()
     if arguments.preset is None:
         detector = load(arguments.model, arguments.device)
         data, source = open_split(arguments, detector.config)
     else:
-        from .presets import PRESETS
-
-        if arguments.preset not in PRESETS:
-            raise ValueError(f"--preset {arguments.preset}: choose one of {', '.join(PRESETS)}")
-        data, source = open_split(arguments, PRESETS[arguments.preset]())
+        data, source = open_split(arguments, preset_named(arguments.preset))
         detector = load(arguments.model, arguments.device, preset=arguments.preset, classes=data.classes)
     ground_truth = data.coco_dict()
     classes, columns = known_classes(data.classes, detector.classes, ground_truth, source)
@@ -104,7 +92,7 @@ def run(arguments: Arguments) -> Path:
         title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
         counts = confusion_matrix(ground_truth, detections, [number for number, _ in classes], arguments.threshold)
         with results.file(f"detections_{arguments.split}.json") as path:
-            write_results(path, detections)
+            write_json_atomic(path, detections)
         with results.file("precision_recall.png") as path:
             draw_precision_recall(path, precision_by_class(referee), title)
         names = [name for _, name in classes]
@@ -202,9 +190,7 @@ def _shown(loader):
     return track(loader.epoch(), "evaluating", total=len(loader), console=Console(stderr=True), transient=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.evaluate", description=__doc__)))
+main = program(Arguments, run, "evaluate", __doc__)
 
 
 if __name__ == "__main__":

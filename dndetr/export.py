@@ -6,15 +6,13 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from . import __version__, _process  # noqa: F401
-from .commandline import exit_status, parse
+from .commandline import ModelPath, PresetName, program
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -29,8 +27,7 @@ _SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 class Arguments:
     """One export."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run folder (its latest checkpoint) or a checkpoint file."""
+    model: ModelPath
     output: Path
     """New file to write, such as model.onnx or model.pt2."""
     format: Literal["onnx", "torch"] | None = None
@@ -39,8 +36,7 @@ class Arguments:
     """Image on which the file is compared with the model (default: the first validation image of the run's data)."""
     canvas: tuple[int, int] | None = None
     """Height and width of the input (default: the run's canvas, or what the image needs)."""
-    preset: str | None = None
-    """The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."""
+    preset: PresetName = None
 
 
 def run(arguments: Arguments) -> None:
@@ -56,8 +52,8 @@ def run(arguments: Arguments) -> None:
     if kind == "onnx":
         _demand_onnx()
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .runs.checkpoint import write_atomic
     from .detector import load
+    from .files import write_atomic
     from .runs.results import writing
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
@@ -86,11 +82,11 @@ def _demand_onnx() -> None:
 def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | None) -> "Batch":
     """The image, by default the first validation image of the run's data, and its mirror image, on one canvas."""
     from .data.collate import collate
-    from .data.user_images import GivenImages
     from .data.training import evaluation_transform
+    from .data.user_images import UserImages
 
     config = detector.config
-    data = GivenImages([_validation_image(config) if image is None else image], evaluation_transform(config))
+    data = UserImages([_validation_image(config) if image is None else image], evaluation_transform(config))
     sample = data.sample(0)
     size = tuple(sample.image.shape[1:])
     if canvas is not None:
@@ -274,9 +270,7 @@ def difference(expected, found) -> tuple:
     return torch.stack((score_error, box_error)), len(distance)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.export", description=__doc__)))
+main = program(Arguments, run, "export", __doc__)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,26 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from . import _process  # noqa: F401
-from .commandline import exit_status, parse
+from .commandline import DeviceName, ModelPath, program
+from .config import demand
 
 if TYPE_CHECKING:
-    import torch
 
+    from .analysis.leak import LeakCheck
     from .config import Config
     from .data.training import TrainingData
-    from .analysis.leak import LeakCheck
 
 
 @dataclass(frozen=True)
 class Arguments:
     """One examination."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run folder (its latest checkpoint) or a checkpoint file."""
+    model: ModelPath
     data: str | None = None
     """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
     output: Path | None = None
@@ -35,32 +31,7 @@ class Arguments:
     """Only the leak check; exit status 1 where there is a leak."""
     steps: int = 8
     """Training steps to time with and without denoising (0: do not time)."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-
-def write_denoising(folder: Path, infer: Callable, data: "TrainingData", config: "Config", device: "torch.device"):
-    """Measure what the weights restore; write it as ``denoising.json`` and draw it, with the log, as ``denoising.png``.
-
-    infer: as for ``measure_restoration`` -> the report, or None where there is nothing to measure: no denoising in
-    ``config``, no objects.
-    """
-    from .runs.checkpoint import write_json_atomic
-    from .pictures import draw_denoising
-    from .analysis.reconstruction import measure_restoration
-    from .runs.folder import read_rows
-
-    noise = config.denoising
-    if noise.groups == 0:
-        return None
-    names = [name for _, name in data.classes]
-    restoration = measure_restoration(infer, data.validation(), len(names), noise.label_noise, device)
-    if restoration is None:
-        return None
-    write_json_atomic(folder / "denoising.json", restoration.report)
-    rows = read_rows(folder / "metrics.jsonl")
-    draw_denoising(folder / "denoising.png", restoration, rows, names, noise.box_noise)
-    return restoration.report
+    device: DeviceName = "auto"
 
 
 def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[float, float]:
@@ -98,7 +69,7 @@ def _repeated(data: "TrainingData"):
 
 
 def table(report: dict) -> str:
-    """The report of a restoration as lines of text."""
+    """The report of a reconstruction as lines of text."""
     layers = range(1, len(report["error"]) + 1)
     lines = [
         f"1 - IoU with the original, {report['objects']} objects of {report['images']} images; "
@@ -125,16 +96,13 @@ def leak_sentence(check: "LeakCheck") -> str:
 
 def run(arguments: Arguments) -> None:
     """Examine as the arguments say and print it; RuntimeError where ground truth leaks."""
-    import torch
-
+    from .analysis.leak import leak_check
     from .data.training import TrainingData
     from .detector import load
-    from .analysis.leak import leak_check
-    from .models.dn_detr import Predictions
+    from .pictures.denoising import write_denoising
     from .runs.folder import claim_output
 
-    if arguments.steps < 0:
-        raise ValueError(f"--steps {arguments.steps}: give 0 or more")
+    demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
     detector = load(arguments.model, arguments.device)
     config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
     data = TrainingData(config)
@@ -155,19 +123,16 @@ def run(arguments: Arguments) -> None:
         print("trained without denoising: there is nothing to restore and no cost")
         return
 
-    def infer(batch, noised) -> Predictions:
-        precision = detector.precision
-        with torch.autocast(detector.device.type, precision, enabled=precision != torch.float32):
-            logits, boxes, layout = detector.model(batch.images, batch.sizes, noised)
-        return Predictions(logits.float(), boxes.float(), layout)
+    def infer(batch, noised):
+        return detector.model.infer(batch, detector.precision, noised)
 
     if arguments.output is not None:
         report = write_denoising(claim_output(arguments.output), infer, data, config, detector.device)
     else:
-        from .analysis.reconstruction import measure_restoration
+        from .analysis.reconstruction import measure_reconstruction
 
         noise = config.denoising.label_noise
-        report = measure_restoration(infer, data.validation(), len(data.classes), noise, detector.device).report
+        report = measure_reconstruction(infer, data.validation(), len(data.classes), noise, detector.device).report
     print(table(report))
     if arguments.steps:
         slow, fast = time_steps(config, data, arguments.steps)
@@ -177,9 +142,7 @@ def run(arguments: Arguments) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr for a leak, and for what the user can mend."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.health", description=__doc__)))
+main = program(Arguments, run, "health", __doc__)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``python -m dndetr.predict RUN_OR_CHECKPOINT SOURCE``: what a trained detector finds, drawn and as JSON."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count, islice
@@ -12,7 +12,8 @@ import tyro
 from PIL import Image
 
 from . import _process  # noqa: F401
-from .commandline import exit_status, parse
+from .commandline import DeviceName, ModelPath, PresetName, program
+from .config import demand
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction
@@ -27,34 +28,29 @@ _AT_ONCE = 16  # images or frames handed to the detector together, so that memor
 class Arguments:
     """One set of predictions."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run folder (its latest checkpoint) or a checkpoint file."""
+    model: ModelPath
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE_OR_FOLDER_OR_VIDEO")]
     """An image, a folder of images, or a video."""
     output: Path | None = None
     """New folder for pictures and predictions.json (default: a numbered one under runs/)."""
     threshold: float = 0.5
     """Score from which a detection is reported."""
-    preset: str | None = None
-    """The model of a file that has only weights, such as dn-detr-r50 for an official DN-DETR file."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    preset: PresetName = None
+    device: DeviceName = "auto"
     batch_size: int | None = None
     """Images at once (default: as in the run's evaluation)."""
 
 
 def run(arguments: Arguments) -> Path:
     """Predict as the arguments say -> the folder with the results."""
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold {arguments.threshold}: give a score from 0 to 1")
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise ValueError(f"--batch-size {arguments.batch_size}: give 1 or more")
+    demand(0 <= arguments.threshold <= 1, "threshold", arguments.threshold, "a score from 0 to 1")
+    demand(arguments.batch_size is None or arguments.batch_size >= 1, "batch-size", arguments.batch_size, "1 or more")
     files = [] if is_video(arguments.source) else image_files(arguments.source)
     if not files:
         import_av()
     # Imported here so that --help and mistakes in the arguments answer at once.
-    from .runs.checkpoint import write_json_atomic
     from .detector import load
+    from .files import write_json_atomic
     from .runs.results import results_folder
 
     detector = load(arguments.model, arguments.device, preset=arguments.preset)
@@ -212,9 +208,7 @@ def _portions(items: Iterable) -> Iterator[list]:
         yield portion
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr for what the user can mend."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.predict", description=__doc__)))
+main = program(Arguments, run, "predict", __doc__)
 
 
 if __name__ == "__main__":

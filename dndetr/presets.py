@@ -146,3 +146,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
         dn_deformable_encoder_r50,
     )
 }
+
+
+def preset_named(name: str) -> Config:
+    """The preset of that name; ValueError that lists the names where there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()

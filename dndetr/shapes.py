@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from .commandline import exit_status, parse
+from .commandline import program
 from .data.errors import DataError
 from .data.shapes import MIN_SIZE, ShapesDataset, render
 
@@ -69,9 +68,7 @@ def run(arguments: Arguments) -> None:
     print(f"{arguments.train} training and {arguments.val} validation images in {arguments.folder}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command-line entry; exit status 1 and one line on stderr where the folder cannot be written."""
-    return exit_status(lambda: run(parse(Arguments, argv, "python -m dndetr.shapes", description=__doc__)))
+main = program(Arguments, run, "shapes", __doc__)
 
 
 if __name__ == "__main__":

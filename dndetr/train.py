@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import _process, commandline  # noqa: F401
-from .runs.checkpoint import load_checkpoint
 from .config import Config, from_dict
+from .presets import preset_named
+from .runs.checkpoint import load_checkpoint
+from .runs.listener import Listener
 from .training.overfit import overfitting, verdict
-from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .training.distributed import Processes
+    from .training.trainer import Trainer
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
 _WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard", "quiet")
@@ -23,11 +25,7 @@ _WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard",
 def parse(arguments: Sequence[str]) -> Config:
     """Command-line arguments -> the configuration of ``--preset`` (default tiny), changed by the other flags."""
     name = _flag(arguments, "--preset")
-    if name is None:
-        name = "tiny"
-    if name not in PRESETS:
-        raise ValueError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-    default = PRESETS[name]()
+    default = preset_named("tiny" if name is None else name)
     with contextlib.suppress(ValueError):  # what is no number is told below, with all other mistakes
         count = int(_flag(arguments, "--overfit") or 0)
         default = overfitting(default, count) if count > 0 else default
@@ -59,12 +57,15 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
     return replace(from_dict(saved), resume=config.resume, **changed)
 
 
-def run(arguments: Sequence[str]) -> Path:
-    """Train as the arguments say, in this process or in those that torchrun started -> the run's folder."""
+def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
+    """Train as the arguments say, in this process or in those that torchrun started -> the run's folder.
+
+    listeners: are told of the run beside its own, on the first process (docs/listeners.md).
+    """
     config = parse(arguments)
     # Imported here so that --help and mistakes in the flags answer at once.
-    from .training.distributed import Processes
     from .runs.folder import hold
+    from .training.distributed import Processes
 
     processes, checkpoint = Processes(), None
     with contextlib.ExitStack() as stack:
@@ -80,7 +81,7 @@ def run(arguments: Sequence[str]) -> Path:
             config = resumed_config(config, checkpoint["config"], arguments)
         if config.data is None:
             raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
-        return _train(config, checkpoint, stack.enter_context(processes), stack)
+        return _train(config, checkpoint, stack.enter_context(processes), listeners, stack)
 
 
 def _run_folder(config: Config) -> Path:
@@ -89,16 +90,27 @@ def _run_folder(config: Config) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _train(config: Config, checkpoint: dict | None, processes: "Processes", stack: contextlib.ExitStack) -> Path:
-    from .runs.console import Console
+def _train(
+    config: Config,
+    checkpoint: dict | None,
+    processes: "Processes",
+    listeners: Sequence[Listener],
+    stack: contextlib.ExitStack,
+) -> Path:
     from .data.training import TrainingData
     from .models.pretrained import initialise
-    from .runs.folder import claim_output, hold, new_run_folder, read_rows
-    from .training.trainer import Stopped, Trainer
+    from .runs.console import Console
+    from .runs.folder import claim_output, hold, new_run_folder
+    from .runs.run_log import read_rows
+    from .training.listeners import all_listeners
+    from .training.signals import Stopped
+    from .training.trainer import Trainer
 
+    console = Console(quiet=config.quiet or not processes.first)
+    everyone = all_listeners(config, console, listeners)
     data = TrainingData(config, processes.rank, processes.world)
     trainer = Trainer(config, data, processes, checkpoint)
-    notes = [trainer.summary(), *data.warnings]
+    notes = [_summary(trainer), *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
@@ -110,20 +122,19 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes", stac
             return folder
     else:
         if config.init is not None:
-            notes.append(f"--init {config.init}: {initialise(trainer.model, config.init, data.classes)}")
+            weights = load_checkpoint(config.init, needs=())
+            notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")
         folder = None
         if processes.first:
             folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
             stack.enter_context(hold(folder))
         folder = processes.from_first(folder)
-    with Console(config.epochs, trainer.steps_per_epoch, quiet=config.quiet or not processes.first) as console:
-        console.message(f"run folder: {folder}")
-        for note in notes:
-            console.message(note)
-        console.classes(data.classes, data.class_counts)
+    for note in (f"run folder: {folder}", *notes):
+        console.message(note)
+    console.classes(data.classes, data.class_counts)
     trainer.prepare()
     try:
-        metrics = trainer.fit(folder)
+        metrics = trainer.fit(folder, everyone)
     except Stopped as stopped:
         if processes.first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
@@ -135,6 +146,19 @@ def _train(config: Config, checkpoint: dict | None, processes: "Processes", stac
         if not config.quiet:
             print(text)
     return folder
+
+
+def _summary(trainer: "Trainer") -> str:
+    """One line: model, size, data, arithmetic."""
+    config, data, world = trainer.config, trainer.data, trainer.processes.world
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    shared = f", {world} processes" if world > 1 else ""
+    return (
+        f"{config.model.variant}, {parameters:.1f} M parameters, {len(data.classes)} classes, "
+        f"{data.images['train']:,} training and {data.images['val']:,} validation images, "
+        f"{config.batch_size * config.accumulate * world} a step, {config.denoising.groups} denoising groups, "
+        f"{trainer.device.type} {str(trainer.precision).removeprefix('torch.')}, {trainer.mode} steps{shared}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

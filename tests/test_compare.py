@@ -42,18 +42,18 @@ def test_the_default_is_denoising_on_and_off_from_the_same_start(capsys):
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys):
-    advance = Console.advance
+    step_ended = Console.step_ended
     steps = []
 
-    def signal_in_the_second_run(self, *arguments):
-        advance(self, *arguments)
-        steps.append(self._step)
+    def signal_in_the_second_run(self, step, *arguments):
+        step_ended(self, step, *arguments)
+        steps.append(step)
         if len(steps) == 7:  # 4 of the first run, 3 of the second
             os.kill(os.getpid(), signal.SIGTERM)
 
     run, trained = compare.train.run, []
     monkeypatch.setattr(compare.train, "run", lambda flags: trained.append(flags[0]) or run(flags))
-    monkeypatch.setattr(Console, "advance", signal_in_the_second_run)
+    monkeypatch.setattr(Console, "step_ended", signal_in_the_second_run)
     with pytest.raises(SystemExit):
         compare.main([*FEW, "--output", "both", "--seeds", "1", "--quiet"])
     assert "python -m dndetr.compare --resume both" in capsys.readouterr().err

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import pad
 
 from dndetr.batch import Targets
-from dndetr.training.criterion import Criterion
 from dndetr.denoising import Noise, denoising_loss, draw_noise, noised_queries
 from dndetr.ops import match, set_loss
+from dndetr.training.criterion import Criterion
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
 GROUPS = 3

@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 from short_runs import short_run, write_pictures
 
 import dndetr
-from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 from dndetr.config import to_dict
 from dndetr.data.errors import DataError
 from dndetr.models.build import build_model
 from dndetr.models.official import COCO_CLASSES
 from dndetr.presets import tiny
+from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 from dndetr.shapes import write_shapes
 
 RECIPES = {

@@ -17,12 +17,12 @@ from short_runs import short_run, write_pictures
 from test_initialise import official, randomised
 
 from dndetr import evaluate
-from dndetr.data.classes import match_classes
 from dndetr.config import Config, ImagesConfig
-from dndetr.scoring.confusion import confusion_matrix
+from dndetr.data.classes import match_classes
 from dndetr.detector import Detector
 from dndetr.presets import PRESETS
-from dndetr.runs.folder import read_rows
+from dndetr.runs.run_log import read_rows
+from dndetr.scoring.confusion import confusion_matrix
 
 FILES = {"metrics.json", "detections_val.json", "precision_recall.png", "confusion.png"}
 

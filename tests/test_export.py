@@ -18,9 +18,9 @@ from short_runs import short_run, write_pictures
 from dndetr import export
 from dndetr.config import BackboneConfig, Config, ImagesConfig
 from dndetr.detector import Detector
-from dndetr.scoring.coco import Detections
 from dndetr.models.build import build_model
 from dndetr.ops import _backend
+from dndetr.scoring.coco import Detections
 
 _BACKBONE = BackboneConfig(blocks=(1, 1), planes=(8, 8), bottleneck=False, outputs=(2,))
 _ONE = replace(detectors.CONFIGS["dn-detr"], encoder_layers=1, decoder_layers=2, queries=6, backbone=_BACKBONE)

@@ -29,7 +29,7 @@ def losses(folder):
 
 def test_captured_and_eager_runs_learn_alike(monkeypatch):
     said = []
-    monkeypatch.setattr(Trainer, "_say", lambda self, text: said.append(text))
+    monkeypatch.setattr(Trainer, "_warn", lambda self, text: said.append(text))
     same = [*FEW, "--device", DEVICE, "--epochs", "2", "--precision", "float32"]
     captured, eager = (losses(train.run([*same, "--mode", mode])) for mode in ("graph", "eager"))
     assert len(captured) == 8 and captured.isfinite().all()

@@ -17,10 +17,10 @@ from short_runs import stopped_after
 
 from dndetr import config, train
 from dndetr.config import Config, from_dict, to_dict
-from dndetr.training.criterion import Criterion
 from dndetr.presets import PRESETS
 from dndetr.runs.folder import hold
 from dndetr.shapes import write_shapes
+from dndetr.training.criterion import Criterion
 from dndetr.training.loss_window import Diverged
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
@@ -138,7 +138,7 @@ def test_kills_at_any_moment_lose_nothing(tmp_path):
 def test_a_run_that_dies_over_its_last_pictures_can_be_resumed(monkeypatch, part):
     whole = train.run([*FEW, "--output", "whole"])
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-        broken.setattr(f"dndetr.training.trainer.{part}", lambda *_, **__: 1 / 0)
+        broken.setattr(f"dndetr.pictures.run.{part}", lambda *_, **__: 1 / 0)
         train.run([*FEW, "--output", "died"])
     died = train.run(["--resume", "died", "--quiet"])
     assert {path.name for path in died.iterdir()} == {path.name for path in whole.iterdir()}

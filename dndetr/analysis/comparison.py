@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runs.folder import read_rows
+from ..runs.run_log import read_rows
 
 EARLY = (2, 8)  # epochs in which instability is told: later a falling rate freezes the matching of every run
 

@@ -37,7 +37,7 @@ class Example(NamedTuple):
     restored_labels: Tensor
 
 
-class Restoration(NamedTuple):
+class Reconstruction(NamedTuple):
     """``report``, plain values for JSON: ``levels`` of box noise, and for each
 
     ``noised_error`` 1 - IoU of the noised box with the original; ``error`` the same of the restored box, one list per
@@ -50,7 +50,7 @@ class Restoration(NamedTuple):
 
 
 @torch.no_grad()
-def measure_restoration(
+def measure_reconstruction(
     infer: Callable[[Batch, NoisedQueries], Predictions],
     batches: Iterable[Batch],
     classes: int,
@@ -59,11 +59,11 @@ def measure_restoration(
     levels: tuple[float, ...] = LEVELS,
     images: int = IMAGES,
     seed: int = 0,
-) -> Restoration | None:
+) -> Reconstruction | None:
     """Noise the ground truth of the first images at every level and let the model restore it.
 
     infer: batch and noised queries, both on the device -> predictions; label_noise: flips, at every level; images:
-    whole batches are read until there are so many -> Restoration, or None where these have no objects. The noise is
+    whole batches are read until there are so many -> Reconstruction, or None where these have no objects. The noise is
     that of ``seed``: the same for every model on one kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -104,7 +104,7 @@ def measure_restoration(
         "objects": int(live[0]),
         "images": seen,
     }
-    return Restoration(report, examples)
+    return Reconstruction(report, examples)
 
 
 def _error(boxes: Tensor, original: Tensor) -> Tensor:

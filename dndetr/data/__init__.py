@@ -1,0 +1,1 @@
+"""From files, or from nothing, to batches: formats, checks, transforms, loaders, classes."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runs.checkpoint import write_atomic
+from ..files import write_atomic
 from .annotations import Split, missing_file, raise_problems
 from .coco import CocoDataset
 from .errors import DataError, UnreadableImage

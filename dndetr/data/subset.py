@@ -9,7 +9,7 @@ from .sample import Sample
 _TINY = 1 / 30
 
 
-class FewImages:
+class Subset:
     """The first ``count`` images that have objects, ``repeats`` times, as epoch 0 sees them, as a data set.
 
     Images with tiny objects are taken only where there are too few others.

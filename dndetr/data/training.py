@@ -5,19 +5,19 @@ from collections.abc import Iterator
 
 from ..batch import Batch
 from ..config import Config
-from ..training.overfit import STEPS
 from .annotations import NOTHING_TO_LEARN
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
-from .subset import FewImages
 from .loader import build_loader
 from .shapes import MIN_SIZE, ShapesDataset
+from .subset import Subset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
 
 # What an image costs in evaluation is small beside training, so its batches may be larger on small canvases.
 _EVAL_PIXELS = 50 * 128 * 128
 _FEW_IMAGES = 1000
+_OVERFIT_STEPS = 50  # of an epoch
 
 
 class TrainingData:
@@ -42,8 +42,8 @@ class TrainingData:
             found = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
             self.warnings = list(dict.fromkeys(found))  # with --overfit both are of the same split
         if config.overfit:
-            repeats = -(-STEPS * config.batch_size * config.accumulate * world // config.overfit)
-            train, val = FewImages(train, config.overfit, repeats), FewImages(val, config.overfit)
+            repeats = -(-_OVERFIT_STEPS * config.batch_size * config.accumulate * world // config.overfit)
+            train, val = Subset(train, config.overfit, repeats), Subset(val, config.overfit)
         self.warnings += _from_scratch(config, len(train))
         if not any(train.counts):
             raise DataError(f"{config.data}: {NOTHING_TO_LEARN}")

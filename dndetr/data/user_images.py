@@ -17,7 +17,7 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """An image file, a picture, uint8 pixels [h, w, 3] RGB, or a tensor [3, h, w] RGB, uint8 or float in [0, 1]."""
 
 
-class GivenImages:
+class UserImages:
     """Images in memory or in files as a data set: no objects, no classes; ids are places in the list.
 
     Files are read when their sample is asked for.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..denoising import NoisedQueries
 from ..ops.group_attention import GroupLayout
 from .queries import Queries
@@ -50,3 +51,12 @@ class DNDETR(nn.Module):
         """The last layer's logits [B, N, K] and boxes [B, N, 4] cxcywh."""
         logits, boxes, _ = self(images, sizes)
         return logits[-1], boxes[-1]
+
+    @torch.no_grad()
+    def infer(self, batch: Batch, precision: torch.dtype, noised: NoisedQueries | None = None) -> Predictions:
+        """Predictions for a batch from anywhere, in float32 on the model's device, computed in ``precision``."""
+        device = next(self.parameters()).device
+        batch = batch.to(device)
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits, boxes, layout = self(batch.images, batch.sizes, noised)
+        return Predictions(logits.float(), boxes.float(), layout)

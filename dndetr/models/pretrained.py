@@ -1,15 +1,12 @@
 """Starting weights from a file: our checkpoints, official DN-DETR and DAB-DETR files, torchvision's ResNets."""
 
-import argparse
 import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ..runs.checkpoint import load_checkpoint
 from ..data.classes import Classes, listed, match_classes
 from .official import from_official
 
@@ -54,16 +51,8 @@ class Initialised(NamedTuple):
         return text
 
 
-def read_file(path: str | Path) -> dict:
-    """``load_checkpoint`` for files of others too, whatever is in them; runs no code that they may hold."""
-    # Official files keep their command line in one; as a plain bag of values it is harmless.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return load_checkpoint(path, needs=())
-
-
-def read_weights(path: str | Path) -> Source:
-    """The weights in a file; the moving average where a checkpoint has one."""
-    content = read_file(path)
+def weights_of(content: dict, path: str | Path) -> Source:
+    """The weights in a file's content; the moving average where a checkpoint has one."""
     state = content.get("ema") or content.get("model") or content
     if not isinstance(state, dict):
         raise ValueError(f"{path} has a {type(state).__name__} where its weights should be, not a dict of tensors")
@@ -78,14 +67,15 @@ def read_weights(path: str | Path) -> Source:
     return Source(weights, None if classes is None else [(number, name) for number, name in classes])
 
 
-def initialise(model: nn.Module, path: str | Path, classes: Classes) -> Initialised:
-    """Copy into ``model`` every tensor of the file that fits by name and shape; rows of the class heads by class.
+def initialise(model: nn.Module, content: dict, path: str | Path, classes: Classes) -> Initialised:
+    """Copy into ``model`` every tensor of a file that fits by name and shape; rows of the class heads by class.
 
-    classes: (category id, name) of the model, in label order. They are looked up by name in our checkpoints, by
-    category id in official files, whose heads have a row for every id. ValueError if nothing fits, or the backbone
-    does not, since training would then silently start from random weights.
+    content: of the file, as ``load_checkpoint`` reads it; path: its name in messages; classes: (category id, name) of
+    the model, in label order. They are looked up by name in our checkpoints, by category id in official files, whose
+    heads have a row for every id. ValueError if nothing fits, or the backbone does not, since training would then
+    silently start from random weights.
     """
-    source = read_weights(path)
+    source = weights_of(content, path)
     own = model.state_dict()
     _check_backbone(path, own, source.weights)
     places = _places(classes, source.classes)

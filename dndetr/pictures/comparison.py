@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runs.checkpoint import write_atomic
+from ..files import write_atomic
 from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _VIOLET, _finish
 from .fonts import plain
 

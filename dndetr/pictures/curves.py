@@ -4,8 +4,8 @@ import io
 import math
 from pathlib import Path
 
-from ..runs.checkpoint import write_atomic
-from ..runs.folder import read_rows
+from ..files import write_atomic
+from ..runs.run_log import read_rows
 from .fonts import plain
 
 _BLUE, _CORAL, _GREEN, _VIOLET, _AMBER = "#2d7dd2", "#f0544f", "#1fa774", "#8b5cf6", "#e69f00"

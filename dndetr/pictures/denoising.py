@@ -1,49 +1,78 @@
 """What denoising does, in one picture: noised boxes on their way back, and the numbers behind them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..analysis.reconstruction import Example, Restoration
+from ..analysis.reconstruction import Example, Reconstruction, measure_reconstruction
+from ..files import write_json_atomic
+from ..runs.run_log import read_rows
 from .boxes import INK, WHITE, BoxCanvas, class_colour
 from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _finish, draw_denoising_log
 from .sheets import _FLIPPED, _centre, _pixels, _save, _sheet, batch_images
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+    from ..data.training import TrainingData
 
 _CELL = 300
 _ACROSS = 2
 _DPI = 110
 
 
+def write_denoising(
+    folder: Path, infer: Callable, data: "TrainingData", config: "Config", device: "torch.device"
+) -> dict | None:
+    """Measure what the weights restore; write it as ``denoising.json`` and draw it, with the log, as ``denoising.png``.
+
+    infer: as for ``measure_reconstruction`` -> the report, or None where there is nothing to measure: no denoising in
+    ``config``, no objects.
+    """
+    noise = config.denoising
+    if noise.groups == 0:
+        return None
+    names = [name for _, name in data.classes]
+    reconstruction = measure_reconstruction(infer, data.validation(), len(names), noise.label_noise, device)
+    if reconstruction is None:
+        return None
+    write_json_atomic(folder / "denoising.json", reconstruction.report)
+    rows = read_rows(folder / "metrics.jsonl")
+    draw_denoising(folder / "denoising.png", reconstruction, rows, names, noise.box_noise)
+    return reconstruction.report
+
+
 def draw_denoising(
     path: str | Path,
-    restoration: Restoration,
+    reconstruction: Reconstruction,
     rows: Sequence[dict],
     class_names: Sequence[str],
     box_noise: float,
     title: str = "Denoising",
 ) -> None:
-    """Draw a Restoration and the denoising numbers of a log's rows as one PNG.
+    """Draw a Reconstruction and the denoising numbers of a log's rows as one PNG.
 
     Each image is shown at the training's noise (the level next to ``box_noise``) and at the highest level. Thin white:
     ground truth; dashed: noised box in the colour of the class it claims; from its centre a line to where each decoder
     layer moves it; solid: box and class after the last layer.
     """
-    levels = restoration.report["levels"]
+    levels = reconstruction.report["levels"]
     near = min(range(len(levels)), key=lambda index: abs(levels[index] - box_noise))
     shown = [near] if near == len(levels) - 1 else [near, len(levels) - 1]
-    blocks = [
-        [_restored(example, level, levels[level], class_names) for level in shown] for example in restoration.examples
-    ]
+    examples = reconstruction.examples
+    blocks = [[_restored(example, level, levels[level], class_names) for level in shown] for example in examples]
     note = (
         "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
         "line: its way through the layers    "
         "solid: restored    tag: flipped > restored"
     )
     sheet = _sheet(blocks, _ACROSS, _CELL, title, note, class_names)
-    panel = _panel(restoration.report, rows, box_noise, max(sheet.width, 1200))
+    panel = _panel(reconstruction.report, rows, box_noise, max(sheet.width, 1200))
     page = Image.new("RGB", (panel.width, sheet.height + panel.height), "white")
     page.paste(sheet.resize((panel.width, sheet.height)) if sheet.width > panel.width else sheet, (0, 0))
     page.paste(panel, (0, sheet.height))

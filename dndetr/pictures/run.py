@@ -1,4 +1,4 @@
-"""The pictures of a run that show images: the first batch with its noise, and predictions beside the truth."""
+"""The pictures in a run's folder: the first batch with its noise, predictions beside the truth, what is restored."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,11 +8,33 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..denoising import NoisedQueries
+from ..models.dn_detr import Predictions
+from ..runs.listener import Listener, Run
 from ..scoring.coco import postprocess
-from ..pictures import batch_images, draw_first_batch, draw_predictions
+from .curves import draw_curves
+from .denoising import write_denoising
+from .sheets import batch_images, draw_first_batch, draw_predictions
 
 _PICTURED = 12  # validation images in predictions.png
 _THRESHOLD = 0.35  # score from which a prediction is drawn
+
+
+class Pictures(Listener):
+    """Draws ``first_batch.png`` before the first step, and all the others when the last one is done."""
+
+    def run_started(self, run: Run) -> None:
+        self._run = run
+
+    def first_batch(self, batch: Batch, noised: NoisedQueries | None) -> None:
+        draw_training(self._run.folder / "first_batch.png", batch, noised, self._run.names)
+
+    def run_ended(self, how: str, reason: str, row: dict) -> None:
+        if how != "finished":
+            return
+        run, folder = self._run, self._run.folder
+        draw_validation(folder / "predictions.png", run.infer, run.data.validation(), run.names, row)
+        write_denoising(folder, run.infer, run.data, run.config, run.device)
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png", f"{run.config.preset} on {run.config.data}")
 
 
 def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:
@@ -33,15 +55,15 @@ def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names:
 
 def draw_validation(
     path: Path,
-    predict: Callable[[Batch], tuple[Tensor, Tensor]],
+    infer: Callable[[Batch], Predictions],
     batches: Iterable[Batch],
     names: Sequence[str],
     metrics: Mapping,
 ) -> None:
-    """Predictions on the first validation images beside their ground truth; arguments as for ``evaluate``."""
+    """Predictions on the first validation images beside their ground truth; metrics: AP and AP50, for the caption."""
     pictures, detections, truths = [], [], []
     for batch in batches:
-        logits, boxes = predict(batch)
+        logits, boxes = (layers[-1] for layers in infer(batch)[:2])
         pictures += batch_images(batch.images, batch.sizes)
         # In the canvas's own pixels, since that is what is drawn.
         found = postprocess(logits, boxes, batch.sizes.to(boxes.device), keep=50)

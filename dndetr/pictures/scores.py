@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runs.checkpoint import write_atomic
+from ..files import write_atomic
 from .boxes import class_colour
 from .fonts import plain
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
-from ..runs.checkpoint import write_atomic
 from ..data.sample import denormalise
+from ..files import write_atomic
 from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
 from .fonts import font
 

@@ -1,44 +1,14 @@
-"""Files that are either whole or not there: atomic writing, and checkpoints on top of it."""
+"""Checkpoints: weights with the state of their training, or weights of others."""
 
-import json
-import os
+import argparse
 import re
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-
-def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Replace ``path`` in one step; whoever reads it sees the old file or the new one, never a part.
-
-    content: the bytes, or a function that writes them to the open binary file it is given. When writing fails (a full
-    disk, an interrupt) the error is passed on, the old file stays, and the temporary one beside it is removed.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_json_atomic(path: str | Path, value, indent: int | None = None) -> None:
-    """``write_atomic`` for a JSON value; NaN and infinities are refused, since JSON has none."""
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(value, indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
-    write_atomic(path, (text + "\n").encode())
+from ..files import write_atomic
+from .listener import Listener, Run
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -60,6 +30,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{unchanged}") from error
 
 
+class BestCheckpoint(Listener):
+    """Keeps ``best.pt``, the weights that were evaluated best."""
+
+    def run_started(self, run: Run) -> None:
+        self._run = run
+
+    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
+        if best:
+            save_checkpoint(self._run.folder / "best.pt", self._run.weights() | {"metrics": {"AP": row["AP"]}})
+
+
 def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> dict:
     """Read a checkpoint on the CPU, without running any code that the file may hold.
 
@@ -75,7 +56,9 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
         raise FileNotFoundError(f"no checkpoint at {path}: {hint}")
     with open(path, "rb") as file:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            # Official files keep their command line in one; as a plain bag of values it is harmless.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise anything: zip, pickle, end-of-file and even OS errors
             reason = re.split(r"\. |\n", str(error).strip())[0][:120]
             size = path.stat().st_size
@@ -95,6 +78,26 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
     return checkpoint
 
 
+def demand_continuable(checkpoint: dict, processes: int, steps_per_epoch: int, data: str, images: int) -> None:
+    """ValueError for a checkpoint that so many processes, or a run on this data, cannot go on from.
+
+    images: in the training split of the data.
+    """
+    world = len(checkpoint["rng"]["noise"])
+    if world != processes:
+        raise ValueError(
+            f"the run was made by {world} processes and can only be continued by as many (now {processes}): start it "
+            "the same way, with torchrun --nproc-per-node"
+        )
+    # Other data under the same classes would quietly change schedule, log and results.
+    if not 0 <= checkpoint["step"] - checkpoint["epoch"] * steps_per_epoch <= steps_per_epoch:
+        raise ValueError(
+            f"{data}: its {images:,} training images make {steps_per_epoch:,} steps an epoch, and the run was saved "
+            f"after {checkpoint['step']:,} steps in {checkpoint['epoch']:,} whole epochs: give the run's own data, or "
+            "start anew on these with --init"
+        )
+
+
 class _ErrorKeeper:
     """A file whose failed write is remembered, for writers that replace the error by one of their own."""
 
@@ -111,17 +114,3 @@ class _ErrorKeeper:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut; not every system can open a folder."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,8 @@ import rich.console
 import rich.live
 from rich.text import Text
 
+from .listener import Listener, Run
+
 _MEMORY = 10.0  # seconds after which a measured speed counts half
 _BAR = 12  # characters: with it the live lines fit a terminal 80 wide
 
@@ -22,41 +24,30 @@ class _Out(rich.console.Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-class Console:
-    """Progress of one training run that is evaluated after every epoch.
+class Console(Listener):
+    """What is printed of a training run: its classes, its progress, its evaluations, its warnings.
 
-    epochs, steps_per_epoch, step: the whole run, and the steps already done when it is resumed; quiet: print nothing
-    (other ranks, ``--quiet``); interval: seconds between updates (default 0.25 on a terminal, 10 in a file).
-    ``advance`` costs about a microsecond between updates. Use as a context manager, or call ``close``.
+    quiet: nothing at all (``--quiet``); interval: seconds between updates (default 0.25 on a terminal, 10 in a file). A
+    step costs about a microsecond between updates.
     """
 
-    def __init__(
-        self,
-        epochs: int,
-        steps_per_epoch: int,
-        step: int = 0,
-        quiet: bool = False,
-        interval: float | None = None,
-        file: TextIO | None = None,
-    ):
-        self._epochs, self._steps_per_epoch, self._step = epochs, steps_per_epoch, step
+    def __init__(self, quiet: bool = False, interval: float | None = None, file: TextIO | None = None):
+        self._epochs = self._steps_per_epoch = self._step = 0
         self._quiet = quiet
         self._out = _Out(file=file or sys.stdout, highlight=False, quiet=quiet)
         self._interval = interval if interval is not None else 0.25 if self._out.is_terminal else 10.0
         self._live: rich.live.Live | None = None
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, float] = {}  # of the newest row
         self._header_shown = False
-        self._best: float | None = None
         self._updated = self._stepped = time.perf_counter()
         self._window = [0.0, 0.0, 0.0]  # steps, images, seconds waited since the last update
         self._recent = [0.0, 0.0, 0.0, 0.0]  # the same and seconds in all, older ones fading
         self._evaluation_seconds = 0.0
 
-    def __enter__(self) -> "Console":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    def run_started(self, run: Run) -> None:
+        self._epochs, self._steps_per_epoch, self._step = run.config.epochs, run.steps_per_epoch, run.step
+        self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
+        self._restart_clock()
 
     def message(self, text: str, style: str | None = None) -> None:
         """Print one unwrapped line, above the live ones."""
@@ -93,25 +84,23 @@ class Console:
             text.rstrip()
             self._out.print(text, soft_wrap=True)
 
-    def advance(self, images: int, waited: float, losses: Mapping[str, float] | None = None) -> None:
-        """One training step is done; call it for each.
-
-        images: in this step's batch; waited: seconds spent waiting for it; losses: the latest numbers known on the
-        host, ``loss`` first, whenever there are new ones (``matching``, ``denoising``, ``lr`` are shown too).
-        """
+    def step_ended(self, step: int, images: int, waited: float) -> None:
         now = self._stepped = time.perf_counter()
-        self._step += 1
+        self._step = step
         window = self._window
         window[0] += 1
         window[1] += images
         window[2] += waited
-        if losses:
-            self._losses = dict(losses)
-        if now - self._updated >= self._interval or self._step == self._epochs * self._steps_per_epoch:
+        if now - self._updated >= self._interval or step == self._epochs * self._steps_per_epoch:
             self._update(now)
 
-    def evaluated(self, epoch: int, loss: float | None, metrics: Mapping, seconds: float) -> None:
-        """Print one row of the evaluation table; metrics: AP, AP50, AP75, APs, APm, APl (None where unmeasured)."""
+    def row_logged(self, row: dict) -> None:
+        if row["event"] == "train":
+            self._losses = row
+        elif row["event"] == "warning":
+            self.message(f"warning: {row['message']}")
+
+    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
         self._evaluation_seconds = time.perf_counter() - self._stepped
         self._restart_clock()
         if self._quiet:
@@ -121,15 +110,12 @@ class Console:
             self._header_shown = True
             titles = "".join(f"{title:>8}" for title in ("epoch", "loss", *columns, "time"))
             self.message(titles, "bold")
-        value = metrics.get("AP")
-        best = value is not None and (self._best is None or value > self._best)
-        if best:
-            self._best = value
-        numbers = "".join(f"{_number(metrics.get(column), 3):>8}" for column in columns)
-        row = f"{epoch:>8}{_number(loss, 3):>8}{numbers}{duration(seconds):>8}"
-        self.message(row + ("  best" if best else ""), "bold green" if best else None)
+        loss = _number(self._losses.get("loss"), 3)
+        numbers = "".join(f"{_number(row.get(column), 3):>8}" for column in columns)
+        line = f"{row['epoch']:>8}{loss:>8}{numbers}{duration(row['seconds']):>8}"
+        self.message(line + ("  best" if best else ""), "bold green" if best else None)
 
-    def close(self) -> None:
+    def run_ended(self, how: str, reason: str, row: dict) -> None:
         """Remove the live lines; later messages are plain."""
         if self._live is not None:
             self._live.stop()

@@ -4,13 +4,27 @@ from collections import deque
 from typing import Any
 
 from ..config import Config
+from .listener import Listener, Run
 
 _RECENT = 5  # rows whose mean is the loss of now
 _FALLEN = 0.9  # share of the first row's loss; a run that learns is below it after a hundred steps
 _NOTHING, _SOMETHING = 0.005, 0.05  # AP
 
 
-class Watch:
+class EarlyWarnings(Listener):
+    """Warns, while there is time, of a run that gets nowhere."""
+
+    def run_started(self, run: Run) -> None:
+        self._warn, self._standstill = run.warn, Standstill(run.config, run.steps)
+        for row in run.rows:
+            self._standstill.see(row)  # what there was to say about these was said
+
+    def row_logged(self, row: dict) -> None:
+        if (warning := self._standstill.see(row)) is not None:
+            self._warn(warning)
+
+
+class Standstill:
     """Reads rows of ``metrics.jsonl`` as they are written, and says when the loss or the AP stands still.
 
     steps: of the whole run. Nothing is said of runs too short to tell, nor of the end of a run, when it is too late.

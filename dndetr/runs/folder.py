@@ -1,15 +1,11 @@
-"""The run folder: where it comes from, and its log of one JSON object a line."""
+"""Where a run is written: a folder of its own, held by one process at a time."""
 
 import contextlib
 import fcntl
-import json
-import math
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-
-from .checkpoint import write_atomic
 
 
 def new_run_folder(name: str, root: str | Path = "runs") -> Path:
@@ -75,62 +71,3 @@ def hold(folder: str | Path) -> Iterator[None]:
         if descriptor in _held:
             _held.remove(descriptor)
             os.close(descriptor)
-
-
-class RunLog:
-    """Appends rows to ``metrics.jsonl``; each has ``event`` and ``step``, and is on the disk when ``write`` returns."""
-
-    def __init__(self, folder: str | Path):
-        self.path = Path(folder) / "metrics.jsonl"
-        if self.path.exists():
-            self._drop_half_written_line()
-
-    def write(self, event: str, step: int, **fields) -> dict:
-        """Append one row -> that row; NaN and infinities become null, numpy values and host tensors plain numbers."""
-        row = _plain({"event": event, "step": step, **fields})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        return row
-
-    def rows(self, event: str | None = None) -> list[dict]:
-        """All rows so far, or those of one event."""
-        return [row for row in read_rows(self.path) if event in (None, row["event"])]
-
-    def truncate_to(self, step: int) -> None:
-        """Forget what came after ``step``, and that the run ended: it is about to be continued from there."""
-        kept = [row for row in read_rows(self.path) if row["step"] <= step and row["event"] != "end"]
-        write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
-
-    def _drop_half_written_line(self) -> None:
-        """A killed process may leave half a row; the next row must not be glued to it."""
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            write_atomic(self.path, data[: data.rfind(b"\n") + 1])
-
-
-def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a ``metrics.jsonl``; a half-written last line, as a killed run leaves it, is passed over."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    *lines, _half_written = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}): remove that line") from None
-    return rows
-
-
-def _plain(value):
-    """``value`` in JSON's types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

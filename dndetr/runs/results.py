@@ -1,10 +1,12 @@
-"""The folder of a command's results: with all of them in it, or as it was before."""
+"""Results on the disk: the folder of a command's, with all of them in it or as it was before; a run's detections."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import write_json_atomic
 from .folder import claim_output, new_run_folder
+from .listener import Listener, Run
 
 
 class ResultsFolder:
@@ -53,3 +55,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class DetectionsFile(Listener):
+    """``detections_val.json``: those of the last evaluation, in COCO's results format."""
+
+    def run_started(self, run: Run) -> None:
+        self._path = run.folder / "detections_val.json"
+
+    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
+        write_json_atomic(self._path, results)

@@ -1,41 +1,71 @@
-"""What is written down while a run trains: rows of the log, TensorBoard's scalars, and warnings that the rows give."""
+"""``metrics.jsonl``, the log of a run: one JSON object a line."""
 
-from collections.abc import Callable
+import json
+import math
+import time
 from pathlib import Path
 
-from .tensorboard import Board
-from ..config import Config
-from .folder import RunLog
-from .early_warnings import Watch
+from ..files import write_atomic
+from .listener import Listener, Run
+
+NAME = "metrics.jsonl"
 
 
-class Journal:
-    """The log of a run in ``folder``, which may have rows already, with whoever reads it along.
+class RunLog(Listener):
+    """Writes every row, each with ``event`` and ``step``, before anyone else sees it; and "end", when all is done."""
 
-    steps: of the whole run; say: shows a warning to the user.
+    def run_started(self, run: Run) -> None:
+        self._run, self._started = run, time.perf_counter()
+        self.path = run.folder / NAME
+
+    def row_logged(self, row: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def run_ended(self, how: str, reason: str, row: dict) -> None:
+        if how == "finished":
+            run, seconds = self._run, round(time.perf_counter() - self._started, 1)
+            end = {"event": "end", "step": run.steps, "epoch": run.config.epochs, "seconds": seconds}
+            self.row_logged(end | {"AP": row.get("AP")})
+
+
+def plain(value):
+    """``value`` in JSON's types: NaN and infinities become null, numpy values and host tensors plain numbers."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a ``metrics.jsonl``; a half-written last line, as a killed run leaves it, is passed over."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    *lines, _half_written = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}): remove that line") from None
+    return rows
+
+
+def cut_back(folder: Path, step: int) -> list[dict]:
+    """Make the log end at ``step``, from where the run is about to be continued -> the rows that are left.
+
+    Forgotten is what came after, that the run ended, and half a line at the end.
     """
+    kept = [row for row in read_rows(folder / NAME) if row["step"] <= step and row["event"] != "end"]
+    write_atomic(folder / NAME, "".join(map(_line, kept)).encode())
+    return kept
 
-    def __init__(self, folder: Path, config: Config, steps: int, say: Callable[[str], None]):
-        self.log, self._watch, self._say = RunLog(folder), Watch(config, steps), say
-        rows = self.log.rows()
-        for row in rows:
-            self._watch.see(row)  # what there was to say about these was said
-        self._board = Board(folder, rows) if config.tensorboard else None
 
-    def write(self, event: str, step: int, **fields) -> None:
-        """Append a row, and a warning if it gives reason for one."""
-        row = self.log.write(event, step, **fields)
-        if self._board is not None:
-            self._board.write(row)
-        if (warning := self._watch.see(row)) is not None:
-            self.warn(step, warning)
-
-    def warn(self, step: int, message: str) -> None:
-        """Show a warning and keep it in the log."""
-        self.log.write("warning", step, message=message)
-        self._say(f"warning: {message}")
-
-    def close(self) -> None:
-        """Finish TensorBoard's file."""
-        if self._board is not None:
-            self._board.close()
+def _line(row: dict) -> str:
+    return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"

@@ -1,37 +1,34 @@
 """TensorBoard's view of a run: the numbers of ``metrics.jsonl``, written again as scalars."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
-
-def demand_tensorboard() -> None:
-    """ModuleNotFoundError that says what to install, where TensorBoard is missing."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ModuleNotFoundError('--tensorboard needs TensorBoard: pip install -e ".[tensorboard]"') from error
+from .listener import Listener, Run
 
 
-class Board:
-    """Scalars in ``folder/tensorboard``, one for each number of a train or eval row, by step.
+class TensorBoard(Listener):
+    """Scalars in the run's folder ``tensorboard``, one for each number of a train or eval row, by step.
 
-    rows: what the log already has. They are written anew, so that a resumed run shows neither gaps nor what a killed
-    one did after its last checkpoint.
+    Those of a run that goes on are written anew, so that it shows neither gaps nor what a killed one did after its last
+    checkpoint. ModuleNotFoundError that says what to install, where TensorBoard is missing.
     """
 
-    def __init__(self, folder: Path, rows: list[dict[str, Any]]):
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError('--tensorboard needs TensorBoard: pip install -e ".[tensorboard]"') from error
+        self._open = SummaryWriter
 
-        path = folder / "tensorboard"
+    def run_started(self, run: Run) -> None:
+        path = run.folder / "tensorboard"
         if path.exists():
             shutil.rmtree(path)
-        self._writer = SummaryWriter(str(path))
-        for row in rows:
-            self.write(row)
+        self._writer = self._open(str(path))
+        for row in run.rows:
+            self.row_logged(row)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """One row of the log; rows that are neither train nor eval have no numbers to show."""
+    def row_logged(self, row: dict[str, Any]) -> None:
         if row["event"] not in ("train", "eval"):
             return
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
@@ -40,6 +37,5 @@ class Board:
             self._writer.add_scalar(f"{row['event']}/{name}", value, row["step"])
         self._writer.flush()
 
-    def close(self) -> None:
-        """Finish the file."""
+    def run_ended(self, how: str, reason: str, row: dict) -> None:
         self._writer.close()

@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..boxes import cxcywh_to_xyxy
-from ..runs.checkpoint import write_json_atomic
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -79,11 +77,6 @@ def coco_results(detections: Detections, image_ids: Sequence[int], classes: Sequ
         for row, image_id in enumerate(image_ids)
         for score, label, box in zip(scores[row], labels[row], boxes[row], strict=True)
     ]
-
-
-def write_results(path: str | Path, results: list[dict]) -> None:
-    """Write COCO results atomically, in one line of valid JSON."""
-    write_json_atomic(path, results)
 
 
 def coco_evaluate(

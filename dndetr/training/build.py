@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from ..config import Config
-from .criterion import Criterion
-from .graphs import GraphedStep
-from .noise_meter import NoiseMeter
 from ..ops import CostWeights, LossWeights
-from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from .criterion import Criterion
 from .distributed import Processes
-from .step import TrainStep
+from .graphs import GraphedStep
 from .loss_window import Record
+from .noise_meter import NoiseMeter
+from .optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from .step import TrainStep
 
 
 def build_step(
@@ -29,9 +29,6 @@ def build_step(
     """Everything around a model on its device; mode: "eager" or "graph"; say: is told what users should know."""
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
-    options = {}
-    if mode == "graph":
-        options["say"] = say
     return (GraphedStep if mode == "graph" else TrainStep)(
         model,
         _criterion(config),
@@ -51,7 +48,7 @@ def build_step(
         noise_generator=torch.Generator().manual_seed(config.seed + 1_000_003 * processes.rank),
         processes=processes,
         noise_meter=NoiseMeter(device),
-        **options,
+        say=say,
     )
 
 

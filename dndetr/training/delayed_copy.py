@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Readback:
+class DelayedCopy:
     """A queue of small tensors that are copied to the host in the background."""
 
     def __init__(self):

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..batch import Batch
 from .criterion import Losses
 from .memory import is_out_of_memory
-from .transfer import Layout, layout_of, unpack
 from .step import TrainStep
+from .transfer import Layout, layout_of, unpack
 
 _MOST = 64  # graphs; rarer shapes than these run eagerly
 _CLASHES = 4  # dropped graphs cost an eager step and a capture each
@@ -32,9 +32,8 @@ class GraphedStep(TrainStep):
     then on; ``say`` is told why, once.
     """
 
-    def __init__(self, *arguments, say: Callable[[str], None], **named):
+    def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
-        self.say = say
         self._stream = torch.cuda.Stream(self.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[Layout, _Captured] = {}

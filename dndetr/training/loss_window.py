@@ -5,8 +5,8 @@ import time
 import torch
 from torch import Tensor
 
-from .criterion import Losses
 from ..ops import PARTS
+from .criterion import Losses
 
 
 class Diverged(RuntimeError):

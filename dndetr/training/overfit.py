@@ -5,7 +5,6 @@ from dataclasses import replace
 from ..config import Config
 
 PASSED = 0.9  # AP
-STEPS = 50  # of an epoch
 
 
 def overfitting(config: Config, count: int) -> Config:

@@ -7,7 +7,7 @@ import torch
 _STEPS = 2  # enough to keep the device busy while the host waits
 
 
-class Lead:
+class RunAhead:
     """Keeps the host at most two steps ahead of a GPU, so that the batches that it has sent there do not pile up."""
 
     def __init__(self, device: torch.device):

@@ -2,20 +2,21 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch
-from .criterion import Criterion, Losses
 from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
+from .criterion import Criterion, Losses
+from .distributed import Processes
+from .loss_window import Record
 from .noise_meter import NoiseMeter
 from .optim import Schedule, WeightAverage
 from .transfer import Transfer, layout_of, unpack
-from .distributed import Processes
-from .loss_window import Record
 
 
 class TrainStep:
@@ -24,7 +25,7 @@ class TrainStep:
     groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; max_queries: no more denoising
     queries than this per image, by leaving out groups; precision: dtype of autocast (float32: none); noise_generator: a
     generator on the host, where noise is drawn to travel with its batch; processes: those that share the step, each
-    with batches of its own; noise_meter: told of all noise that is drawn.
+    with batches of its own; noise_meter: told of all noise that is drawn; say: is told what users should know.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainStep:
         noise_generator: torch.Generator,
         processes: Processes,
         noise_meter: NoiseMeter | None = None,
+        say: Callable[[str], None] = warnings.warn,
     ):
         self.model, self.criterion = model, criterion
         self.optimizer, self.schedule, self.average, self.record = optimizer, schedule, average, record
@@ -53,7 +55,8 @@ class TrainStep:
         self.label_noise, self.box_noise, self.batch_active = label_noise, box_noise, batch_active
         self.clip_norm, self.precision = clip_norm, precision
         self.noise_generator = noise_generator
-        self.processes, self.noise_meter = processes, noise_meter
+        self.processes, self.noise_meter, self.say = processes, noise_meter, say
+        self._capped = False  # was said
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Gradients of several processes are averaged while backward is still running.
         self._shared = DistributedDataParallel(model) if processes.world > 1 else None
@@ -76,7 +79,20 @@ class TrainStep:
     def draw(self, batch: Batch) -> Noise | None:
         """Fresh noise for a batch on the host; None where denoising is off."""
         groups = self._groups_of(batch)
+        if groups < self.groups and not self._capped:
+            self._capped = True
+            self.say(
+                f"a batch with room for {batch.targets.labels.shape[1]} objects per image gets {groups} denoising "
+                f"groups instead of {self.groups} (--denoising.max-queries {self.max_queries})"
+            )
         return draw_noise(batch.targets, groups, self.classes, self.noise_generator) if groups else None
+
+    def preview(self, batch: Batch) -> NoisedQueries | None:
+        """The denoising queries that the next step is about to make of its first batch."""
+        state = self.noise_generator.get_state()
+        noised = self.noised(batch, self.draw(batch))
+        self.noise_generator.set_state(state)
+        return noised
 
     def noised(self, batch: Batch, noise: Noise | None) -> NoisedQueries | None:
         """The denoising queries that the noise makes of a batch."""

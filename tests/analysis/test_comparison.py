@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dndetr.pictures.comparison import draw_comparison
 from dndetr.analysis.comparison import Track, reach, read_track, sentences, spread, verdict
+from dndetr.pictures.comparison import draw_comparison
 
 
 def track(value, seed, ap, unstable=None, step_seconds=0.1):

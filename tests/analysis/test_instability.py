@@ -1,20 +1,18 @@
 """Matching instability against a plain recomputation with scipy, image by image and query by query."""
 
 import json
-import os
-import signal
 
 import detectors
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from short_runs import stopped_after
 
-from dndetr.analysis import instability
 from dndetr import train
-from dndetr.batch import Targets
-from dndetr.runs.console import Console
+from dndetr.analysis import instability
 from dndetr.analysis.instability import MatchingProbe
+from dndetr.batch import Targets
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import CostWeights, GroupLayout
 from dndetr.ops.match_cost import match_cost
@@ -140,17 +138,8 @@ def test_a_run_logs_it_and_a_resumed_run_logs_the_same(tmp_path, monkeypatch):
     # A high rate and no averaging, so that matches do change within these few steps.
     flags += ["--lr", "0.01", "--optimizer.warmup", "0", "--optimizer.ema", "0"]
     train.run([*flags, "--output", "whole"])
-    advance = Console.advance
-
-    def signal_then_advance(self, *arguments):
-        advance(self, *arguments)
-        if self._step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Console, "advance", signal_then_advance)
-    with pytest.raises(SystemExit):
+    with stopped_after(3):
         train.main([*flags, "--output", "stopped"])
-    monkeypatch.setattr(Console, "advance", advance)
     train.run(["--resume", "stopped", "--quiet"])
     logged = []
     for folder in ("whole", "stopped"):

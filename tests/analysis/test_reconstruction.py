@@ -9,14 +9,14 @@ from PIL import Image
 from short_runs import short_run
 
 from dndetr import health
-from dndetr.denoising import draw_noise, noised_queries
 from dndetr.analysis.leak import leak_check
+from dndetr.analysis.reconstruction import measure_reconstruction
+from dndetr.denoising import draw_noise, noised_queries
 from dndetr.models import deformable_decoder
 from dndetr.models.dn_detr import Predictions
-from dndetr.training.noise_meter import NoiseMeter
 from dndetr.ops.group_attention import GroupLayout, group_attention
 from dndetr.pictures import draw_denoising
-from dndetr.analysis.reconstruction import measure_restoration
+from dndetr.training.noise_meter import NoiseMeter
 
 COUNTS = [3, 0, 5]
 NAMES = ["circle", "square", "triangle", "star", "ring"]
@@ -71,7 +71,7 @@ def test_every_group_has_a_noise_of_its_own():
     assert torch.equal(noised.boxes[:, 0], targets.boxes) and not torch.equal(noised.boxes[:, 1], targets.boxes)
 
 
-# ---- restoration
+# ---- reconstruction
 
 
 def batches():
@@ -79,7 +79,7 @@ def batches():
 
 
 def measured(infer, **options):
-    return measure_restoration(infer, batches(), detectors.CLASSES, 0.5, levels=(0.0, 0.4, 1.0), **options)
+    return measure_reconstruction(infer, batches(), detectors.CLASSES, 0.5, levels=(0.0, 0.4, 1.0), **options)
 
 
 def by_hand(boxes_of, labels_of):
@@ -131,13 +131,13 @@ def test_a_level_measures_the_same_beside_other_levels():
 
 
 def test_examples_are_of_images_with_objects_and_reading_stops():
-    restoration = measured(by_hand(lambda _, noised: noised.boxes, lambda _, noised: noised.labels), images=2)
-    assert restoration.report["images"] == 3
-    assert [len(example.labels) for example in restoration.examples] == [3, 5]
+    reconstruction = measured(by_hand(lambda _, noised: noised.boxes, lambda _, noised: noised.labels), images=2)
+    assert reconstruction.report["images"] == 3
+    assert [len(example.labels) for example in reconstruction.examples] == [3, 5]
     empty = [detectors.make_batch([0, 0], 8)]
     infer = by_hand(lambda _, noised: noised.boxes, lambda _, noised: noised.labels)
-    assert measure_restoration(infer, empty, detectors.CLASSES, 0.2) is None
-    assert measure_restoration(infer, [], detectors.CLASSES, 0.2) is None
+    assert measure_reconstruction(infer, empty, detectors.CLASSES, 0.2) is None
+    assert measure_reconstruction(infer, [], detectors.CLASSES, 0.2) is None
 
 
 def test_the_picture_shows_restored_boxes_and_bears_missing_rows(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dndetr.data.user_images import GivenImages
+from dndetr.data.user_images import UserImages
 
 GOOD = np.zeros((4, 6, 3), dtype=np.uint8)
 
@@ -27,4 +27,4 @@ GOOD = np.zeros((4, 6, 3), dtype=np.uint8)
 )
 def test_what_is_no_image(image, told):
     with pytest.raises(ValueError, match=re.escape(f"image 1 {told}")):
-        GivenImages([GOOD, image], None)
+        UserImages([GOOD, image], None)

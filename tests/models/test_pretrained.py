@@ -11,10 +11,10 @@ import goldens
 import pytest
 import torch
 
-from dndetr.runs.checkpoint import save_checkpoint
-from dndetr.models.pretrained import initialise, read_weights
+from dndetr.models import pretrained
 from dndetr.models.build import build_model
 from dndetr.models.official import COCO_CLASSES, official_names
+from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 
 SUBSETS = {
     "one": [(18, "dog")],
@@ -55,6 +55,10 @@ def randomised(name, classes, seed=0):
         if tensor.is_floating_point():
             tensor.add_(torch.randn_like(tensor).abs() * 0.05)
     return model.eval()
+
+
+def initialise(model, path, classes):
+    return pretrained.initialise(model, load_checkpoint(path, needs=()), path, classes)
 
 
 def official(model, name) -> dict:
@@ -208,7 +212,7 @@ def test_no_code_in_a_file_is_run(tmp_path):
     args = argparse.Namespace(lr=1, evil=_Attack(tmp_path / "ran"))
     torch.save({"model": {"a": torch.zeros(1)}, "args": args}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="holds more than tensors and plain values"):
-        read_weights(tmp_path / "evil.pth")
+        load_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 

@@ -85,7 +85,8 @@ def library(root, tmp_path_factory):
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("emulator") / "match.so"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", f"-I{root / 'csrc'}"]
-    subprocess.run(["g++", *flags, str(root / "tests" / "emulator" / "match.cpp"), "-o", str(target)], check=True)
+    source = root / "tests" / "ops" / "emulator" / "match.cpp"
+    subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.emulate_assign.restype = library.emulate_match.restype = ctypes.c_char_p
     return library

@@ -98,7 +98,7 @@ def library(root, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     target = tmp_path_factory.mktemp("emulator") / "ms_deform_attn.so"
-    source = root / "tests" / "emulator" / "ms_deform_attn.cpp"
+    source = root / "tests" / "ops" / "emulator" / "ms_deform_attn.cpp"
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", f"-I{root / 'csrc'}"]
     subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))

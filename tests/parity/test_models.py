@@ -6,11 +6,11 @@ import goldens
 import pytest
 import torch
 
-from dndetr.training.criterion import Criterion
 from dndetr.denoising import noised_queries
-from dndetr.scoring.coco import postprocess
 from dndetr.models.official import official_names
 from dndetr.ops import CostWeights, LossWeights
+from dndetr.scoring.coco import postprocess
+from dndetr.training.criterion import Criterion
 from dndetr.training.optim import build_optimizer
 
 FILES = goldens.model_files()

@@ -239,5 +239,5 @@ def test_names_and_titles_are_no_formulas(tmp_path: Path):
 
 def test_importing_pictures_does_not_import_matplotlib():
     code = "import sys, dndetr.pictures; sys.exit('matplotlib' in sys.modules)"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint, write_atomic, write_json_atomic
+from dndetr.files import write_atomic, write_json_atomic
+from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

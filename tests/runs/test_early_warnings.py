@@ -7,8 +7,8 @@ import torch
 from short_runs import short_run
 
 from dndetr.presets import PRESETS
-from dndetr.runs.folder import read_rows
-from dndetr.runs.early_warnings import Watch
+from dndetr.runs.early_warnings import Standstill
+from dndetr.runs.run_log import read_rows
 
 TINY = PRESETS["tiny"]()
 SMALL = replace(PRESETS["small"](), data="my_data", init="resnet18.pth")
@@ -16,7 +16,7 @@ SMALL = replace(PRESETS["small"](), data="my_data", init="resnet18.pth")
 
 def warnings(config, steps: int, losses=(), aps=(), every: int = 10) -> list[str]:
     """What is said of a log with these losses, one every so many steps, and evaluations evenly over the run."""
-    watch, rows = Watch(config, steps), []
+    watch, rows = Standstill(config, steps), []
     rows += [{"event": "train", "step": every * n, "loss": loss, "lr": 1e-4} for n, loss in enumerate(losses, start=1)]
     rows += [
         {"event": "eval", "step": steps * n // len(aps), "epoch": n, "AP": value}

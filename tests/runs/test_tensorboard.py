@@ -5,10 +5,11 @@ import sys
 
 import pytest
 from short_runs import short_run
+from watched_runs import a_run
 
 from dndetr import train
-from dndetr.runs.tensorboard import Board
-from dndetr.runs.folder import read_rows
+from dndetr.runs.run_log import read_rows
+from dndetr.runs.tensorboard import TensorBoard
 
 ROW = {"event": "train", "step": 20, "loss": 3.5, "lr": 1e-3}
 
@@ -23,17 +24,19 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def test_a_resumed_run_shows_every_row_once(tmp_path):
     pytest.importorskip("tensorboard")
-    board = Board(tmp_path, [])
+    board = TensorBoard()
+    board.run_started(a_run(tmp_path))
     for step in (20, 40, 60):
-        board.write(ROW | {"step": step})
-    # No close: the run is killed, and continues from a checkpoint at step 40.
-    board = Board(tmp_path, [ROW, ROW | {"step": 40}])
-    board.write(ROW | {"step": 60, "loss": 2.5})
-    board.write(
+        board.row_logged(ROW | {"step": step})
+    # No end: the run is killed, and continues from a checkpoint at step 40.
+    board = TensorBoard()
+    board.run_started(a_run(tmp_path, step=40, rows=[ROW, ROW | {"step": 40}]))
+    board.row_logged(ROW | {"step": 60, "loss": 2.5})
+    board.row_logged(
         {"event": "eval", "step": 60, "epoch": 1, "AP": 0.25, "AP50": None, "classes": {"cat": 0.5, "dog": None}}
     )
-    board.write({"event": "end", "step": 60, "AP": 0.25})
-    board.close()
+    board.row_logged({"event": "warning", "step": 60, "message": "hm"})
+    board.run_ended("finished", "", {})
     shown = scalars(tmp_path)
     assert shown["train/loss"] == [(20, 3.5), (40, 3.5), (60, 2.5)]
     assert shown["eval/AP"] == [(60, 0.25)] and shown["eval/AP of cat"] == [(60, 0.5)]

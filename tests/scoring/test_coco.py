@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dndetr.batch import Batch, Targets
+from dndetr.files import write_json_atomic
 from dndetr.scoring.coco import (
     STATISTICS,
     Detections,
@@ -22,10 +23,9 @@ from dndetr.scoring.coco import (
     coco_results,
     evaluate,
     postprocess,
-    write_results,
 )
 
-SHARED = Path(os.environ.get("DNDETR_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.environ.get("DNDETR_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 CLASSES = [(7, "circle"), (3, "star"), (12, "ring")]
 
 
@@ -81,7 +81,7 @@ def test_results_map_labels_back_and_are_small(tmp_path: Path):
     )
     results = coco_results(detections, [42], CLASSES)
     assert results == [{"image_id": 42, "category_id": 12, "bbox": [1.235, 2.0, 10.0, 30.5], "score": 0.123457}]
-    write_results(tmp_path / "detections_val.json", results)
+    write_json_atomic(tmp_path / "detections_val.json", results)
     text = (tmp_path / "detections_val.json").read_text()
     assert json.loads(text) == results and len(text) < 90
 
@@ -178,7 +178,7 @@ def test_agrees_with_pycocotools_on_files(tmp_path: Path):
         pytest.skip(f"no data at {source} (set DNDETR_SHARED)")
     truth = json.loads(source.read_text())
     results = noisy(truth)
-    write_results(tmp_path / "results.json", results)
+    write_json_atomic(tmp_path / "results.json", results)
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(str(source))
         referee = COCOeval(reference, reference.loadRes(str(tmp_path / "results.json")), "bbox")

@@ -6,12 +6,12 @@ import torch
 
 from dndetr.batch import Batch, Targets
 from dndetr.config import BackboneConfig, ModelConfig
-from dndetr.training.criterion import Criterion
 from dndetr.models.build import build_model
-from dndetr.training.optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from dndetr.training.criterion import Criterion
 from dndetr.training.distributed import Processes
-from dndetr.training.step import TrainStep
 from dndetr.training.loss_window import Record
+from dndetr.training.optim import Schedule, WeightAverage, build_optimizer, schedule_factor
+from dndetr.training.step import TrainStep
 
 CLASSES = 5
 _SMALL = ModelConfig(

@@ -12,7 +12,7 @@ from dndetr.denoising import Noise
 from dndetr.models.build import build_model
 from dndetr.models.official import from_official
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DNDETR_SHARED", ROOT.parent / "shared"))
 GOLDEN = Path(os.environ.get("DNDETR_GOLDEN", SHARED / "golden"))
 

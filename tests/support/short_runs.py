@@ -56,13 +56,13 @@ def write_pictures(folder: Path, classes=((3, "cell"), (7, "dust"), (12, "hair")
 @contextlib.contextmanager
 def stopped_after(step: int):
     """Runs of training within are told to end after so many of their steps, and end with that signal's status."""
-    advance = Console.advance
+    step_ended = Console.step_ended
 
-    def advance_and_signal(self, *arguments):
-        advance(self, *arguments)
-        if self._step == step:
+    def show_and_signal(self, done, *arguments):
+        step_ended(self, done, *arguments)
+        if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(Console, "advance", advance_and_signal), pytest.raises(SystemExit) as end:
+    with mock.patch.object(Console, "step_ended", show_and_signal), pytest.raises(SystemExit) as end:
         yield
     assert end.value.code == 128 + signal.SIGTERM

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_impls import register_op_impl
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import detectors  # noqa: E402
 from fake_gpu import NoHostSync  # noqa: E402

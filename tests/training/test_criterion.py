@@ -7,8 +7,8 @@ import torch
 from operations import Operations
 from per_layer_losses import per_layer_losses
 
-from dndetr.training.criterion import Criterion
 from dndetr.models.dn_detr import Predictions
+from dndetr.training.criterion import Criterion
 
 op = importlib.import_module("dndetr.ops.set_loss")
 

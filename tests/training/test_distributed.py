@@ -23,7 +23,7 @@ NO_BATCH_STATISTICS = ["--model.backbone.norm", "group"]
 
 
 def environment() -> dict:
-    tests = str(goldens.ROOT / "tests")
+    tests = str(goldens.ROOT / "tests" / "support")
     return {**os.environ, "PYTHONPATH": f"{goldens.ROOT}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
 
@@ -37,7 +37,7 @@ def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
     ("name", "accumulate", "groups"), [("dn-detr", 1, 3), ("dn-deformable-detr", 2, 3), ("dn-deformable-detr", 1, 0)]
 )
 def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, accumulate, groups):
-    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
+    script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     done = torchrun(script, name, str(accumulate), str(groups), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["equal"]
@@ -49,7 +49,7 @@ def rows(folder, event):
 
 
 def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
-    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
+    script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     command = ["-m", "dndetr.train", *FEW, *NO_BATCH_STATISTICS]
     done = torchrun(script, "end-alone", *command[2:], "--output", "whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -94,7 +94,7 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
-    script = str(goldens.ROOT / "tests" / "train_as_one_of_two.py")
+    script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     started = time.perf_counter()
     done = torchrun(script, "lose-one", *FEW, "--checkpoint-every", "1", "--output", "run", cwd=tmp_path)
     assert done.returncode != 0 and time.perf_counter() - started < 120

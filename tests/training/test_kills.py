@@ -16,7 +16,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr.runs.folder import read_rows
+from dndetr.runs.run_log import read_rows
 
 DATA, WEIGHTS = goldens.SHARED / "data" / "bccd", goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"
 PROGRAM = [sys.executable, "-m", "dndetr.train"]

@@ -10,7 +10,7 @@ from dndetr.training.loss_window import LossWindow, Record
 
 def test_time_before_a_resumption_counts_and_evaluations_do_not(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(window.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loss_window.time, "perf_counter", lambda: clock[0])
     stopped, resumed = (LossWindow(Record(4, 2, "cpu")) for _ in range(2))
     clock[0] += 3
     stopped.record.write(
@@ -38,10 +38,10 @@ def record_with(total: float, finite: list[list[bool]]):
 def test_costs_that_are_not_finite_name_layer_and_image():
     ids = [[1, 2, 3], [4, 5, 6]]
     fine = record_with(1.0, [[True] * 3] * 2)
-    assert window.demand_finite(fine, ids, 20) is None
+    assert loss_window.demand_finite(fine, ids, 20) is None
     values = record_with(1.0, [[True, True, True], [True, False, False]])
-    assert window.demand_finite(values, ids, 20) == "predictions are not finite at step 20: layer 2 in image id 5"
+    assert loss_window.demand_finite(values, ids, 20) == "predictions are not finite at step 20: layer 2 in image id 5"
     values = record_with(float("nan"), [[False, True, True], [True, True, False]])
     where = r"step 20: the gradient \(image ids 4, 5, 6; predictions of layer 1 in image id 4, layer 2 in image id 6\)"
-    with pytest.raises(window.Diverged, match=where):
-        window.demand_finite(values, ids, 20)
+    with pytest.raises(loss_window.Diverged, match=where):
+        loss_window.demand_finite(values, ids, 20)

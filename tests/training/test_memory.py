@@ -11,8 +11,8 @@ import pytest
 import torch
 from short_runs import short_run
 
-from dndetr.training.memory import OutOfMemory, explain_memory, is_out_of_memory
 from dndetr.presets import PRESETS
+from dndetr.training.memory import OutOfMemory, explain_memory, is_out_of_memory
 from dndetr.training.step import TrainStep
 
 BATCH = detectors.make_batch([3, 1], 16, canvas=(64, 96))
@@ -21,12 +21,12 @@ LIMITED = """
 import resource, sys
 from dndetr import train
 from dndetr.runs.console import Console
-advance = Console.advance
+step_ended = Console.step_ended
 def limit(self, *arguments):
-    advance(self, *arguments)
+    step_ended(self, *arguments)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)
-Console.advance = limit
+Console.step_ended = limit
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -9,8 +9,8 @@ from short_runs import write_pictures
 
 from dndetr import train
 from dndetr.config import Config
-from dndetr.data.subset import FewImages
 from dndetr.data.shapes import ShapesDataset
+from dndetr.data.subset import Subset
 from dndetr.data.training import TrainingData
 from dndetr.training.overfit import verdict
 from dndetr.training.trainer import Trainer
@@ -67,7 +67,7 @@ def test_flags_go_before_what_overfitting_chooses():
 
 @pytest.mark.parametrize(("ap", "status"), [(0.93, 0), (0.41, 1), (None, 1)])
 def test_the_verdict_is_the_exit_status(ap, status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Trainer, "fit", lambda self, folder: {"AP": ap})
+    monkeypatch.setattr(Trainer, "fit", lambda self, folder, listeners: {"AP": ap})
     assert train.main(["--overfit", "4", "--output", str(tmp_path / "run")]) == status
     out, error = capsys.readouterr()
     if status == 0:
@@ -79,7 +79,7 @@ def test_the_verdict_is_the_exit_status(ap, status, tmp_path, monkeypatch, capsy
 
 
 def test_a_few_images_are_a_data_set():
-    few = FewImages(ShapesDataset("train", 9), 2, repeats=3)
+    few = Subset(ShapesDataset("train", 9), 2, repeats=3)
     assert len(few) == len(few.sizes) == len(few.counts) == 6
     assert [few.sample(index, epoch=9).image_id for index in range(6)] == [0, 1, 0, 1, 0, 1]
     assert torch.equal(few.sample(0, epoch=9).image, few.sample(2).image)

@@ -2,7 +2,7 @@
 
 import torch
 
-from dndetr.training.run_ahead import Lead
+from dndetr.training.run_ahead import RunAhead
 
 
 def test_at_most_two_steps_ahead(monkeypatch):
@@ -23,11 +23,11 @@ def test_at_most_two_steps_ahead(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    lead = Lead(torch.device("cuda"))
+    lead = RunAhead(torch.device("cuda"))
     for _ in range(4):
         lead.step()
     assert told == ["launched 1", "launched 2", "launched 3", "waited for 1", "launched 4", "waited for 2"]
 
 
 def test_nothing_on_a_cpu():
-    Lead(torch.device("cpu")).step()
+    RunAhead(torch.device("cpu")).step()

@@ -1,0 +1,52 @@
+"""Files that are either whole or not there."""
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Replace ``path`` in one step; whoever reads it sees the old file or the new one, never a part.
+
+    content: the bytes, or a function that writes them to the open binary file it is given. When writing fails (a full
+    disk, an interrupt) the error is passed on, the old file stays, and the temporary one beside it is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json_atomic(path: str | Path, value, indent: int | None = None) -> None:
+    """``write_atomic`` for a JSON value; NaN and infinities are refused, since JSON has none."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut; not every system can open a folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What a run writes, shows and remembers; whatever watches a run is a listener, and lives here or in pictures."""

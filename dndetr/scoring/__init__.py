@@ -1,0 +1,1 @@
+"""From model outputs to detections, and how good those are."""

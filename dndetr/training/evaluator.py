@@ -1,0 +1,53 @@
+"""The evaluation of a run: average precision and matching instability of the weights that it would be used with."""
+
+import torch
+from torch import nn
+
+from ..analysis.instability import PROBED, MatchingProbe
+from ..batch import Batch
+from ..config import Config
+from ..data.training import TrainingData
+from ..denoising import NoisedQueries
+from ..models.dn_detr import Predictions
+from ..ops import CostWeights
+from ..scoring.coco import Evaluation, coco_evaluate, detect
+from .distributed import Processes
+
+
+class Evaluator:
+    """Scores a model, the moving average where there is one, on the validation images; processes share the images.
+
+    cost: weights of the training's matching, whose changes from one evaluation to the next ``matching`` counts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: Config,
+        precision: torch.dtype,
+        processes: Processes,
+        cost: CostWeights,
+    ):
+        self.model, self.data, self.config = model, data, config
+        self.precision, self.processes = precision, processes
+        self.matching = MatchingProbe(cost, PROBED // processes.world)
+
+    def infer(self, batch: Batch, noised: NoisedQueries | None = None) -> Predictions:
+        """All layers' predictions, in float32, on the device."""
+        self.model.eval()
+        return self.model.infer(batch, self.precision, noised)
+
+    def __call__(self, epoch: int) -> Evaluation | None:
+        """The evaluation after so many epochs; the first process has the result, the others None."""
+        predict = self.matching.watch(self.infer)
+        found = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
+        everyones = self.processes.gather((*found, self.matching.fresh))
+        if not self.processes.first:
+            return None
+        results = [result for part, _, _ in everyones for result in part]
+        image_ids = sorted(image_id for _, part, _ in everyones for image_id in part)
+        for *_, matches in everyones:
+            self.matching.fresh |= matches
+        metrics = coco_evaluate(self.data.ground_truth, results, image_ids, self.config.fast_eval)
+        return Evaluation(metrics | self.matching.finish(epoch), results, image_ids)

@@ -1,0 +1,21 @@
+"""Who watches a run, in the order in which they are told."""
+
+from collections.abc import Sequence
+
+from ..config import Config
+from ..pictures.run import Pictures
+from ..runs.checkpoint import BestCheckpoint
+from ..runs.console import Console
+from ..runs.early_warnings import EarlyWarnings
+from ..runs.listener import Listener, Listeners
+from ..runs.results import DetectionsFile
+from ..runs.run_log import RunLog
+from ..runs.tensorboard import TensorBoard
+
+
+def all_listeners(config: Config, console: Console, others: Sequence[Listener] = ()) -> Listeners:
+    """Those of every run, and others of the user's."""
+    files = [Pictures(), RunLog(), DetectionsFile(), BestCheckpoint()]
+    tensorboard = [TensorBoard()] if config.tensorboard else []
+    # Early warnings answer a row with another, which everyone is to see after it.
+    return Listeners(files, [console, *tensorboard, *others, EarlyWarnings()])

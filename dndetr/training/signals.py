@@ -1,0 +1,33 @@
+"""Signals that ask a run to end: noted when they come, heeded between two steps."""
+
+import signal
+
+_HEEDED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; it was saved and can be resumed."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
+        self.number = number
+
+
+class StopSignal:
+    """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait."""
+
+    def __init__(self):
+        self.number: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in _HEEDED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
