@@ -123,6 +123,7 @@ class Listeners:
             self._tell_watchers("run_ended", (how, reason, row))
 
     def _tell_watchers(self, moment: str, about: tuple) -> None:
+        failed = []
         for listener, method in self._watchers[moment]:
             try:
                 # Rows are copied: who keeps one for himself may do with it what he likes.
@@ -130,10 +131,9 @@ class Listeners:
             except Exception as error:
                 if id(listener) not in self._named:
                     self._named.add(id(listener))
-                    self._run.warn(
-                        f"listener {type(listener).__name__} failed in {moment} ({described(error)}); training goes "
-                        "on, and its further errors are not shown"
-                    )
+                    failed.append(f"listener {type(listener).__name__} failed in {moment} ({described(error)})")
+        for failure in failed:  # a warning is a row, which comes after what all are told now
+            self._run.warn(f"{failure}; training goes on, and its further errors are not shown")
 
 
 def described(error: BaseException) -> str:
