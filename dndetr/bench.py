@@ -1,12 +1,12 @@
-"""``python -m dndetr.bench``: compares benchmark results, and writes the README's table from the committed ones.
+"""``python -m dndetr.bench``: compares benchmark results, and writes the tables of the docs from the committed ones.
 
     pytest benchmarks/ --results FILE.json     measures
     python -m dndetr.bench compare A.json B.json
-    python -m dndetr.bench readme              rewrites the table (--check: only says whether it is stale)
+    python -m dndetr.bench readme              rewrites the tables (--check: only says which are stale)
 
 A result file holds ``provenance`` (device, versions, commit) and ``results``: name -> ``seconds``, the median of each
-implementation that was timed, ours under "ours", and whatever else was counted. The README leaves out what is marked
-``detail``.
+implementation that was timed, ours under "ours", and whatever else was counted. docs/performance.md has all of them but
+what is marked ``detail``, the README those in ``HEADLINES``.
 """
 
 import argparse
@@ -18,6 +18,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: python -m dndetr.bench readme -->", "<!-- end of performance -->"
+# What matters to someone who trains; the rest explains where it comes from.
+HEADLINES = (
+    "step of dn-deformable-detr-r50, 2 images of 480x640",
+    "step of dn-detr-r50, 2 images of 480x640",
+    "criterion, forward and backward, coco",
+    "set loss, forward and backward, coco",
+    "linear, forward and backward, projection of 12760 tokens",
+    "linear, forward and backward, feed-forward of 12760 tokens",
+    "3x3 convolution, forward and backward, 64 channels at stride 4",
+    "3x3 convolution, forward and backward, 256 channels at stride 16",
+)
 DEVICE = ("gpu", "cpu", "cores", "threads", "simd")
 
 
@@ -82,12 +93,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def table(results: Sequence[dict]) -> str:
-    """Markdown: what was timed beside something else, one table per device."""
+def table(results: Sequence[dict], names: Sequence[str] | None = None) -> str:
+    """Markdown: what was timed beside something else, one table per device; names: only these, in this order."""
     blocks = []
     for content in results:
         rows = []
-        for name, result in content["results"].items():
+        for name in content["results"] if names is None else names:
+            result = content["results"].get(name, {"seconds": {}})
             seconds = dict(result["seconds"])
             ours = None if result.get("detail") else seconds.pop("ours", None)
             for who, theirs in seconds.items() if ours else ():
@@ -102,15 +114,28 @@ def table(results: Sequence[dict]) -> str:
     return "\n\n".join(blocks) or "No result has been committed yet."
 
 
-def renewed(readme: str, results: Sequence[dict]) -> str:
-    """The README with its performance table made anew."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN!r} and {END!r} once")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}"
+def renewed(page: str, table: str) -> str:
+    """The page with its performance table made anew."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def committed(root: Path = ROOT) -> list[dict]:
+def pages(root: Path) -> dict[Path, str]:
+    """The pages that have a table, as they should be."""
+    results = committed(root)
+    tables = {"README.md": table(results, HEADLINES), "docs/performance.md": table(results)}
+    found = {}
+    for name, rows in tables.items():
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: this command works in a clone of the repository")
+        found[path] = renewed(path.read_text(), rows)
+    return found
+
+
+def committed(root: Path) -> list[dict]:
     """The result files of the repository, by name."""
     return [read(path) for path in sorted((root / "benchmarks" / "results").glob("*.json"))]
 
@@ -123,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     comparing.add_argument("first", type=Path, metavar="A.json")
     comparing.add_argument("second", type=Path, metavar="B.json")
     comparing.add_argument("--across-devices", action="store_true", help="compare even where the devices differ")
-    writing = commands.add_parser("readme", help="write the README's performance table from benchmarks/results")
+    writing = commands.add_parser("readme", help="write the tables of README and docs from benchmarks/results")
     writing.add_argument("--check", action="store_true", help="change nothing; exit status 1 where it is stale")
     return made
 
@@ -135,22 +160,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "compare":
             print(compare(read(given.first), read(given.second), given.across_devices))
             return 0
-        path = ROOT / "README.md"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: this command works in a clone of the repository")
-        old = path.read_text()
-        new = renewed(old, committed())
+        stale = {path: page for path, page in pages(ROOT).items() if path.read_text() != page}
     except ValueError as mistake:
         print(f"dndetr.bench: {mistake}", file=sys.stderr)
         return 2
-    if old == new:
-        print("README.md is up to date")
+    names = " and ".join(str(path.relative_to(ROOT)) for path in stale)
+    if not stale:
+        print("the performance tables are up to date")
     elif given.check:
-        print("README.md is stale; type: python -m dndetr.bench readme", file=sys.stderr)
+        print(f"stale: {names}; type: python -m dndetr.bench readme", file=sys.stderr)
         return 1
     else:
-        path.write_text(new)
-        print("README.md has a new performance table")
+        for path, page in stale.items():
+            path.write_text(page)
+        print(f"new performance tables: {names}")
     return 0
 
 

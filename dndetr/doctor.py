@@ -3,6 +3,7 @@
 Exit status 0 if every backend that can run here agrees with its reference, 1 otherwise. ``--json`` prints one object.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -96,12 +97,14 @@ def lines(report: dict) -> list[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 0 if healthy."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments not in ([], ["--json"]):
-        print(f"usage: python -m dndetr.doctor [--json], got {' '.join(arguments)}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m dndetr.doctor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one object")
+    try:
+        as_json = parser.parse_args(arguments).json
+    except SystemExit as end:
+        return end.code
     report = examine()
-    if arguments:
+    if as_json:
         print(json.dumps(report, indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Comparing benchmark results, and the README's table, which must be what the committed results say."""
+"""Comparing benchmark results, and the tables of the docs, which must be what the committed results say."""
 
 import json
 
@@ -17,19 +17,49 @@ def write(path, what):
     return str(path)
 
 
-def test_readme_is_not_stale(root):
-    readme = (root / "README.md").read_text()
-    assert bench.renewed(readme, bench.committed(root)) == readme, "type: python -m dndetr.bench readme"
+def test_no_table_is_stale(root):
+    for path, page in bench.pages(root).items():
+        assert page == path.read_text(), "type: python -m dndetr.bench readme"
+
+
+def test_every_headline_was_measured(root):
+    measured = {name for results in bench.committed(root) for name in results["results"]}
+    assert set(bench.HEADLINES) <= measured
+    rows = [line for line in bench.table(bench.committed(root), bench.HEADLINES).splitlines() if line.startswith("| ")]
+    assert len(rows) - 2 == 10, "ten rows, and two of the head"
+
+
+def test_headlines_are_chosen_and_in_their_order():
+    found = content({"ours": 0.5, "theirs": 1.5})
+    found["results"]["another"] = {"seconds": {"ours": 0.1, "theirs": 0.2}}
+    chosen = bench.table([found], ["another", "not measured", "the step"])
+    assert "the step" in chosen and chosen.index("another") < chosen.index("the step") and "not measured" not in chosen
+    assert "the step" not in bench.table([found], ["another"])
 
 
 def test_a_stale_table_is_noticed_and_renewed():
     page = f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n"
-    new = bench.renewed(page, [content({"ours": 0.5, "theirs": 1.5})])
+    rows = bench.table([content({"ours": 0.5, "theirs": 1.5})])
+    new = bench.renewed(page, rows)
     assert "| the step | 500 ms | theirs | 1.5 s | 3.0x |" in new and "Some CPU" in new
     assert new.startswith("before\n") and new.endswith("after\n") and "old" not in new
-    assert bench.renewed(new, [content({"ours": 0.5, "theirs": 1.5})]) == new
+    assert bench.renewed(new, rows) == new
     with pytest.raises(ValueError, match="must hold"):
-        bench.renewed("no markers", [])
+        bench.renewed("no markers", rows)
+
+
+def test_stale_pages_are_named_and_renewed(root, tmp_path, monkeypatch, capsys):
+    for name in ("README.md", "docs/performance.md", "benchmarks/results/cpu.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert bench.main(["readme", "--check"]) == 0
+    page = tmp_path / "docs" / "performance.md"
+    page.write_text(page.read_text().replace("| ours |", "| us |"))
+    assert bench.main(["readme", "--check"]) == 1
+    assert capsys.readouterr().err == "stale: docs/performance.md; type: python -m dndetr.bench readme\n"
+    assert bench.main(["readme"]) == 0 == bench.main(["readme", "--check"])
+    assert page.read_bytes() == (root / "docs" / "performance.md").read_bytes()
 
 
 def test_the_table_leaves_out_details_but_comparisons_do_not(tmp_path, capsys):

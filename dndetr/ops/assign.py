@@ -12,8 +12,8 @@ in any batch and on any number of threads: targets in their order claim their ch
 those whose query is claimed already search for the shortest way to a query without a target, of equally short ones that
 to the lowest query. (scipy may pick another optimum. With more targets than queries the two change places.)
 
-The C++ and CUDA paths (csrc/assign.h) so settle nearly all of a DETR batch with one look at each cost. The reference
-calls scipy problem by problem; for CUDA tensors it copies to the host and waits.
+The C++ and CUDA paths (csrc/match/assign.h) so settle nearly all of a DETR batch with one look at each cost. The
+reference calls scipy problem by problem; for CUDA tensors it copies to the host and waits.
 """
 
 from functools import partial

@@ -8,7 +8,7 @@ that nothing leaks from the ground truth into the predictions (arXiv 2203.01305,
 ds = p * (dout v^T - rowsum(dout * out)), dq = scale * ds k, dk = scale * ds^T q; nothing flows through what is hidden.
 
 The structure is two key ranges per query, so no [Q, Q] mask is ever needed: kernels (kernels/group_attention.py,
-csrc/attention.cpp) take it as integers and skip what is hidden.
+csrc/attention) take it as integers and skip what is hidden.
 """
 
 import math

@@ -12,7 +12,7 @@ together, and turns offsets into locations: with 2-d reference points  ref + off
 ref_xy + offset / P * ref_wh / 2.
 
 Everything is computed in at least float32 and rounded once, to the dtype of ``value``. The compiled paths
-(``_ms_deform_attn.py``, ``csrc/ms_deform_attn*``, docs/ops.md) keep nothing for the backward pass but the inputs, where
+(``_ms_deform_attn.py``, ``csrc/ms_deform_attn``, docs/ops.md) keep nothing for the backward pass but the inputs, where
 the reference keeps every sample. On a GPU the sums of grad_value depend on the order of threads, in their last bits;
 under ``torch.use_deterministic_algorithms(True)`` they are sums of 64-bit integers, which do not.
 """

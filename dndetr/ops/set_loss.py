@@ -11,7 +11,7 @@ matching; slots that hold no object count for nothing. Both parts have normalize
 With z = -logit for the target's class and the logit elsewhere: loss = a_t sigmoid(z)^2 softplus(z), which neither
 overflows nor loses digits, and d loss / dz = a_t sigmoid(z)^2 (2 (1 - sigmoid(z)) softplus(z) + sigmoid(z)).
 
-The fused paths (csrc/set_loss.cpp, kernels/set_loss.py) read every logit once forward and once backward, keep nothing
+The fused paths (csrc/set_loss, kernels/set_loss.py) read every logit once forward and once backward, keep nothing
 but the inputs, and add in an order that depends on neither threads nor timing.
 """
 
