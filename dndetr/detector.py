@@ -103,18 +103,19 @@ def load(
     """
     chosen = None if preset is None else preset_named(preset)
     checkpoint = load_checkpoint(path, needs=())
-    if chosen is None:
-        if not {"model", "config", "classes"} <= checkpoint.keys():
-            raise ValueError(
-                f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "
-                f"the model: --preset with one of {', '.join(PRESETS)}"
-            )
+    if chosen is not None:
+        config, classes = chosen, COCO_CLASSES if classes is None else classes
+        model = _model_of_weights(checkpoint, path, config, classes)
+    elif {"model", "config", "classes"} <= checkpoint.keys():
         config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
         model = build_model(config.model, len(classes))
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
-        return Detector(model, config, classes, device, config.precision)
-    classes = COCO_CLASSES if classes is None else classes
-    return Detector(_model_of_weights(checkpoint, path, chosen, classes), chosen, classes, device)
+    else:
+        raise ValueError(
+            f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "
+            f"the model: --preset with one of {', '.join(PRESETS)}"
+        )
+    return Detector(model, config, classes, device, config.precision)
 
 
 def _model_of_weights(checkpoint: dict, path: str | Path, config: Config, classes: Classes) -> DNDETR:

@@ -12,9 +12,9 @@ import detectors
 import numpy as np
 import pytest
 import torch
+from official_files import official, randomised
 from PIL import Image
 from short_runs import short_run, write_pictures
-from test_initialise import official, randomised
 
 from dndetr import evaluate
 from dndetr.config import Config, ImagesConfig
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_no_half_results(run, tmp_path, monkeypatch, capsys, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         synced(descriptor)
 
-    monkeypatch.setattr("dndetr.runs.checkpoint.os.fsync", full)
+    monkeypatch.setattr("dndetr.files.os.fsync", full)
     if there:
         out.mkdir()
     assert evaluate.main([str(run), "--output", str(out)]) == 1

@@ -194,7 +194,7 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(run, tmp_path, mon
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dndetr.runs.checkpoint.os.fsync", full)
+    monkeypatch.setattr("dndetr.files.os.fsync", full)
     file = tmp_path / "a.pt2"
     assert export.main([str(run), "--output", str(file)]) == 1
     assert capsys.readouterr().err == f"error: cannot write {file}: No space left on device\n"

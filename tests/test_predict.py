@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_with_the_file(run, pictures, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dndetr.runs.checkpoint.os.fsync", full)
+    monkeypatch.setattr("dndetr.files.os.fsync", full)
     assert predict.main([str(run), str(pictures), "--output", "out"]) == 1
     assert capsys.readouterr().err == "error: cannot write out/predictions.json: No space left on device\n"
     assert not Path("out").exists()

@@ -60,7 +60,7 @@ def test_writing_results_does_not_make_the_commit_dirty(tmp_path, monkeypatch):
     for folder in ("benchmarks/results", "dndetr"):
         (tmp_path / folder).mkdir(parents=True)
     copy = Path(shutil.copy(recording.__file__, tmp_path / "benchmarks"))
-    (tmp_path / "dndetr/training/step.py").write_text("1")
+    (tmp_path / "dndetr/step.py").write_text("1")
     (tmp_path / "benchmarks/results/cpu.json").write_text("{}")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
@@ -70,5 +70,5 @@ def test_writing_results_does_not_make_the_commit_dirty(tmp_path, monkeypatch):
     assert len(commit) >= 7 and not commit.endswith("-dirty")
     (tmp_path / "benchmarks/results/cpu.json").write_text("{1: 2}")
     assert recording._commit() == commit
-    (tmp_path / "dndetr/training/step.py").write_text("2")
+    (tmp_path / "dndetr/step.py").write_text("2")
     assert recording._commit() == commit + "-dirty"
