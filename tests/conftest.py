@@ -6,6 +6,7 @@ import pytest
 
 from dndetr import _process  # noqa: F401 isort: skip  (before torch: tests finish beside other busy processes, too)
 from fake_gpu import NoHostSync, WithoutDevice
+from short_runs import without_pictures
 from torch._subclasses import FakeTensorMode
 
 from dndetr.ops import _backend
@@ -23,6 +24,13 @@ def extension():
     if reason := _backend.extension_obstacle():
         pytest.skip(reason)
     return _backend.compiled()
+
+
+@pytest.fixture
+def no_pictures():
+    """Runs of training within draw nothing, which is most of a tiny run's time."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture

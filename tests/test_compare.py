@@ -16,7 +16,7 @@ FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "8", "--val-image
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 

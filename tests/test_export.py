@@ -59,7 +59,9 @@ def built(variant: str, seed: int = 0) -> Detector:
     return Detector(model, config, CLASSES, "cpu", "float32")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", ["dn-detr", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "dn-detr")]
+)
 def test_every_variant_does_what_the_model_does(variant, extension):
     detector = built(variant)
     batch = detectors.make_batch([1, 1], 8, canvas=(32, 48))
@@ -114,6 +116,7 @@ def test_torch_file_from_the_command_line(run, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt2"]
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_documentation_runs(root, run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("pybind11")
 pytest.importorskip("ninja")
+COMPILES = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
 def run(command, cwd, **env):
@@ -39,22 +40,32 @@ def build_distribution(tree, hook, mode):
     return tree / "dist" / run([sys.executable, "-c", code], tree, DNDETR_BUILD=mode).splitlines()[-1]
 
 
+@pytest.fixture(scope="module", params=["none", pytest.param("cpu", marks=[pytest.mark.slow, COMPILES])])
+def mode(request):
+    """What is compiled."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def wheel(tree):
-    return build_distribution(tree, "build_wheel", "cpu" if shutil.which("g++") else "none")
+def wheel(tree, mode):
+    return build_distribution(tree, "build_wheel", mode)
 
 
-def test_wheel_holds_the_package_and_nothing_else(root, wheel):
+def test_wheel_holds_the_package_and_nothing_else(root, wheel, mode):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dndetr"}
-    for folder in ("dndetr", "dndetr/ops", "dndetr/models", "dndetr/kernels"):
+    folders = {path.parent.relative_to(root).as_posix() for path in (root / "dndetr").glob("*/*.py")} | {"dndetr"}
+    assert {"dndetr/ops", "dndetr/models", "dndetr/training", "dndetr/kernels"} < folders
+    for folder in folders:
         for file in (root / folder).glob("*.py"):
             assert f"{folder}/{file.name}" in names
     assert "dndetr/_build_info.json" in names
-    assert any(name.startswith("dndetr/_C.") for name in names) == bool(shutil.which("g++"))
+    assert any(name.startswith("dndetr/_C.") for name in names) == (mode == "cpu")
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.parametrize("mode", ["cpu"], indirect=True, scope="module")
 def test_installed_wheel_runs_its_compiled_op(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
@@ -77,7 +88,8 @@ def test_source_distribution_can_be_built_from(root, tree, tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    for folder in ("csrc", "kernels", "dndetr/kernels", "dndetr/ops"):
+    assert {path.name for path in (source / "csrc").iterdir()} == {path.name for path in (root / "csrc").iterdir()}
+    for folder in ("csrc", "csrc/match", "kernels", "dndetr/kernels", "dndetr/ops"):
         ours = {file.name for file in (root / folder).glob("*.*") if file.is_file()}
         assert ours and ours <= {file.name for file in (source / folder).iterdir()}
     assert (source / "LICENSE").is_file() and not (source / "tests").exists()

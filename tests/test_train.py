@@ -39,9 +39,11 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
+def _in_an_empty_folder(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
+    if not request.node.get_closest_marker("pictures"):
+        request.getfixturevalue("no_pictures")
 
 
 def rows(folder, event):
@@ -49,6 +51,7 @@ def rows(folder, event):
         return [row for row in map(json.loads, file) if row["event"] == event]
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_what_the_documentation_promises():
     folder = train.run(FEW)
     assert folder.name == "tiny-1" and {path.name for path in folder.iterdir()} == FILES
@@ -108,14 +111,19 @@ def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(stop_after):
     assert logs[0] == logs[1]
 
 
-def test_kills_at_any_moment_lose_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "moments",
+    [("best.pt",), pytest.param(("checkpoint.pt", "metrics.jsonl", "best.pt"), marks=pytest.mark.slow)],
+    ids=["one", "several"],
+)
+def test_kills_at_any_moment_lose_nothing(tmp_path, moments):
     environment = {**os.environ, "PYTHONPATH": str(goldens.ROOT)}
     program = [sys.executable, "-m", "dndetr.train"]
     # In a program of its own like the others: sums are cut up by the number of threads that torch was started with.
     subprocess.run([*program, *FEW, "--output", "whole"], env=environment, check=True, timeout=120)
     command = [*FEW, "--output", "killed", "--checkpoint-every", "2"]
     # Killed as soon as a file appears or changes: at the start, within an epoch, in the middle of writing.
-    for watched in ("checkpoint.pt", "metrics.jsonl", "best.pt"):
+    for watched in moments:
         path = tmp_path / "killed" / watched
         before = path.stat().st_mtime_ns if path.exists() else None
         process = subprocess.Popen([*program, *command], env=environment, stderr=subprocess.PIPE)
@@ -134,6 +142,7 @@ def test_kills_at_any_moment_lose_nothing(tmp_path):
     assert [row["epoch"] for row in rows(Path("killed"), "eval")] == [1, 2]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("part", ["draw_validation", "draw_curves"])
 def test_a_run_that_dies_over_its_last_pictures_can_be_resumed(monkeypatch, part):
     whole = train.run([*FEW, "--output", "whole"])
@@ -318,6 +327,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert "run folder: runs/tiny-1" in done.stdout and "circle" in done.stdout
 
 
+@pytest.mark.slow
 def test_real_data_with_pretrained_weights():
     data = goldens.SHARED / "data" / "coco_tiny"
     weights = goldens.SHARED / "weights" / "resnet18_imagenet_to_layer3.pt"

@@ -131,7 +131,7 @@ def test_no_more_than_the_first_images_are_kept():
     assert run(probe, seed=1, epoch=2)["IS"] == pytest.approx(first, abs=1e-4)
 
 
-def test_a_run_logs_it_and_a_resumed_run_logs_the_same(tmp_path, monkeypatch):
+def test_a_run_logs_it_and_a_resumed_run_logs_the_same(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     flags = ["--epochs", "3", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--quiet"]

@@ -205,7 +205,7 @@ def test_a_check_that_cannot_see_is_no_pass(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     torch.set_num_threads(1)
-    return short_run(tmp_path_factory.mktemp("runs") / "run")
+    return short_run(tmp_path_factory.mktemp("runs") / "run", pictures=True)
 
 
 def test_a_run_ends_with_the_panel(finished):
@@ -235,7 +235,7 @@ def test_the_leak_check_alone_fails_for_a_leak(finished, monkeypatch, capsys):
 
 
 def test_without_denoising_there_is_no_panel(tmp_path, capsys):
-    folder = short_run(tmp_path / "plain", "--denoising.groups", "0")
+    folder = short_run(tmp_path / "plain", "--denoising.groups", "0", pictures=True)
     assert not list(folder.glob("denoising.*"))
     assert health.main([str(folder)]) == 0
     assert "trained without denoising" in capsys.readouterr().out

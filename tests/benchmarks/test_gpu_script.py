@@ -128,6 +128,7 @@ def test_benchmarks_can_be_collected(root, planned):
     assert matching.bench_match and attention.bench_group_attention and attention.bench_conditional_attention
 
 
+@pytest.mark.slow
 def test_every_test_for_a_gpu_is_run_once(root, planned):
     def collected(*arguments):
         command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
@@ -139,6 +140,7 @@ def test_every_test_for_a_gpu_is_run_once(root, planned):
     assert len(run) > 100 and sorted(run) == sorted(collected("-q", "-m", "gpu", "tests"))
 
 
+@pytest.mark.slow
 def test_sanitizers_get_small_cases_of_every_kernel(root, planned):
     commands = {tuple(after(stage.command, "-m", "pytest")) for stage in planned if stage.name.startswith("sanitize")}
     (command,) = commands
@@ -220,6 +222,7 @@ def interrupted(root, tmp_path_factory):
     return ends
 
 
+@pytest.mark.slow
 def test_what_became_of_each_stage_is_written(interrupted):
     status, rows, out, errors = interrupted[0]
     assert status == 1 and errors == ""
@@ -238,18 +241,21 @@ def test_what_became_of_each_stage_is_written(interrupted):
     assert (out / "tests-compiled.log").read_text() == "1 failed\n"
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_leaves_what_it_measured(interrupted):
     out = interrupted[0][2]
     assert json.loads((out / "h999-msda.json").read_text()) == {"measured": 1}
     assert "measured" in (out / "msda.log").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_tests_say_what_failed(interrupted):
     _, rows, out, _ = interrupted[1]
     assert rows["tests-others"][0] == "interrupted"
     assert (out / "tests-others.log").read_text() == "1 failed until now\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_can_save(interrupted):
     status, rows, out, _ = interrupted[2]
     assert status == 0 and rows["train-shapes"][0] == "interrupted"

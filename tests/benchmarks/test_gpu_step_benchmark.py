@@ -56,6 +56,7 @@ def small_contenders(monkeypatch):
     monkeypatch.setattr(peers, "CLASSES", detectors.CLASSES)
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark(no_gpu_needed, small_contenders, tmp_path, capsys):
     path = tmp_path / "out.json"
     bench.bench_gpu_step(Recording(path, {}), PRESET, 2)
@@ -73,6 +74,7 @@ def test_the_whole_benchmark(no_gpu_needed, small_contenders, tmp_path, capsys):
     assert "not measured: too large" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_that_waits_or_launches_too_much_fails_and_is_written(
     no_gpu_needed, small_contenders, tmp_path, monkeypatch
 ):

@@ -7,8 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dndetr.ops import _backend
+
+
+@pytest.fixture(autouse=True)
+def _a_team_of_threads():
+    """Kernels run as they do in training, also where every process of the tests has one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, 2))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=("plain", "avx2", "avx512"))

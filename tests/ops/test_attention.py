@@ -96,12 +96,16 @@ def test_the_reference_can_be_asked_for():
 
 
 INTERPRETED = Path(__file__).with_name("attention_in_the_interpreter.py")
+SLOW = ("many_queries", "leaks", "registration", "compile")
 CHECKS = re.findall(r"^def check_(\w+)", INTERPRETED.read_text(), re.M)
 
 
-def test_triton_in_the_interpreter(root, interpreter):
+@pytest.mark.parametrize("which", ["fast", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_in_the_interpreter(root, interpreter, which):
     """One process for all checks: it starts longer than most of them run."""
-    checks = [name for name in CHECKS if name != "golden_masks" or (goldens.GOLDEN / "dn_attn_masks.pt").is_file()]
+    checks = [name for name in CHECKS if (name in SLOW) == (which == "slow")]
+    if not (goldens.GOLDEN / "dn_attn_masks.pt").is_file():
+        checks = [name for name in checks if name != "golden_masks"]
     command = [sys.executable, str(INTERPRETED), *checks]
     done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, f"after {done.stdout.split()}: {done.stderr[-3000:]}"

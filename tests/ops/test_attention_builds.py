@@ -1,6 +1,6 @@
 """Every attention kernel that ships, built ahead of time: no spills, and shared memory within budget.
 
-Every run builds the classes that training uses; ``pytest -m every_tile`` builds all of them (minutes). Do so after a
+Every run builds the classes that training uses; ``pytest -m slow`` builds all of them (minutes). Do so after a
 change of the kernels or of their tables.
 """
 
@@ -104,11 +104,9 @@ def test_kernels_of_training_do_not_spill(arch, found, tmp_path):
     assert fits(usage, arch), f"{found} {tile}: {usage}"
 
 
-@pytest.mark.every_tile
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", TABLES)
-def test_no_kernel_spills(arch, tmp_path, request):
-    if "every_tile" not in request.config.option.markexpr:
-        pytest.skip("takes minutes; type: pytest -m every_tile")
+def test_no_kernel_spills(arch, tmp_path):
     variants = {(*found._replace(load=""), tile) for found, tile in TABLES[arch].items()}
     misfits = []
     for name, numbers, width, _, tile in sorted(variants):

@@ -11,6 +11,7 @@ from watched_runs import a_run
 
 import dndetr
 from dndetr import train
+from dndetr.pictures.run import Pictures
 from dndetr.presets import PRESETS
 from dndetr.runs.checkpoint import BestCheckpoint
 from dndetr.runs.console import Console
@@ -24,7 +25,7 @@ FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-imag
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch, no_pictures):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 
@@ -182,11 +183,12 @@ def test_what_is_no_listener_is_refused_before_anything_is_written(tmp_path, wro
     assert not any(tmp_path.iterdir())
 
 
-def test_files_come_before_watchers_and_early_warnings_last():
+def test_files_come_before_watchers_and_early_warnings_last(monkeypatch):
     class Own:
         def evaluated(self, row, results, best):
             pass
 
+    monkeypatch.setattr("dndetr.training.listeners.Pictures", Pictures)
     everyone = all_listeners(PRESETS["tiny"](), Console(quiet=True), [Own()])
     told = {
         moment: [type(listener).__name__ for listener, _ in everyone._files[moment] + everyone._watchers[moment]]

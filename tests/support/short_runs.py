@@ -13,14 +13,21 @@ from PIL import Image
 
 from dndetr import train
 from dndetr.runs.console import Console
+from dndetr.runs.listener import Listener
 
 _SIZES = ((90, 140), (140, 90), (100, 100), (64, 180), (120, 90), (33, 61))
 
 
-def short_run(folder: Path, *flags: str) -> Path:
+def without_pictures():
+    """Runs of training within draw nothing."""
+    return mock.patch("dndetr.training.listeners.Pictures", Listener)
+
+
+def short_run(folder: Path, *flags: str, pictures: bool = False) -> Path:
     """A run of two steps; its weights predict nonsense, but a nonsense of their own for every image."""
     few = ["--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--quiet"]
-    return train.run([*few, "--output", str(folder), *flags])
+    with contextlib.nullcontext() if pictures else without_pictures():
+        return train.run([*few, "--output", str(folder), *flags])
 
 
 def write_pictures(folder: Path, classes=((3, "cell"), (7, "dust"), (12, "hair"))) -> Path:

@@ -34,7 +34,12 @@ def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate", "groups"), [("dn-detr", 1, 3), ("dn-deformable-detr", 2, 3), ("dn-deformable-detr", 1, 0)]
+    ("name", "accumulate", "groups"),
+    [
+        ("dn-detr", 1, 3),
+        pytest.param("dn-deformable-detr", 2, 3, marks=pytest.mark.slow),
+        pytest.param("dn-deformable-detr", 1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, accumulate, groups):
     script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
@@ -48,6 +53,7 @@ def rows(folder, event):
         return [row for row in map(json.loads, file) if row["event"] == event]
 
 
+@pytest.mark.slow
 def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
     script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     command = ["-m", "dndetr.train", *FEW, *NO_BATCH_STATISTICS]
@@ -93,6 +99,7 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(tmp_path):
     script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     started = time.perf_counter()

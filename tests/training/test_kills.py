@@ -57,6 +57,7 @@ def log_of(folder: Path) -> list[tuple]:
     return [tuple(row.get(key) for key in compared) for row in read_rows(folder / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_small_on_real_data_loses_nothing_in_kills_at_random_moments(tmp_path, capsys):
     if not (DATA.is_dir() and WEIGHTS.is_file()):
         pytest.skip(f"no data at {DATA} (set DNDETR_SHARED)")

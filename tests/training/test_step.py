@@ -32,13 +32,18 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
     assert losses.parts.shape == (3, 6)
 
 
-def test_no_whole_step_asks_the_device_for_anything(root):
+@pytest.mark.parametrize(
+    "names",
+    [("dn-detr", "dn-deformable-detr"), pytest.param(tuple(detectors.CONFIGS), marks=pytest.mark.slow)],
+    ids=["two", "all"],
+)
+def test_no_whole_step_asks_the_device_for_anything(root, names):
     """Backward, clipping, AdamW and averaging too, on a device of its own kind: torch's CPU build cannot
     differentiate fake CUDA tensors. In a process of its own, since a new kind of device is there to stay."""
-    command = [sys.executable, str(root / "tests" / "support" / "steps_on_a_fake_device.py"), *detectors.CONFIGS]
+    command = [sys.executable, str(root / "tests" / "support" / "steps_on_a_fake_device.py"), *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [f"{name}:{groups}" for name in detectors.CONFIGS for groups in (5, 0)]
+    assert done.stdout.split() == [f"{name}:{groups}" for name in names for groups in (5, 0)]
 
 
 @pytest.mark.parametrize(
