@@ -41,6 +41,7 @@ def test_the_default_is_denoising_on_and_off_from_the_same_start(capsys):
         assert run["epochs"] == [1, 2] and run["seconds"][1] > run["seconds"][0] > 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys):
     step_ended = Console.step_ended
     steps = []

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -183,13 +184,13 @@ def test_what_is_no_listener_is_refused_before_anything_is_written(tmp_path, wro
     assert not any(tmp_path.iterdir())
 
 
-def test_files_come_before_watchers_and_early_warnings_last(monkeypatch):
+def test_files_come_before_watchers_and_early_warnings_last():
     class Own:
         def evaluated(self, row, results, best):
             pass
 
-    monkeypatch.setattr("dndetr.training.listeners.Pictures", Pictures)
-    everyone = all_listeners(PRESETS["tiny"](), Console(quiet=True), [Own()])
+    with mock.patch("dndetr.training.listeners.Pictures", Pictures):  # which the other tests here leave out
+        everyone = all_listeners(PRESETS["tiny"](), Console(quiet=True), [Own()])
     told = {
         moment: [type(listener).__name__ for listener, _ in everyone._files[moment] + everyone._watchers[moment]]
         for moment in MOMENTS
