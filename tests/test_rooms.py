@@ -30,6 +30,21 @@ def test_the_door_opens_nothing_by_itself(root):
     assert own == []
 
 
+def test_no_private_name_is_imported(root):
+    """What starts with an underscore is its module's own; there are modules of that kind, which are their room's."""
+    known = rooms.modules(root / "dndetr")
+    allowed = {name.rpartition(".")[2] for name in known} | {"__version__"}
+    imported = [
+        f"{name}: {entry.name}"
+        for name, path in known.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+        for entry in node.names
+        if entry.name.startswith("_") and entry.name not in allowed
+    ]
+    assert imported == []
+
+
 def test_every_room_says_what_belongs_there(root, order):
     named = {room for level in order for room in level if (root / "dndetr" / room).is_dir()}
     folders = {path.parent for path in (root / "dndetr").glob("*/__init__.py")}

@@ -1,16 +1,13 @@
 """The figure of a comparison: accuracy, matching instability and losses against epochs and against training time."""
 
-import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_atomic
-from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _VIOLET, _finish
-from .fonts import plain
+from .charts import AMBER, BLUE, CORAL, DASHED, GREEN, GREY, INK, VIOLET, figure, finish, png
 
-_COLOURS = (_BLUE, _CORAL, _GREEN, _AMBER, _VIOLET)
-_GREY = "#8a8f98"
+_COLOURS = (BLUE, CORAL, GREEN, AMBER, VIOLET)
 _PANELS = (
     ("AP", "AP"),
     ("AP50", "AP50"),
@@ -20,42 +17,34 @@ _PANELS = (
 
 
 def draw_comparison(path: str | Path, told: dict) -> None:
-    """Draw a verdict (see ``verdict.verdict``) as one PNG, also before all its runs are done.
+    """Draw a verdict (see ``analysis.comparison.verdict``) as one PNG, also before all its runs are done.
 
     Every value has one colour: the mean of its seeds as a line, the range between them as a band. The dotted line is
     the baseline's final AP, and the mark on it where another value reaches it.
     """
-    # Without pyplot there is no global figure list, and no display is ever looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(20, 8.6), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    page = figure((20, 8.6), _title(told))
+    page.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     field, values = told["field"], told["values"]
-    figure.suptitle(plain(_title(told)), fontsize=15, fontweight="bold", color=_INK, x=0.01, ha="left")
     # The baseline is last, and always of the same colour.
-    colours = dict(zip([values[-1], *values[:-1]], [_CORAL, *(c for c in _COLOURS if c != _CORAL)], strict=False))
+    colours = dict(zip([values[-1], *values[:-1]], [CORAL, *(c for c in _COLOURS if c != CORAL)], strict=False))
     minutes = max((run["seconds"][-1] for run in told["runs"] if run["seconds"]), default=0) >= 120
     unit, divisor = ("minutes", 60) if minutes else ("seconds", 1)
     across = (("epochs", "epoch"), ("seconds", f"{unit} of training"))
-    for row, (x, label) in zip(figure.subplots(2, len(_PANELS)), across, strict=True):
+    for row, (x, label) in zip(page.subplots(2, len(_PANELS)), across, strict=True):
         scale = divisor if x == "seconds" else 1
         for axes, (name, title) in zip(row, _PANELS, strict=True):
             for value in values:
                 runs = [run for run in told["runs"] if run["value"] == value and run["epochs"]]
-                colour = colours.get(value, _GREY)
+                colour = colours.get(value, GREY)
                 _band(axes, runs, x, name, scale, colour, f"{field} {value}")
                 if name == "matching" and any(any(run["denoising"]) for run in runs):
-                    _band(axes, runs, x, "denoising", scale, colour, "", linestyle=_DASHED)
+                    _band(axes, runs, x, "denoising", scale, colour, "", linestyle=DASHED)
             if name == "AP":
                 _mark(axes, told, f"{x}_to_baseline_AP", f"share_of_{x}", scale, colours)
             if name in ("AP", "AP50", "IS"):
                 axes.set_ylim(bottom=0)
-            _finish(axes, title, label, whole=x == "epochs")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
+            finish(axes, title, label, whole=x == "epochs")
+    write_atomic(path, png(page))
 
 
 def _title(told: dict) -> str:
@@ -85,10 +74,10 @@ def _mark(axes, told: dict, reached: str, share: str, scale: float, colours: dic
     """Where each value reaches the baseline's final AP."""
     for one in told["comparisons"]:
         target, place = one["final_AP_of_baseline"]["mean"], one[reached]
-        axes.axhline(target, color=_INK, linewidth=0.8, linestyle=":")
+        axes.axhline(target, color=INK, linewidth=0.8, linestyle=":")
         if place is None:
             continue
-        x, colour = place["mean"] / scale, colours.get(one["value"], _GREY)
+        x, colour = place["mean"] / scale, colours.get(one["value"], GREY)
         axes.plot([x, x], [0, target], color=colour, linewidth=0.9, linestyle=":")
         axes.plot([x], [target], color=colour, marker="D", markersize=6, markeredgecolor="white")
         axes.annotate(

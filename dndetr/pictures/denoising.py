@@ -11,9 +11,11 @@ from PIL import Image
 from ..analysis.reconstruction import Example, Reconstruction, measure_reconstruction
 from ..files import write_json_atomic
 from ..runs.run_log import read_rows
-from .boxes import INK, WHITE, BoxCanvas, class_colour
-from .curves import _AMBER, _BLUE, _CORAL, _DASHED, _GREEN, _INK, _finish, draw_denoising_log
-from .sheets import _FLIPPED, _centre, _pixels, _save, _sheet, batch_images
+from .boxes import INK as TAG
+from .boxes import WHITE, BoxCanvas, class_colour
+from .charts import AMBER, BLUE, CORAL, DASHED, GREEN, INK, figure, finish, png
+from .curves import draw_denoising_log
+from .sheets import FLIPPED, batch_images, centre, lay_out, pixels_of, save_png
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 _CELL = 300
 _ACROSS = 2
-_DPI = 110
+_DPI = 110  # of a figure
 
 
 def write_denoising(
@@ -71,12 +73,12 @@ def draw_denoising(
         "line: its way through the layers    "
         "solid: restored    tag: flipped > restored"
     )
-    sheet = _sheet(blocks, _ACROSS, _CELL, title, note, class_names)
+    sheet = lay_out(blocks, _ACROSS, _CELL, title, note, class_names)
     panel = _panel(reconstruction.report, rows, box_noise, max(sheet.width, 1200))
     page = Image.new("RGB", (panel.width, sheet.height + panel.height), "white")
     page.paste(sheet.resize((panel.width, sheet.height)) if sheet.width > panel.width else sheet, (0, 0))
     page.paste(panel, (0, sheet.height))
-    _save(path, page)
+    save_png(path, page)
 
 
 def _restored(example: Example, level: int, noise: float, class_names: Sequence[str]) -> tuple[Image.Image, str]:
@@ -85,21 +87,21 @@ def _restored(example: Example, level: int, noise: float, class_names: Sequence[
     canvas = BoxCanvas(picture, _CELL / max(picture.size))
     true, claimed = example.labels.tolist(), example.noised_labels[level].tolist()
     found = example.restored_labels[level].tolist()
-    start = _pixels(example.noised_boxes[level], picture)
-    ways = [_pixels(layer, picture) for layer in example.restored_boxes[:, level]]
-    for box in _pixels(example.boxes, picture):
+    start = pixels_of(example.noised_boxes[level], picture)
+    ways = [pixels_of(layer, picture) for layer in example.restored_boxes[:, level]]
+    for box in pixels_of(example.boxes, picture):
         canvas.outline(box, WHITE, width=1, shadow=True)
     for slot, box in enumerate(start):
         canvas.outline(box, class_colour(claimed[slot]), width=1, dashed=True)
         colour = class_colour(found[slot])
-        stops = [_centre(box), *(_centre(way[slot]) for way in ways)]
+        stops = [centre(box), *(centre(way[slot]) for way in ways)]
         for here, there in pairwise(stops):
             canvas.arrow(here, there, colour)
         canvas.outline(ways[-1][slot], colour)
     for slot, box in enumerate(ways[-1]):
         if claimed[slot] != true[slot]:
             names = [class_names[label] for label in (claimed[slot], found[slot])]
-            canvas.tag(box, " > ".join(names), _FLIPPED, background=INK)
+            canvas.tag(box, " > ".join(names), FLIPPED, background=TAG)
     flips = [slot for slot in range(len(true)) if claimed[slot] != true[slot]]
     corrected = sum(found[slot] == true[slot] for slot in flips)
     return canvas.image, f"box noise {noise:g}: {corrected} of {len(flips)} flipped labels corrected"
@@ -107,35 +109,28 @@ def _restored(example: Example, level: int, noise: float, class_names: Sequence[
 
 def _panel(report: dict, rows: Sequence[dict], box_noise: float, width: int) -> Image.Image:
     """Three charts: error by noise level, labels by noise level, and what the log says."""
-    # Without pyplot there is no global figure list, and no display is ever looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / _DPI, 3.6), dpi=_DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    error, label, share = figure.subplots(1, 3)
+    page = figure((width / _DPI, 3.6))
+    error, label, share = page.subplots(1, 3)
     levels = report["levels"]
     error.plot(
-        levels, report["noised_error"], color=_CORAL, linestyle=_DASHED, marker="o", markersize=3, label="noised"
+        levels, report["noised_error"], color=CORAL, linestyle=DASHED, marker="o", markersize=3, label="noised"
     )
     layers = report["error"]
     for index, values in enumerate(layers):
         alpha = 0.25 + 0.75 * (index + 1) / len(layers)
-        error.plot(levels, values, color=_BLUE, alpha=alpha, marker="o", markersize=3, label=f"after layer {index + 1}")
+        error.plot(levels, values, color=BLUE, alpha=alpha, marker="o", markersize=3, label=f"after layer {index + 1}")
     error.set_ylim(bottom=0)
     for name, colour, text in (
-        ("kept_correct", _GREEN, "label was right"),
-        ("flipped_corrected", _AMBER, "label was flipped"),
+        ("kept_correct", GREEN, "label was right"),
+        ("flipped_corrected", AMBER, "label was flipped"),
     ):
         known = [(level, value) for level, value in zip(levels, report[name], strict=True) if value is not None]
         if known:
             label.plot(*zip(*known, strict=True), color=colour, marker="o", markersize=3, label=text)
     label.set_ylim(0, 1.02)
     for axes in (error, label):
-        axes.axvline(box_noise, color=_INK, linewidth=0.8, linestyle=":", label="largest in training")
-    _finish(error, "Error of the boxes, 1 - IoU", "box noise", whole=False)
-    _finish(label, "Share of right classes", "box noise", whole=False)
+        axes.axvline(box_noise, color=INK, linewidth=0.8, linestyle=":", label="largest in training")
+    finish(error, "Error of the boxes, 1 - IoU", "box noise", whole=False)
+    finish(label, "Share of right classes", "box noise", whole=False)
     draw_denoising_log(share, rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(png(page))).convert("RGB")

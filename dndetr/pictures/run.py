@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..boxes import cxcywh_to_xyxy
 from ..denoising import NoisedQueries
 from ..models.dn_detr import Predictions
 from ..runs.listener import Listener, Run
@@ -80,7 +81,6 @@ def _truths(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Labels and boxes in canvas pixels of each image."""
     height, width = batch.sizes.unbind(-1)
     scale = torch.stack((width, height, width, height), dim=-1)
-    centre, half = batch.targets.boxes[..., :2], batch.targets.boxes[..., 2:] / 2
-    corners = torch.cat((centre - half, centre + half), dim=-1) * scale[:, None]
+    corners = cxcywh_to_xyxy(batch.targets.boxes) * scale[:, None]
     counts = batch.targets.counts.tolist()
     return [(labels[:n], boxes[:n]) for labels, boxes, n in zip(batch.targets.labels, corners, counts, strict=True)]

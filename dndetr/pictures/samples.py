@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from .boxes import draw_boxes
-from .sheets import _save, _sheet
+from .sheets import lay_out, save_png
 
 _CELL = 360  # pixels
 _ACROSS = 4
@@ -23,4 +23,4 @@ def draw_samples(
     for picture, boxes_xyxy, labels, caption in samples:
         drawn = draw_boxes(picture, boxes_xyxy, labels, None, class_names, scale=_CELL / max(picture.size))
         blocks.append([(drawn, caption)])
-    _save(path, _sheet(blocks, min(_ACROSS, len(blocks)), _CELL, title, "boxes as training sees them", class_names))
+    save_png(path, lay_out(blocks, min(_ACROSS, len(blocks)), _CELL, title, "boxes as training sees them", class_names))

@@ -1,6 +1,5 @@
 """Figures of an evaluation: precision over recall, and which class was taken for which."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import numpy as np
 
 from ..files import write_atomic
 from .boxes import class_colour
+from .charts import AMBER, BLUE, CORAL, FAINT, GREEN, INK, figure, head, png
 from .fonts import plain
 
-_INK, _FAINT = "#22252b", "#d9dce1"
 _NAMED = 12  # classes in a legend
 _LETTERS = 28  # of a class name
 _COUNTED = 20  # classes up to which cells show their counts
@@ -21,7 +20,8 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
 
     curves: by class name, [10, 101] precision at IoU 0.5 to 0.95 and recall 0 to 1, -1 where a class has no objects.
     """
-    figure, (single, mean) = _figure((13, 5.6), title, 2)
+    page = figure((13, 5.6), title, letters=13)
+    single, mean = page.subplots(1, 2)
     recall = np.linspace(0, 1, 101)
     measured = {name: values for name, values in curves.items() if (values > -1).any()}
     for label, (name, values) in enumerate(curves.items()):
@@ -32,13 +32,13 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
     _axes(single, "Each class at IoU 0.5" + " (AP50 in the legend)" * named, legend=named)
     if measured:
         average = np.mean(list(measured.values()), axis=0)
-        for row, colour in ((0, "#1fa774"), (5, "#e69f00"), (8, "#f0544f")):
+        for row, colour in ((0, GREEN), (5, AMBER), (8, CORAL)):
             text = f"IoU {0.5 + 0.05 * row:.2f}  {average[row].mean():.3f}"
             mean.plot(recall, average[row], color=colour, linewidth=1.6, label=text)
         text = f"IoU 0.50:0.95  {average.mean():.3f}"
-        mean.plot(recall, average.mean(axis=0), color="#2d7dd2", linewidth=2.4, label=text)
+        mean.plot(recall, average.mean(axis=0), color=BLUE, linewidth=2.4, label=text)
     _axes(mean, "Mean of the classes (AP in the legend)", legend=bool(measured))
-    _save(figure, path)
+    write_atomic(path, png(page))
 
 
 def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], title: str = "") -> None:
@@ -48,34 +48,24 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     column objects that were missed.
     """
     side = min(4.2 + 0.28 * len(counts), 16)
-    figure, axes = _figure((side + 0.6, side), title, 1)
+    page = figure((side + 0.6, side), title, letters=13)
+    axes = page.subplots()
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     places, names = range(len(counts)), [_label(name) for name in names]
     size = 9 if len(counts) <= 30 else 6.5
     axes.set_xticks(places, [*names, "(missed)"], rotation=90 if len(counts) > 6 else 30, fontsize=size)
     axes.set_yticks(places, [*names, "(nothing)"], fontsize=size)
-    axes.set_xlabel("detected as", color=_INK, fontsize=9.5)
-    axes.set_ylabel("true class", color=_INK, fontsize=9.5)
+    axes.set_xlabel("detected as", color=INK, fontsize=9.5)
+    axes.set_ylabel("true class", color=INK, fontsize=9.5)
     for edge in axes.spines.values():
-        edge.set_color(_FAINT)
-    axes.tick_params(colors=_INK, length=0)
+        edge.set_color(FAINT)
+    axes.tick_params(colors=INK, length=0)
     if len(counts) <= _COUNTED + 1:
         for row, column in np.argwhere(counts):
-            ink = "white" if shares[row, column] > 0.55 else _INK
+            ink = "white" if shares[row, column] > 0.55 else INK
             axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=ink, fontsize=size)
-    _save(figure, path)
-
-
-def _figure(size: tuple[float, float], title: str, columns: int):
-    # Without pyplot there is no global figure list, and no display is ever looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(plain(title), fontsize=13, fontweight="bold", color=_INK, x=0.01, ha="left")
-    return figure, figure.subplots(1, columns)
+    write_atomic(path, png(page))
 
 
 def _label(name: str) -> str:
@@ -84,19 +74,9 @@ def _label(name: str) -> str:
 
 
 def _axes(axes, title: str, legend: bool) -> None:
-    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=_INK)
+    head(axes, title)
     axes.set(xlim=(0, 1.005), ylim=(0, 1.02))
-    axes.set_xlabel("recall", color=_INK, fontsize=9.5)
-    axes.set_ylabel("precision", color=_INK, fontsize=9.5)
-    axes.grid(True, color=_FAINT, linewidth=0.7)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.set_xlabel("recall", color=INK, fontsize=9.5)
+    axes.set_ylabel("precision", color=INK, fontsize=9.5)
     if legend:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower left")
-
-
-def _save(figure, path: str | Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomic(path, buffer.getvalue())
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")

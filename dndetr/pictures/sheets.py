@@ -16,7 +16,7 @@ from .fonts import font
 
 _PAPER: Colour = (250, 250, 248)
 _GREY: Colour = (118, 122, 130)
-_FLIPPED: Colour = (255, 225, 120)
+FLIPPED: Colour = (255, 225, 120)
 _GAP = 14
 _SHOWN_GROUPS = 3
 _LEGEND = 12  # classes; more names would push the pictures off the page
@@ -55,22 +55,22 @@ def draw_first_batch(
     for row, picture in enumerate(pictures):
         count = int(counts[row])
         true = labels[row, :count].tolist()
-        truth = _pixels(boxes[row, :count], picture)
+        truth = pixels_of(boxes[row, :count], picture)
         scale = cell / max(picture.size)
         panels = [(draw_boxes(picture, truth, true, None, class_names, scale=scale), f"{count} objects")]
         for group in range(shown):
             canvas = BoxCanvas(picture, scale)
             for box in truth:
                 canvas.outline(box, WHITE, width=1, shadow=True)
-            noised = _pixels(noised_boxes[row, group, :count], picture)
+            noised = pixels_of(noised_boxes[row, group, :count], picture)
             claimed = noised_labels[row, group, :count].tolist()
             for box, new, label in zip(truth, noised, claimed, strict=True):
                 canvas.outline(new, class_colour(label), dashed=True)
-                canvas.arrow(_centre(box), _centre(new), class_colour(label))
+                canvas.arrow(centre(box), centre(new), class_colour(label))
             flipped = [slot for slot in range(count) if claimed[slot] != true[slot]]
             for slot in flipped:
                 text = f"{class_names[true[slot]]} > {class_names[claimed[slot]]}"
-                canvas.tag(noised[slot], text, _FLIPPED, background=INK)
+                canvas.tag(noised[slot], text, FLIPPED, background=INK)
             panels.append((canvas.image, f"group {group + 1}: {len(flipped)} of {count} labels flipped"))
         blocks.append(panels)
     title = "First training batch"
@@ -79,7 +79,7 @@ def draw_first_batch(
         which = f"{shown} of {groups} denoising groups" if shown < groups else f"{groups} denoising groups"
         note = f"solid: ground truth    dashed: noised queries, in the colour of the class they claim ({which})"
     across = 2 if shown else 4
-    _save(path, _sheet(blocks, across if len(blocks) >= across else len(blocks), cell, title, note, class_names))
+    save_png(path, lay_out(blocks, across if len(blocks) >= across else len(blocks), cell, title, note, class_names))
 
 
 def draw_predictions(
@@ -116,20 +116,21 @@ def draw_predictions(
     note = f"predictions with score >= {threshold:g}" + ("" if truths is None else "    thin white: ground truth")
     title = "Predictions" + (f"    {caption}" if caption else "")
     across = min(4, len(blocks)) or 1
-    _save(path, _sheet(blocks, across, 400, title, note, class_names))
+    save_png(path, lay_out(blocks, across, 400, title, note, class_names))
 
 
-def _pixels(boxes: Tensor, picture: Image.Image) -> list[list[float]]:
+def pixels_of(boxes: Tensor, picture: Image.Image) -> list[list[float]]:
     """Normalised cxcywh [n, 4] -> xyxy in pixels of the picture."""
     scale = torch.tensor([picture.width, picture.height] * 2)
     return (cxcywh_to_xyxy(boxes.detach().float().cpu()) * scale).tolist()
 
 
-def _centre(box: Sequence[float]) -> tuple[float, float]:
+def centre(box: Sequence[float]) -> tuple[float, float]:
+    """Of a box xyxy, x and y."""
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
-def _sheet(
+def lay_out(
     blocks: list[list[tuple[Image.Image, str]]],
     across: int,
     cell: int,
@@ -184,7 +185,8 @@ def _legend(class_names: Sequence[str], width: int) -> list[list[tuple[float, st
     return lines
 
 
-def _save(path: str | Path, page: Image.Image) -> None:
+def save_png(path: str | Path, page: Image.Image) -> None:
+    """Write a page atomically."""
     buffer = io.BytesIO()
     page.save(buffer, format="PNG", compress_level=4)  # as small as level 6, in half the time
     write_atomic(path, buffer.getvalue())
