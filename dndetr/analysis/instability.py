@@ -40,7 +40,7 @@ class MatchingProbe:
         self.fresh: dict[int, Tensor] = {}
 
     def watch(self, infer: Callable[[Batch], Predictions]) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-        """``infer`` for ``evaluation.evaluate``: only the last layer's logits and boxes, all layers' matches noted."""
+        """``infer`` for ``scoring.coco.detect``: only the last layer's logits and boxes, all layers' matches noted."""
         self.fresh = {}
 
         def predict(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
 def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], title: str = "") -> None:
     """A confusion matrix as PNG; rows are true classes, colours shares of a row.
 
-    counts [K + 1, K + 1] as from ``confusion.confusion_matrix``: the last row holds detections of nothing, the last
-    column objects that were missed.
+    counts [K + 1, K + 1] as from ``scoring.confusion.confusion_matrix``: the last row holds detections of nothing, the
+    last column objects that were missed.
     """
     side = min(4.2 + 0.28 * len(counts), 16)
     page = figure((side + 0.6, side), title, letters=13)

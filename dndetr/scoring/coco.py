@@ -147,29 +147,17 @@ def metrics_of(referee: COCOeval) -> dict:
     return metrics
 
 
-def evaluate(
-    predict: Callable[[Batch], tuple[Tensor, Tensor]],
-    batches: Iterable[Batch],
-    ground_truth: dict,
-    classes: Sequence[tuple[int, str]],
-    keep: int = 100,
-) -> Evaluation:
-    """Average precision of a model over the images that ``batches`` delivers.
-
-    predict: batch -> logits [B, N, K], boxes [B, N, 4]; ground_truth: COCO dict; classes: (category id, name) in label
-    order; keep: detections per image -> Evaluation. An image that comes twice (a sampler that pads) counts once.
-    """
-    results, image_ids = detect(predict, batches, classes, keep)
-    return Evaluation(coco_evaluate(ground_truth, results, image_ids), results, image_ids)
-
-
 def detect(
     predict: Callable[[Batch], tuple[Tensor, Tensor]],
     batches: Iterable[Batch],
     classes: Sequence[tuple[int, str]],
     keep: int = 100,
 ) -> tuple[list[dict], list[int]]:
-    """COCO results of a model and the ids of the images, ascending; arguments as for ``evaluate``."""
+    """COCO results of a model over the images that ``batches`` delivers, and the ids of these, ascending.
+
+    predict: batch -> logits [B, N, K], boxes [B, N, 4]; classes: (category id, name) in label order; keep: detections
+    per image. An image that comes twice (a sampler that pads) counts once.
+    """
     results, seen = [], set()
     for batch in batches:
         logits, boxes = predict(batch)

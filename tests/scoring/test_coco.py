@@ -19,9 +19,10 @@ from dndetr.files import write_json_atomic
 from dndetr.scoring.coco import (
     STATISTICS,
     Detections,
+    Evaluation,
     coco_evaluate,
     coco_results,
-    evaluate,
+    detect,
     postprocess,
 )
 
@@ -221,6 +222,12 @@ def oracle(truth: dict, queries: int):
         return logits, boxes
 
     return predict
+
+
+def evaluate(predict, batches, truth, classes, keep):
+    """As training evaluates: what is detected, scored on the images it was looked for in."""
+    results, image_ids = detect(predict, batches, classes, keep)
+    return Evaluation(coco_evaluate(truth, results, image_ids), results, image_ids)
 
 
 def test_evaluate_counts_every_image_once_and_its_results_give_its_score():
