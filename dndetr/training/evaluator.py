@@ -34,9 +34,13 @@ class Evaluator:
         self.matching = MatchingProbe(cost, PROBED // processes.world)
 
     def infer(self, batch: Batch, noised: NoisedQueries | None = None) -> Predictions:
-        """All layers' predictions, in float32, on the device."""
+        """All layers' predictions, in float32, on the device; who asks in the middle of an epoch changes nothing."""
+        training = self.model.training
         self.model.eval()
-        return self.model.infer(batch, self.precision, noised)
+        try:
+            return self.model.infer(batch, self.precision, noised)
+        finally:
+            self.model.train(training)
 
     def __call__(self, epoch: int) -> Evaluation | None:
         """The evaluation after so many epochs; the first process has the result, the others None."""

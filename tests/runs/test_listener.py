@@ -143,6 +143,24 @@ def test_a_listener_that_fails_is_named_once_and_changes_nothing(capsys):
     assert {path.name for path in plain.iterdir()} == {path.name for path in watched.iterdir()}
 
 
+def test_looking_at_the_model_changes_nothing():
+    class Looking(Everything):
+        def step_ended(self, step, images, waited):
+            ((run,),) = self.of("run_started")
+            ((batch, noised),) = self.of("first_batch")
+            boxes = run.infer(batch, noised).boxes
+            assert boxes.shape[2] == run.config.model.queries + noised.boxes.shape[1] * noised.boxes.shape[2]
+            assert run.weights()["step"] == step
+            self.told.append(("looked", step))
+
+    flags = [*FEW, "--quiet", "--optimizer.ema", "0", "--model.backbone.norm", "batch"]
+    watcher = Looking()
+    folders = [train.run([*flags, "--output", "plain"]), train.run([*flags, "--output", "looked"], listeners=[watcher])]
+    assert len(watcher.of("looked")) == 6
+    plain, looked = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in folders)
+    assert all(torch.equal(value, looked[name]) for name, value in plain.items())
+
+
 @pytest.mark.parametrize(("kind", "moment"), [(RunLog, "row_logged"), (BestCheckpoint, "evaluated")])
 def test_the_log_and_the_checkpoint_are_the_product(monkeypatch, capsys, kind, moment):
     def full(self, *about):

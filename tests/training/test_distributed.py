@@ -61,6 +61,7 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run folder: whole") == 1
     whole = tmp_path / "whole"
+    assert [path.name for path in whole.glob("told-*")] == ["told-0"], "listeners are told on the first process"
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     assert [row["step"] for row in rows(whole, "train")] == [2, 3, 4, 6]  # 12 images, 4 a step
     assert [row["epoch"] for row in rows(whole, "eval")] == [1, 2]
