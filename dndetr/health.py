@@ -127,7 +127,9 @@ def run(arguments: Arguments) -> None:
         return detector.model.infer(batch, detector.precision, noised)
 
     if arguments.output is not None:
-        report = write_denoising(claim_output(arguments.output), infer, data, config, detector.device)
+        report = write_denoising(
+            claim_output(arguments.output), infer, data.validation(), detector.names, config, detector.device
+        )
     else:
         from .analysis.reconstruction import measure_reconstruction
 

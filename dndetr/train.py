@@ -140,7 +140,7 @@ def _train(
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
     if config.overfit and processes.first:
-        passed, text = verdict(metrics["AP"], config.overfit, config.data)
+        passed, text = verdict(metrics.get("AP"), config.overfit, config.data)
         if not passed:
             raise RuntimeError(text)
         if not config.quiet:

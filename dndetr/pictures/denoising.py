@@ -1,7 +1,7 @@
 """What denoising does, in one picture: noised boxes on their way back, and the numbers behind them."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ from .sheets import FLIPPED, batch_images, centre, lay_out, pixels_of, save_png
 if TYPE_CHECKING:
     import torch
 
+    from ..batch import Batch
     from ..config import Config
-    from ..data.training import TrainingData
 
 _CELL = 300
 _ACROSS = 2
@@ -29,18 +29,22 @@ _DPI = 110  # of a figure
 
 
 def write_denoising(
-    folder: Path, infer: Callable, data: "TrainingData", config: "Config", device: "torch.device"
+    folder: Path,
+    infer: Callable,
+    batches: Iterable["Batch"],
+    names: Sequence[str],
+    config: "Config",
+    device: "torch.device",
 ) -> dict | None:
     """Measure what the weights restore; write it as ``denoising.json`` and draw it, with the log, as ``denoising.png``.
 
-    infer: as for ``measure_reconstruction`` -> the report, or None where there is nothing to measure: no denoising in
-    ``config``, no objects.
+    infer, batches: as for ``measure_reconstruction``; names: of the classes, in label order -> the report, or None
+    where there is nothing to measure: no denoising in ``config``, no objects.
     """
     noise = config.denoising
     if noise.groups == 0:
         return None
-    names = [name for _, name in data.classes]
-    reconstruction = measure_reconstruction(infer, data.validation(), len(names), noise.label_noise, device)
+    reconstruction = measure_reconstruction(infer, batches, len(names), noise.label_noise, device)
     if reconstruction is None:
         return None
     write_json_atomic(folder / "denoising.json", reconstruction.report)

@@ -33,8 +33,8 @@ class Pictures(Listener):
         if how != "finished":
             return
         run, folder = self._run, self._run.folder
-        draw_validation(folder / "predictions.png", run.infer, run.data.validation(), run.names, row)
-        write_denoising(folder, run.infer, run.data, run.config, run.device)
+        draw_validation(folder / "predictions.png", run.infer, run.validation(), run.names, row)
+        write_denoising(folder, run.infer, run.validation(), run.names, run.config, run.device)
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", f"{run.config.preset} on {run.config.data}")
 
 

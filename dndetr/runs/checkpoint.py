@@ -1,6 +1,7 @@
 """Checkpoints: weights with the state of their training, or weights of others."""
 
 import argparse
+import copy
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,17 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     except OSError as error:
         unchanged = "; the file that was there before is unchanged" if path.exists() else ""
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{unchanged}") from error
+
+
+def copied(checkpoint: dict) -> dict:
+    """A checkpoint on the CPU that later steps of the training leave as it is."""
+    made = dict(checkpoint)
+    for part in ("model", "ema"):
+        if made[part] is not None:
+            made[part] = copy.copy(made[part])  # with what torch keeps beside the tensors
+            for name, value in made[part].items():
+                made[part][name] = value.to("cpu", copy=True)
+    return made
 
 
 class BestCheckpoint(Listener):

@@ -39,6 +39,7 @@ class Console(Listener):
         self._live: rich.live.Live | None = None
         self._losses: dict[str, float] = {}  # of the newest row
         self._header_shown = False
+        self._best: float | None = None
         self._updated = self._stepped = time.perf_counter()
         self._window = [0.0, 0.0, 0.0]  # steps, images, seconds waited since the last update
         self._recent = [0.0, 0.0, 0.0, 0.0]  # the same and seconds in all, older ones fading
@@ -47,6 +48,8 @@ class Console(Listener):
     def run_started(self, run: Run) -> None:
         self._epochs, self._steps_per_epoch, self._step = run.config.epochs, run.steps_per_epoch, run.step
         self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
+        known = [row["AP"] for row in run.rows if row["event"] == "eval" and row["AP"] is not None]
+        self._best = max(known, default=None)
         self._restart_clock()
 
     def message(self, text: str, style: str | None = None) -> None:
@@ -97,10 +100,13 @@ class Console(Listener):
     def row_logged(self, row: dict) -> None:
         if row["event"] == "train":
             self._losses = row
+        elif row["event"] == "eval":
+            self._evaluated(row)
         elif row["event"] == "warning":
             self.message(f"warning: {row['message']}")
 
-    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
+    def _evaluated(self, row: dict) -> None:
+        """One row of the evaluation table."""
         self._evaluation_seconds = time.perf_counter() - self._stepped
         self._restart_clock()
         if self._quiet:
@@ -110,6 +116,10 @@ class Console(Listener):
             self._header_shown = True
             titles = "".join(f"{title:>8}" for title in ("epoch", "loss", *columns, "time"))
             self.message(titles, "bold")
+        value = row.get("AP")
+        best = value is not None and (self._best is None or value > self._best)
+        if best:
+            self._best = value
         loss = _number(self._losses.get("loss"), 3)
         numbers = "".join(f"{_number(row.get(column), 3):>8}" for column in columns)
         line = f"{row['epoch']:>8}{loss:>8}{numbers}{duration(row['seconds']):>8}"

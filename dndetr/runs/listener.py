@@ -10,8 +10,11 @@ docs/listeners.md has the moments, and what a listener may rely on.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import inspect
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..batch import Batch
     from ..config import Config
-    from ..data.training import TrainingData
+    from ..data.classes import Classes
     from ..denoising import NoisedQueries
     from ..models.dn_detr import Predictions
 
@@ -29,37 +32,42 @@ if TYPE_CHECKING:
 class Run:
     """A training run, as those know it who watch it.
 
-    step: how many of its ``steps`` were done before; rows: of the log until then; warn: shows a sentence and keeps it
-    in the log; infer: batch, and noised queries or None -> predictions of the weights that are evaluated, in float32;
-    weights: what ``dndetr.load`` needs, to be saved as a checkpoint.
+    classes: (category id, name) in label order; step: how many of its ``steps`` were done before; rows: of the log
+    until then. validation: the validation images (of several processes, this one's share); ground_truth: of all of
+    them, in COCO's format. infer: batch, and noised queries or None -> predictions of the weights that are evaluated,
+    in float32, on the device; weights: a copy of what ``dndetr.load`` needs, to be saved as a checkpoint. warn: shows a
+    sentence and keeps it in the log; stop: asks the run to end after this step, as a signal does.
     """
 
     folder: Path
     config: "Config"
-    data: "TrainingData"
+    classes: "Classes"
     device: "torch.device"
     steps: int
     steps_per_epoch: int
     step: int
     rows: list[dict]
-    warn: Callable[[str], None]
+    validation: "Callable[[], Iterator[Batch]]"
+    ground_truth: dict
     infer: "Callable[[Batch, NoisedQueries | None], Predictions]"
     weights: Callable[[], dict]
+    warn: Callable[[str], None]
+    stop: Callable[[], None]
 
     @property
     def names(self) -> list[str]:
         """Class names in label order."""
-        return [name for _, name in self.data.classes]
+        return [name for _, name in self.classes]
 
 
 class Listener:
-    """Is told of the moments of a run, each by one method, on the first of its processes; all may be left out."""
+    """Is told of the moments of a run, each by one method, on the first of its processes; each may be left out."""
 
     def run_started(self, run: Run) -> None:
         """Training is about to begin or, with ``run.step`` above 0, to go on."""
 
     def first_batch(self, batch: "Batch", noised: "NoisedQueries | None") -> None:
-        """What the first step of a new run is about to see; noised: None without denoising."""
+        """A copy of what the first step of a new run is about to see; noised: None without denoising."""
 
     def step_ended(self, step: int, images: int, waited: float) -> None:
         """One more step is done; images: of all processes; waited: seconds that it waited for them."""
@@ -70,7 +78,7 @@ class Listener:
     def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
         """The weights were scored.
 
-        row: what is logged of it, next; results: the detections in COCO's format; best: the AP is the highest so far.
+        row: what was logged of it; results: the detections in COCO's format; best: the AP is the highest so far.
         """
 
     def checkpoint_saved(self, path: Path, step: int) -> None:
@@ -89,25 +97,48 @@ MOMENTS = tuple(name for name in vars(Listener) if not name.startswith("_"))
 class Listeners:
     """All that a run tells: first those that write its files, then those that only watch, each in order.
 
-    A file that cannot be written ends the run. Whatever fails in a watcher is named once, and the run goes on.
+    A file that cannot be written ends the run. Whatever fails in a watcher is named once, and the run goes on. What is
+    said while a moment is being told is told after it: everyone hears everything in the same order.
     """
 
     def __init__(self, files: Sequence[Listener] = (), watchers: Sequence[Listener] = ()):
         for watcher in watchers:
-            if isinstance(watcher, type) or not any(callable(getattr(watcher, name, None)) for name in MOMENTS):
-                raise ValueError(f"{watcher!r} is no listener: give an object with one of {', '.join(MOMENTS)}")
+            _demand_listener(watcher)
         self._files = {name: _methods(files, name) for name in MOMENTS}
         self._watchers = {name: _methods(watchers, name) for name in MOMENTS}
         self._named: set[int] = set()
-        self._run: Run | None = None
+        self._waiting: deque[tuple[str, tuple]] = deque()
+        self._run: Run | None = None  # from its start to its end
+        self._telling = self._answering = False
 
     def tell(self, moment: str, *about: Any) -> None:
         """Call every listener's method of that name."""
         if moment == "run_started":
             (self._run,) = about
-        for _, method in self._files[moment]:
-            method(*about)
-        self._tell_watchers(moment, about)
+        self._waiting.append((moment, about))
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._waiting:
+                moment, about = self._waiting.popleft()
+                self._answering = moment == "row_logged" and about[0]["event"] == "warning"
+                for _, method in self._files[moment]:
+                    method(*about)
+                failures = self._tell_watchers(moment, about)
+                self._answering = False
+                for failure in failures:
+                    self._run.warn(f"{failure}; training goes on, and its further errors are not shown")
+        finally:
+            self._telling = self._answering = False
+            self._waiting.clear()
+
+    def warn(self, step: int, text: object) -> None:
+        """Say a sentence in a row of the log or, while there is no run, on stderr; no warning answers another."""
+        if self._run is None:
+            print(f"warning: {text}", file=sys.stderr)
+        elif not self._answering:
+            self.tell("row_logged", {"event": "warning", "step": step, "message": str(text)})
 
     def end(self, how: str, reason: str, row: dict) -> None:
         """The last moment of a run that started; the watchers are told of it whatever becomes of the files."""
@@ -120,30 +151,51 @@ class Listeners:
             how, reason = "failed", described(error)
             raise
         finally:
-            self._tell_watchers("run_ended", (how, reason, row))
+            self._run = None
+            for failure in self._tell_watchers("run_ended", (how, reason, row)):
+                self.warn(0, failure)
 
-    def _tell_watchers(self, moment: str, about: tuple) -> None:
-        failed = []
+    def _tell_watchers(self, moment: str, about: tuple) -> list[str]:
+        """Tell all of them -> what failed for the first time, in words."""
+        failures = []
         for listener, method in self._watchers[moment]:
             try:
-                # Rows are copied: who keeps one for himself may do with it what he likes.
-                method(*(copy.deepcopy(part) if isinstance(part, dict) else part for part in about))
-            except Exception as error:
+                method(*map(_own, about))
+            except (Exception, SystemExit) as error:
                 if id(listener) not in self._named:
                     self._named.add(id(listener))
-                    failed.append(f"listener {type(listener).__name__} failed in {moment} ({described(error)})")
-        for failure in failed:  # a warning is a row, which comes after what all are told now
-            self._run.warn(f"{failure}; training goes on, and its further errors are not shown")
+                    failures.append(f"listener {type(listener).__name__} failed in {moment} ({described(error)})")
+        return failures
 
 
 def described(error: BaseException) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # of an error of somebody else's
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def _demand_listener(listener: Any) -> None:
+    """ValueError for what cannot be told anything."""
+    methods = [method for name in MOMENTS if callable(method := getattr(listener, name, None))]
+    if isinstance(listener, type) or not methods:
+        raise ValueError(f"{listener!r} is no listener: give an object with one of {', '.join(MOMENTS)}")
+    for method in methods:
+        if inspect.iscoroutinefunction(method):
+            raise ValueError(f"{listener!r}: {method.__name__} is a coroutine, which nobody would run: leave out async")
 
 
 def _methods(listeners: Sequence[Listener], name: str) -> list[tuple[Listener, Callable]]:
     """Those that do something; most steps are told to few."""
-    found = [(listener, getattr(listener, name, None)) for listener in listeners]
     empty = getattr(Listener, name)
-    return [(listener, method) for listener, method in found if method and getattr(method, "__func__", None) != empty]
+    found = [(listener, getattr(listener, name, None)) for listener in listeners]
+    return [pair for pair in found if callable(pair[1]) and getattr(pair[1], "__func__", None) != empty]
 
+
+def _own(part: Any) -> Any:
+    """A row of his own for everyone: who keeps it may do with it what he likes."""
+    if isinstance(part, Run):
+        return replace(part, rows=copy.deepcopy(part.rows))
+    return copy.deepcopy(part) if isinstance(part, dict) else part

@@ -19,7 +19,8 @@ class RunLog(Listener):
         self.path = run.folder / NAME
 
     def row_logged(self, row: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        # Names of files need not be valid text: what cannot be encoded is written as JSON's own escape.
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_line(row))
 
     def run_ended(self, how: str, reason: str, row: dict) -> None:
@@ -62,8 +63,8 @@ def cut_back(folder: Path, step: int) -> list[dict]:
 
     Forgotten is what came after, that the run ended, and half a line at the end.
     """
-    kept = [row for row in read_rows(folder / NAME) if row["step"] <= step and row["event"] != "end"]
-    write_atomic(folder / NAME, "".join(map(_line, kept)).encode())
+    kept = [plain(row) for row in read_rows(folder / NAME) if row["step"] <= step and row["event"] != "end"]
+    write_atomic(folder / NAME, "".join(map(_line, kept)).encode(errors="backslashreplace"))
     return kept
 
 

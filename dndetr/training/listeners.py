@@ -17,5 +17,4 @@ def all_listeners(config: Config, console: Console, others: Sequence[Listener] =
     """Those of every run, and others of the user's."""
     files = [Pictures(), RunLog(), DetectionsFile(), BestCheckpoint()]
     tensorboard = [TensorBoard()] if config.tensorboard else []
-    # Early warnings answer a row with another, which everyone is to see after it.
     return Listeners(files, [console, *tensorboard, *others, EarlyWarnings()])

@@ -1,7 +1,7 @@
 """The training run: steps over the data, evaluated and saved at their times, until it ends or is told to."""
 
+import copy
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..files import write_json_atomic
 from ..models.build import build_model
 from ..ops import _backend
-from ..runs.checkpoint import demand_continuable, save_checkpoint
+from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
@@ -57,7 +57,7 @@ class Trainer:
         self.done = 0
         self.best: float | None = None
         self._checkpoint = checkpoint
-        self._listeners: Listeners | None = None  # while it trains
+        self._listeners = Listeners()
         if checkpoint is not None:
             demand_continuable(checkpoint, processes.world, self.steps_per_epoch, config.data, data.images["train"])
 
@@ -102,7 +102,7 @@ class Trainer:
             for left_by_a_kill in folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
         if self._checkpoint is None:
-            self._write_checkpoint()  # from here on the run can be resumed whatever happens
+            self._save(tell=False)  # from here on the run can be resumed whatever happens
         elif self.processes.first:
             rows = cut_back(folder, self.done)
             # Killed after the last step, a run has only its last pictures left to draw.
@@ -112,15 +112,18 @@ class Trainer:
         run = Run(
             folder=folder,
             config=self.config,
-            data=self.data,
+            classes=self.data.classes,
             device=self.device,
             steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             step=self.done,
             rows=rows,
-            warn=self._warn,
+            validation=self.data.validation,
+            ground_truth=self.data.ground_truth,
             infer=self.evaluator.infer,
-            weights=self._weights,
+            weights=lambda: copied(self._weights()),
+            warn=self._warn,
+            stop=self._stop.ask,
         )
         self._listeners.tell("run_started", run)
 
@@ -175,7 +178,8 @@ class Trainer:
         """The next step's batches."""
         found = list(itertools.islice(batches, self.config.accumulate))
         if self.done == 0:
-            self._listeners.tell("first_batch", found[0], self.step.preview(found[0]))
+            batch = copy.deepcopy(found[0])
+            self._listeners.tell("first_batch", batch, self.step.preview(batch))
         return found
 
     def _evaluate(self, epoch: int) -> None:
@@ -191,18 +195,15 @@ class Trainer:
         if best:
             self.best = row["AP"]
         self._last_evaluation = row
-        self._listeners.tell("evaluated", row, evaluation.results, best)
         self._listeners.tell("row_logged", row)
+        self._listeners.tell("evaluated", row, evaluation.results, best)
 
     def _log_losses(self, wait: bool = False) -> None:
         for row in self._losses.arrived(wait):
             self._listeners.tell("row_logged", plain(row))
 
     def _warn(self, text: str) -> None:
-        if self._listeners is None:
-            print(f"warning: {text}", file=sys.stderr)
-        else:
-            self._listeners.tell("row_logged", {"event": "warning", "step": self.done, "message": text})
+        self._listeners.warn(self.done, text)
 
     def _weights(self) -> dict:
         return {
@@ -214,11 +215,7 @@ class Trainer:
             "epoch": self.done // self.steps_per_epoch,  # whole ones
         }
 
-    def _save(self) -> None:
-        path = self._write_checkpoint()
-        self._listeners.tell("checkpoint_saved", path, self.done)
-
-    def _write_checkpoint(self) -> Path:
+    def _save(self, tell: bool = True) -> None:
         self._log_losses(wait=True)
         window = self._losses.state(self.done)
         noise = self.processes.gather(self.step.noise_generator.get_state())
@@ -233,7 +230,8 @@ class Trainer:
                 "noise_sums": self.step.noise_meter.sums,
             }
             save_checkpoint(path, self._weights() | state)
-        return path
+        if tell:
+            self._listeners.tell("checkpoint_saved", path, self.done)
 
     def _restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model"])

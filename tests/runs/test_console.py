@@ -57,7 +57,7 @@ def test_eta_covers_the_steps_and_the_evaluations_to_come(monkeypatch: pytest.Mo
         console.step_ended(step, images=4, waited=0.5)
     assert console.eta() == pytest.approx(20)
     clock[0] += 7  # evaluation, which must not count as slow training
-    console.evaluated(row(1, 7, AP=0.5), [], best=True)
+    console.row_logged(row(1, 7, AP=0.5))
     clock[0] += 1
     console.step_ended(11, images=4, waited=0.5)
     assert console.eta() == pytest.approx(19 + 2 * 7)
@@ -72,9 +72,9 @@ def test_resumed_run_counts_on():
 def test_evaluation_table_marks_the_best_and_aligns():
     console, file = begun()
     console.row_logged({"event": "train", "step": 3, "loss": 5.5})
-    console.evaluated(row(1, 1.25, AP=0.1, AP50=0.25, AP75=None), [], best=True)
+    console.row_logged(row(1, 1.25, AP=0.1, AP50=0.25, AP75=None))
     console.row_logged({"event": "train", "step": 6, "loss": None})
-    console.evaluated(row(2, 65, AP=0.05, AP50=0.2, AP75=0.01), [], best=False)
+    console.row_logged(row(2, 65, AP=0.05, AP50=0.2, AP75=0.01))
     header, first, second = file.getvalue().splitlines()
     assert header.split() == ["epoch", "loss", "AP", "AP50", "AP75", "APs", "APm", "APl", "time"]
     assert first.split() == ["1", "5.500", "0.100", "0.250", "-", "-", "-", "-", "1.2s", "best"]
@@ -101,7 +101,7 @@ def test_quiet_prints_nothing():
     console.classes([(1, "a")], {"train": [1]})
     console.row_logged({"event": "warning", "step": 1, "message": "hm"})
     console.step_ended(1, 8, 0.0)
-    console.evaluated(row(1, 1.0, AP=0.5), [], best=True)
+    console.row_logged(row(1, 1.0, AP=0.5))
     console.run_ended("finished", "", {})
     assert file.getvalue() == ""
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -14,11 +13,11 @@ def a_run(
     folder: Path, epochs: int = 2, steps_per_epoch: int = 3, step: int = 0, rows: list[dict] | None = None, **about
 ) -> Run:
     """A run of the quick start's preset with so many steps; about: other fields of ``Run``."""
-    unused = {name: None for name in ("warn", "infer", "weights")}
+    unused = {name: None for name in ("validation", "ground_truth", "infer", "weights", "warn", "stop")}
     return Run(
         folder=folder,
         config=replace(PRESETS["tiny"](), epochs=epochs),
-        data=SimpleNamespace(classes=[(1, "circle"), (2, "square")]),
+        classes=[(1, "circle"), (2, "square")],
         device=torch.device("cpu"),
         steps=epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
