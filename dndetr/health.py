@@ -12,7 +12,6 @@ from .commandline import DeviceName, ModelPath, program
 from .config import demand
 
 if TYPE_CHECKING:
-
     from .analysis.leak import LeakCheck
     from .config import Config
     from .data.training import TrainingData
