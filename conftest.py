@@ -17,6 +17,7 @@ def pytest_cmdline_main(config):
     alone = asked or one_of_many or option.collectonly or option.usepdb or option.capture == "no"
     if whole and not alone:
         option.numprocesses = min(len(os.sched_getaffinity(0)), _MOST)
+        option.dist = "worksteal"  # tests take from a millisecond to half a minute
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import attention_tile, processors
-from kernels.online_softmax import (
+from .attention_tiles import attention_tile, processors
+from .online_softmax import (
     LOG2_E,
     head_of,
     load_rows,

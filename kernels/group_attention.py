@@ -8,8 +8,8 @@ comparisons per score sort out the rows, and the matching part, which needs none
 import triton
 import triton.language as tl
 
-from kernels.attention_tiles import attention_tile
-from kernels.online_softmax import (
+from .attention_tiles import attention_tile
+from .online_softmax import (
     LOG2_E,
     head_of,
     load_rows,

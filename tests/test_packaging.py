@@ -63,6 +63,22 @@ def test_wheel_holds_the_package_and_nothing_else(root, wheel, mode):
     assert any(name.startswith("dndetr/_C.") for name in names) == (mode == "cpu")
 
 
+def test_every_module_of_the_wheel_can_be_imported(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import importlib, pkgutil, dndetr\n"
+        "assert dndetr.__file__.startswith({site!r})\n"
+        "found = [m.name for m in pkgutil.walk_packages(dndetr.__path__, 'dndetr.')]\n"
+        "found += ['dndetr.kernels.' + m.name for m in pkgutil.iter_modules([dndetr.__path__[0] + '/kernels'])]\n"
+        "for name in found:\n"
+        "    if name not in ('dndetr.__main__', 'dndetr.hf.trainer', 'dndetr._C'): importlib.import_module(name)\n"
+        "print(len(found))"
+    )
+    site = str(tmp_path / "site")
+    out = run([sys.executable, "-c", code.format(site=site)], tmp_path, PYTHONPATH=site)
+    assert int(out.split()[-1]) > 100
+
+
 @pytest.mark.slow
 @COMPILES
 @pytest.mark.parametrize("mode", ["cpu"], indirect=True, scope="module")

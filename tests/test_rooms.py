@@ -94,9 +94,11 @@ def house(tmp_path):
         ({"cellar.py": "def f():\n    from .roof.a import x"}, ["house.cellar:2 imports house.roof.a, which is above"]),
         ({"hall/b.py": "from .. import roof"}, ["house.hall.b:1 imports house.roof, which is above"]),
         ({"hall/b.py": "from house.cellar import c"}, ["house.hall.b:1 imports house.cellar absolutely"]),
+        ({"hall/b.py": "from cellar import c"}, ["house.hall.b:1 imports house.cellar absolutely"]),
+        ({"hall/b.py": "import cellar"}, ["house.hall.b:1 imports house.cellar absolutely"]),
         ({"attic.py": ""}, ["attic has no place in the order"]),
     ],
-    ids=["fine", "late", "whole-room", "absolute", "unknown"],
+    ids=["fine", "late", "whole-room", "absolute", "as-if-on-top", "on-top", "unknown"],
 )
 def test_what_is_wrong_is_seen(house, files, wrong):
     rooms_there = {"roof/__init__.py": "", "roof/a.py": "x = 1", "hall/__init__.py": "", "cellar.py": ""}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,18 +23,26 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: Sequence[str]) -> Iterator[tuple[int, str, bool]]:
-    """Line, module, and whether it is relative, of every import of the package's own modules, wherever it stands."""
+    """Line, module, and whether it is relative, of every import of the package's own modules, wherever it stands.
+
+    A folder of the package may be linked from the top of the repository, where it would be found as well: by chance.
+    """
     top = name.partition(".")[0]
+    linked = {entry.split(".")[1] for entry in known if entry.count(".")}
     here = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for entry in node.names:
-                if entry.name.partition(".")[0] == top:
-                    yield node.lineno, entry.name, False
+                first = entry.name.partition(".")[0]
+                if first == top or (first in linked and first not in sys.stdlib_module_names):
+                    yield node.lineno, entry.name if first == top else f"{top}.{entry.name}", False
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
             source = ".".join(filter(None, (base, node.module)))
-            if source.partition(".")[0] == top:
+            first = source.partition(".")[0]
+            if not node.level and first in linked and first not in sys.stdlib_module_names:
+                yield node.lineno, f"{top}.{source}", False
+            elif first == top:
                 for entry in node.names:
                     full = f"{source}.{entry.name}"
                     yield node.lineno, full if full in known else source, bool(node.level)
