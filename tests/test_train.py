@@ -111,19 +111,15 @@ def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(stop_after):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize(
-    "moments",
-    [("best.pt",), pytest.param(("checkpoint.pt", "metrics.jsonl", "best.pt"), marks=pytest.mark.slow)],
-    ids=["one", "several"],
-)
-def test_kills_at_any_moment_lose_nothing(tmp_path, moments):
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_nothing(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(goldens.ROOT)}
     program = [sys.executable, "-m", "dndetr.train"]
     # In a program of its own like the others: sums are cut up by the number of threads that torch was started with.
     subprocess.run([*program, *FEW, "--output", "whole"], env=environment, check=True, timeout=120)
     command = [*FEW, "--output", "killed", "--checkpoint-every", "2"]
     # Killed as soon as a file appears or changes: at the start, within an epoch, in the middle of writing.
-    for watched in moments:
+    for watched in ("checkpoint.pt", "metrics.jsonl", "best.pt"):
         path = tmp_path / "killed" / watched
         before = path.stat().st_mtime_ns if path.exists() else None
         process = subprocess.Popen([*program, *command], env=environment, stderr=subprocess.PIPE)

@@ -80,7 +80,7 @@ def test_nothing_is_said_of_what_was_not_measured():
     assert warnings(TINY, 880, [None] * 88, [None] * 8) == []
 
 
-@pytest.mark.parametrize(("rate", "stuck"), [("1e-9", True), ("2e-3", False)])
+@pytest.mark.parametrize(("rate", "stuck"), [("1e-9", True), pytest.param("2e-3", False, marks=pytest.mark.slow)])
 def test_a_real_run_that_cannot_learn_is_told_so_and_one_that_can_is_not(tmp_path, rate, stuck):
     torch.set_num_threads(1)
     less = [

@@ -17,6 +17,7 @@ def losses(backend, monkeypatch) -> torch.Tensor:
     return torch.stack([step(batch)[0].total.detach().clone() for _ in range(STEPS)])
 
 
+@pytest.mark.slow
 def test_deformable_attention_in_cpp_and_in_torch(extension, fresh_backends, monkeypatch):
     plain, compiled = (losses(backend, monkeypatch) for backend in ("reference", "cpp"))
     assert not torch.equal(plain, compiled), "both runs took the same implementation"
