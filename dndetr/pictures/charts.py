@@ -7,6 +7,7 @@ from .fonts import plain
 BLUE, CORAL, GREEN, VIOLET, AMBER = "#2d7dd2", "#f0544f", "#1fa774", "#8b5cf6", "#e69f00"
 INK, GREY, FAINT = "#22252b", "#8a8f98", "#d9dce1"
 DASHED = (0, (4, 2))
+DPI = 110
 
 
 def figure(size: tuple[float, float], title: str = "", letters: float = 15):
@@ -15,7 +16,7 @@ def figure(size: tuple[float, float], title: str = "", letters: float = 15):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
+    made = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(made)
     if title:
         made.suptitle(plain(title), fontsize=letters, fontweight="bold", color=INK, x=0.01, ha="left")

@@ -13,7 +13,7 @@ from ..files import write_json_atomic
 from ..runs.run_log import read_rows
 from .boxes import INK as TAG
 from .boxes import WHITE, BoxCanvas, class_colour
-from .charts import AMBER, BLUE, CORAL, DASHED, GREEN, INK, figure, finish, png
+from .charts import AMBER, BLUE, CORAL, DASHED, DPI, GREEN, INK, figure, finish, png
 from .curves import draw_denoising_log
 from .sheets import FLIPPED, batch_images, centre, lay_out, pixels_of, save_png
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _CELL = 300
 _ACROSS = 2
-_DPI = 110  # of a figure
 
 
 def write_denoising(
@@ -113,7 +112,7 @@ def _restored(example: Example, level: int, noise: float, class_names: Sequence[
 
 def _panel(report: dict, rows: Sequence[dict], box_noise: float, width: int) -> Image.Image:
     """Three charts: error by noise level, labels by noise level, and what the log says."""
-    page = figure((width / _DPI, 3.6))
+    page = figure((width / DPI, 3.6))
     error, label, share = page.subplots(1, 3)
     levels = report["levels"]
     error.plot(

@@ -12,6 +12,7 @@ docs/listeners.md has the moments, and what a listener may rely on.
 import copy
 import inspect
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,13 +111,14 @@ class Listeners:
         self._waiting: deque[tuple[str, tuple]] = deque()
         self._run: Run | None = None  # from its start to its end
         self._telling = self._answering = False
+        self._thread = threading.get_ident()
 
     def tell(self, moment: str, *about: Any) -> None:
-        """Call every listener's method of that name."""
+        """Call every listener's method of that name, in the trainer's own thread: what others say waits for it."""
         if moment == "run_started":
             (self._run,) = about
         self._waiting.append((moment, about))
-        if self._telling:
+        if self._telling or threading.get_ident() != self._thread:
             return
         self._telling = True
         try:
@@ -131,7 +133,6 @@ class Listeners:
                     self._run.warn(f"{failure}; training goes on, and its further errors are not shown")
         finally:
             self._telling = self._answering = False
-            self._waiting.clear()
 
     def warn(self, step: int, text: object) -> None:
         """Say a sentence in a row of the log or, while there is no run, on stderr; no warning answers another."""

@@ -23,13 +23,13 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in _HEEDED}
         return self
 
-    def ask(self, number: int = signal.SIGTERM) -> None:
-        """As if that signal had come; asked again, it stays with the first."""
-        self.number = self.number or number
-
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def ask(self, number: int = signal.SIGTERM) -> None:
+        """As if that signal had come; asked again, it stays with the first."""
+        self.number = self.number or number
 
     def _note(self, number: int, _frame) -> None:
         if self.number is not None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -207,6 +208,22 @@ def test_everyone_hears_everything_in_one_order_and_no_warning_is_answered(tmp_p
     for listener in (first, second):
         assert listener.moments() == ["run_started", *["row_logged"] * 5]
         assert [row for (row,) in listener.of("row_logged")] == read_rows(log.path)
+
+
+def test_what_a_thread_says_is_told_by_the_trainers_own(tmp_path):
+    class Where(Everything):
+        def row_logged(self, row):
+            self.told.append(("row_logged", row["event"], threading.get_ident()))
+
+    watcher = Where()
+    everyone = Listeners([RunLog()], [watcher])
+    everyone.tell("run_started", a_run(tmp_path, warn=lambda text: everyone.warn(1, text)))
+    thread = threading.Thread(target=watcher.of("run_started")[0][0].warn, args=["from a thread"])
+    thread.start()
+    thread.join()
+    assert watcher.of("row_logged") == []
+    everyone.tell("row_logged", {"event": "train", "step": 2})
+    assert watcher.of("row_logged") == [(event, threading.get_ident()) for event in ("warning", "train")]
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_whoever_made_the_row(tmp_path, monkeypatch):
