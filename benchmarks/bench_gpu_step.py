@@ -1,20 +1,26 @@
 """Whole training steps on a GPU, 2 and 16 images of 800 x 1333: ours, Hugging Face's, ours on references, the official.
 
-``pytest benchmarks/bench_gpu_step.py -s --results FILE``. Ours run under bfloat16 autocast, captured ("ours") and
-eager; others without autocast and with it, as users run them. Every step brings its images from the host. All are timed
-in turn, in bursts that end in one synchronisation, as training runs. Counted as well: images per second, peak memory,
-launches and waits of the host, what the device's time is spent on, and the least time that products and convolutions
-take. The official implementation is used where ``DNDETR_OFFICIAL`` says there is a copy.
+``pytest benchmarks/bench_gpu_step.py -s --results FILE [--contenders "ours|official"]``. Ours run under bfloat16
+autocast, captured ("ours") and eager; others without autocast and with it, as users run them; "classical kernels" are
+ours with deformable attention as the original extension maps it, in float32, and all else on references. Every step
+brings its images from the host and is timed in bursts that end in one synchronisation, as training runs. One
+contender is in memory at a time, and its result is kept before the next one is made. Counted as well: images per
+second, peak memory, launches and waits of the host, what the device's time is spent on, and the least time that
+products and convolutions take. The official implementation is used where ``DNDETR_OFFICIAL`` says there is a copy.
 """
 
 import gc
+import importlib
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import cuda_calls
+import deform_attn_peers
 import official
 import pytest
 import torch
@@ -23,13 +29,14 @@ from peers import hf_step, make_batch, our_step, references
 from stages import STAGES, stages
 from torch.profiler import record_function
 
+deformable = importlib.import_module("dndetr.ops.ms_deform_attn")
+
 SIZE = (800, 1333)
 COUNTS = [7, 12, 3, 20]
 CASES = [(preset, images) for images in (2, 16) for preset in ("dn-deformable-detr-r50", "dn-detr-r50")]
 WARM = 3  # steps before the ones that count: the first allocates, the second is captured
 BURST = 4  # steps between two synchronisations
-SLOW = 0.2  # seconds of a step, beyond which a burst of one is long enough
-ROUNDS, SECONDS = 15, 25.0  # of all in turn, whichever ends first
+BURSTS = 9
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
@@ -49,7 +56,20 @@ def contenders(preset: str, batch) -> dict[str, Callable[[], Callable[[], object
 
         return run
 
-    return {
+    def classical():
+        step, extension = ours(BFLOAT16, graph=False), deform_attn_peers.classical()
+
+        def attention(value, shapes, locations, weights):
+            inputs = (x.float().contiguous() for x in (locations, weights))
+            return extension(value.float().contiguous(), shapes, *inputs).to(value.dtype)
+
+        def run():
+            with references(), mock.patch.object(deformable, "ms_deform_attn_reference", attention):
+                return step()
+
+        return run
+
+    found = {
         "ours": lambda: ours(BFLOAT16, graph=True),
         "ours, eager": lambda: ours(BFLOAT16, graph=False),
         f"{peer}, bfloat16": lambda: hf_step(preset, batch, "cuda", BFLOAT16),
@@ -58,6 +78,7 @@ def contenders(preset: str, batch) -> dict[str, Callable[[], Callable[[], object
         "reference ops, float32": lambda: plain(FLOAT32),
         "official, float32": lambda: official.step(preset, batch, "cuda"),
     }
+    return found | ({"classical kernels, bfloat16": classical} if "deformable" in preset else {})
 
 
 def made(make: Callable) -> tuple[Callable[[], object], dict[str, int]]:
@@ -100,23 +121,10 @@ def in_a_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
 
 
-def take_turns(running: dict[str, Callable], missing: dict[str, str], keep: Callable[[dict], None]) -> dict[str, float]:
-    """Median seconds of each step; whatever fails leaves the race. ``keep`` gets the medians after every round."""
-    times = {name: [] for name in running}
-    median = {}
-    end = time.perf_counter() + SECONDS
-    for number in range(ROUNDS):
-        for name in [*running]:
-            try:
-                times[name].append(burst(running[name], BURST if median.get(name, 0) < SLOW else 1))
-            except (RuntimeError, ValueError) as failure:
-                missing[name] = in_a_line(failure)
-                del running[name], times[name]
-        median = {name: statistics.median(values) for name, values in times.items()}
-        keep(median)
-        if number >= 2 and time.perf_counter() > end:
-            break
-    return median
+def timed(run: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds of a step: the median of bursts, the least and the most."""
+    times = [burst(run, BURST) for _ in range(BURSTS)]
+    return statistics.median(times), min(times), max(times)
 
 
 def shares(run: partial) -> dict[str, float]:
@@ -127,37 +135,41 @@ def shares(run: partial) -> dict[str, float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("preset", "images"), CASES)
-def bench_gpu_step(record, preset, images):
+def bench_gpu_step(record, request, preset, images):
+    chosen = request.config.getoption("--contenders")
     batch = make_batch(images, *SIZE, COUNTS)
     batch = replace(batch, images=batch.images.contiguous())  # as the data loader has them
     title = f"step of {preset}, {images} images of {SIZE[0]}x{SIZE[1]}"
-    running, counted, missing, found = {}, {}, {}, {}
+    median, spread, counted, missing, found = {}, {}, {}, {}, {"refused_wait": {}}
 
-    def keep(median: dict[str, float]) -> None:
+    def keep() -> None:
         speed = {name: images / seconds for name, seconds in median.items()}
-        record(title, median, images_per_second=speed, counted=counted, missing=missing, **found)
+        record(title, median, images_per_second=speed, spread=spread, counted=counted, missing=missing, **found)
 
     for name, make in contenders(preset, batch).items():
+        if chosen and not re.fullmatch(chosen, name):
+            continue
+        run = None
         try:
-            running[name], counted[name] = made(make)
-        except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as failure:  # out of memory, too
+            run, counted[name] = made(make)
+            median[name], *spread[name] = timed(run)
+            keep()
+            events = cuda_calls.trace(run)
+            counted[name] |= cuda_calls.per_step(events)
+            if name == "ours":
+                found["dearest"] = cuda_calls.dearest(events)
+            if name.startswith("ours"):
+                found["refused_wait"][name] = refused_wait(run)
+            if name == "ours, eager":
+                found["shares"] = shares(run)
+                found["floor"] = floating_point_floor(run, "cuda")
+                found["floor_fraction"] = found["floor"] / median.get("ours", median[name])
+        except Exception as failure:  # out of memory, what is not installed, what a compiler says
             missing[name] = in_a_line(failure)
-    median = take_turns(running, missing, keep)
-    for name, run in running.items():
-        events = cuda_calls.trace(run)
-        counted[name] |= cuda_calls.per_step(events)
-        if name == "ours":
-            found["dearest"] = cuda_calls.dearest(events)
-        keep(median)
-    found["refused_wait"] = {name: refused_wait(running[name]) for name in ("ours", "ours, eager") if name in running}
-    if "ours, eager" in running:
-        found["shares"] = shares(running["ours, eager"])
-        found["floor"] = floating_point_floor(running["ours, eager"], "cuda")
-        found["floor_fraction"] = found["floor"] / median.get("ours", median["ours, eager"])
-    keep(median)
+        keep()
     show(title, median, counted, missing, found)
     # What was promised of a captured step; everything measured is in the file by now.
-    assert "ours" in running, missing
+    assert "ours" in median, missing
     assert not any(found["refused_wait"].values()), found["refused_wait"]
     assert counted["ours"]["waits"] == 0 and counted["ours"]["launches"] <= 3, counted["ours"]
 

@@ -27,8 +27,11 @@ ON_CPU = {**TRAINING, "quarter-encoder": op.CASES["quarter-encoder"], **DECODERS
 ON_CPU["decoder-500, 2 images"] = (2, *DECODERS["decoder-500"][1:])
 ON_GPU = {
     f"{name}, {batch} images": (batch, *case[1:])
-    for name, case in {"encoder": (1, PIXELS, 8, 32, FULL, 4, 2, True), **DECODERS}.items()
-    for batch in (1, 2, 4, 16)
+    for name, case in {
+        "encoder": (1, PIXELS, 8, 32, FULL, 4, 2, True),
+        "decoder-500": DECODERS["decoder-500"],
+    }.items()
+    for batch in (2, 16)
 }
 # What the CPU path must reach, with AVX-512 and with AVX2: forward, forward and backward.
 DECODER_GOAL = {"avx512": (8, 8), "avx2": (5, 5)}
@@ -112,17 +115,19 @@ def bench_ms_deform_attn(benchmark, record, provenance, best, name, dtype, secon
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ON_GPU)
 def bench_ms_deform_attn_on_gpu(record, best, name, dtype):
     arguments = op.make_inputs(ON_GPU[name], dtype, "cuda")
     runs, missing = functions(arguments, "cuda")
     grad_out = torch.randn_like(runs["ours"][0]().detach())
-    median = {}
-    for peer, (run, inputs) in runs.items():
+    median, memory = {}, {}
+    for peer in sorted(runs, key=lambda peer: peer != "ours"):  # ours first, whatever becomes of the rest
+        run, inputs = runs[peer]
         try:
+            memory[peer] = peak_memory(run, inputs, grad_out)
             median[peer] = gpu_times(run, inputs, grad_out)
-        except RuntimeError as failure:  # also out of memory: the composite keeps every sample
+        except Exception as failure:  # out of memory, too: the composite keeps every sample
             missing[peer] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             torch.cuda.empty_cache()
     torch.use_deterministic_algorithms(True)
@@ -130,7 +135,18 @@ def bench_ms_deform_attn_on_gpu(record, best, name, dtype):
         median["ours, deterministic"] = gpu_times(*runs["ours"], grad_out)
     finally:
         torch.use_deterministic_algorithms(False)
-    report(record, f"{name}, {dtype}", arguments, median, best, missing)
+    report(record, f"{name}, {dtype}", arguments, median, best, missing, peak_memory=memory)
+
+
+def peak_memory(run, inputs, grad_out) -> int:
+    """Bytes that a pass forward and backward needs at most, beside its inputs."""
+    torch.autograd.grad(run(), inputs, grad_out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(run(), inputs, grad_out)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def gpu_times(run, inputs, grad_out) -> list[float]:

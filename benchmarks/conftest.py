@@ -16,6 +16,7 @@ def provenance() -> dict:
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write what was measured to this JSON file")
+    parser.addoption("--contenders", help="bench_gpu_step times those whose whole name this pattern matches (all)")
     parser.addoption("--rounds", type=int, default=3, help="how often bench_step times each whole step")
     parser.addoption("--images", type=int, default=2, help="images in a batch of bench_step")
 

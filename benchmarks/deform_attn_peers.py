@@ -11,7 +11,7 @@ def importable(device: str) -> tuple[dict, dict[str, str]]:
     """Peers that can be had here, and why the others cannot: ({name: function}, {name: reason})."""
     makers = {"Hugging Face": hugging_face}
     if device == "cuda":
-        makers |= {"classical mapping": classical, "mmcv": mmcv, "original extension": original}
+        makers |= {"classical mapping": classical, "deformops": deformops, "mmcv": mmcv, "original extension": original}
     peers, missing = {}, {}
     for name, make in makers.items():
         try:
@@ -40,6 +40,13 @@ def hugging_face():
         return module(value, cached[shapes][0], list(shapes), cached[shapes][1], locations, weights, 64)
 
     return run
+
+
+def deformops():
+    """deformops' choice among its kernels."""
+    from deformops.registry import msda
+
+    return _extension(lambda *inputs: msda(*inputs[:4], inputs[4].flatten(-2)))
 
 
 def mmcv():

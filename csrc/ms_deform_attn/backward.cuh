@@ -1,8 +1,9 @@
 // Deformable attention on a GPU, backward: everything is recomputed from the inputs, in one pass over the samples.
 //
-// Per corner a lane spreads its channels of the output's gradient to the gradient of value (a vector reduction in global
-// memory), and dots them with the corner. The dots of a step are summed over the lanes, each lane keeping its share;
-// once a row is done, its team turns them into the gradients of offsets, logits and reference points.
+// Per corner a lane spreads channels of the output's gradient to the gradient of value (a vector reduction in global
+// memory; not where value_gradient.cuh does it), and dots its own with the corner. The dots of a step are summed over the
+// lanes, each lane keeping its share; once a row is done, its team turns them into the gradients of offsets, logits and
+// reference points.
 #pragma once
 
 #include "rows.cuh"
@@ -19,19 +20,20 @@ struct Outputs {
 };
 
 // Float sums depend on their order; those of whole numbers do not, whatever the order of the blocks.
-template <bool Fixed, int N>
+// Apart: elements between a lane's quads.
+template <bool Fixed, int Apart, int N>
 __device__ __forceinline__ void spread(void* to, std::int64_t place, const float (&grad)[N], float weight, float unit) {
   if constexpr (Fixed) {
     unsigned long long* const sums = static_cast<unsigned long long*>(to) + place;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      atomicAdd(sums + i, static_cast<unsigned long long>(__float2ll_rn(weight * grad[i] * unit)));
+      atomicAdd(sums + i / 4 * Apart + i % 4, static_cast<unsigned long long>(__float2ll_rn(weight * grad[i] * unit)));
     }
   } else {
     float* const sums = static_cast<float*>(to) + place;
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      add_quad(sums + i, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3]);
+      add_quad(sums + i / 4 * Apart, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3]);
     }
   }
 }
@@ -82,7 +84,8 @@ __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, c
   }
 }
 
-template <class Element, int Width, bool Split, bool Fixed>
+// Spread: also the gradient of value.
+template <class Element, int Width, bool Split, bool Fixed, bool Spread>
 __global__ void __launch_bounds__(kThreads, 5)
     backward(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
   using M = Mapping<Element, Width>;
@@ -113,6 +116,18 @@ __global__ void __launch_bounds__(kThreads, 5)
       float grad[M::vector];
 #pragma unroll
       for (int i = 0; i < M::vector; ++i) grad[i] = inside ? widen(given.at[i]) * softmax.inverse : 0.0f;
+      // What is spread are quads that lie beside the neighbouring lanes' ones, so that a reduction fills whole sectors of 32
+      // bytes: those of a lane's own channels would each fill one half.
+      constexpr int kQuads = Width > 0 ? M::vector / 4 : 1, kApart = M::lanes * 4;
+      const int quad = kQuads > 1 ? start + channel_lane * 4 : inside ? channel : width - 4;
+      float quads[M::vector];
+#pragma unroll
+      for (int q = 0; q < kQuads && Spread; ++q) {
+        const auto part4 = load_vector(
+            reinterpret_cast<const Vector<Element, 4>*>(grad_out + row.index * width + quad + q * kApart));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) quads[4 * q + i] = widen(part4.at[i]) * softmax.inverse;
+      }
       for (int k = part * kStep; k < p.padded; k += kStep * kParts) {
         Channels corner[kStep][4];
         Addresses a[kStep];
@@ -134,8 +149,8 @@ __global__ void __launch_bounds__(kThreads, 5)
 #pragma unroll
             for (int i = 0; i < M::vector; ++i) sum += grad[i] * channels[i];
             dot[u * 4 + c] = sum;
-            if (weight[c] != 0.0f && inside) {
-              spread<Fixed>(grads.value, from + std::int64_t(a[u].at[c]) * M::vector, grad, weight[c], unit);
+            if (Spread && weight[c] != 0.0f && inside) {
+              spread<Fixed, kApart>(grads.value, head + quad + std::int64_t(a[u].at[c]) * M::vector, quads, weight[c], unit);
             }
           }
         }

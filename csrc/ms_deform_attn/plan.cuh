@@ -6,6 +6,7 @@
 #include <string>
 
 #include "rows.cuh"
+#include "value_gradient.cuh"
 
 namespace dndetr::deform {
 
@@ -53,6 +54,17 @@ inline Tiles tiles_for(const DeformAttn& p, std::int64_t pixels, int teams, int 
   return tiles;
 }
 
+inline unsigned blocks_of(const Problem& p) {
+  const std::int64_t blocks = std::int64_t(p.batch) * (p.heads / p.tiles.heads) * p.tiles.count;
+  constexpr std::int64_t kMostBlocks = 0x7fffffff;
+  if (blocks > kMostBlocks) {
+    throw std::invalid_argument("ms_deform_attn: " + std::to_string(blocks) + " blocks for " + std::to_string(p.batch) +
+                                " images, " + std::to_string(p.queries) + " queries, " + std::to_string(p.heads) +
+                                " heads; CUDA starts " + std::to_string(kMostBlocks));
+  }
+  return unsigned(blocks);
+}
+
 // vector: channels of a lane; team: lanes of a row; parts: of a team; slots: float4 in shared memory per sample.
 inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int slots) {
   Plan plan{};
@@ -81,15 +93,29 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
   const int teams = plan.threads / team;
   plan.shared = teams * row;
   k.tiles = tiles_for(p, pixels, teams, p.value.dtype == Dtype::float32 ? 4 : 2);
-  const std::int64_t blocks = std::int64_t(p.batch) * (p.heads / k.tiles.heads) * k.tiles.count;
-  constexpr std::int64_t kMostBlocks = 0x7fffffff;
-  if (blocks > kMostBlocks) {
-    throw std::invalid_argument("ms_deform_attn: " + std::to_string(blocks) + " blocks for " + std::to_string(p.batch) +
-                                " images, " + std::to_string(p.queries) + " queries, " + std::to_string(p.heads) +
-                                " heads; CUDA starts " + std::to_string(kMostBlocks));
-  }
-  plan.blocks = unsigned(blocks);
+  plan.blocks = blocks_of(k);
   return plan;
+}
+
+// The same for `value_gradient`: a block per tile and head.
+template <class Element, int Width>
+Plan value_plan_for(const DeformAttn& p) {
+  Plan plan = plan_for(p, 4, kTeam, 1, 1);
+  plan.problem.tiles.heads = 1;
+  plan.threads = kValueThreads;
+  plan.blocks = blocks_of(plan.problem);
+  plan.shared = tile_bytes<Element, Width>(plan.problem);
+  return plan;
+}
+
+// Whether queries are the pixels of the levels, and weights are those of a softmax, at most 1.
+inline bool has_tiles(const DeformAttn& p) {
+  std::int64_t pixels = 0;
+  for (int l = 0; l < p.levels; ++l) {
+    if (p.shapes[2 * l] >= kMostSide || p.shapes[2 * l + 1] >= kMostSide) return false;
+    pixels += std::int64_t(p.shapes[2 * l]) * p.shapes[2 * l + 1];
+  }
+  return p.queries == pixels && p.reference_width > 0;
 }
 
 // Whether rows alone would leave more than half of the GPU empty.

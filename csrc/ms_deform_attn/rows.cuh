@@ -66,16 +66,22 @@ __device__ __forceinline__ float attention_at(const Problem& p, const Row& row, 
   return p.reference_width > 0 ? exp2f((x - largest) * 1.44269504f) : x;
 }
 
+// The largest logit of a row, 0 where what is given are weights, by the `Team` lanes that share it.
+template <int Team>
+__device__ __forceinline__ float largest_logit(const Problem& p, const Row& row, int lane) {
+  if (p.reference_width == 0) return 0.0f;
+  float largest = -INFINITY;
+#pragma unroll 1
+  for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load(p.logits, row.index * p.samples + k));
+  return max_over<Team>(largest);
+}
+
 // All samples of a row, by the `Team` lanes that share it. Samples that see no pixel read, with weight zero, what another one
 // of the row sees: zero times a number that is not finite must not come from elsewhere.
 template <int Team>
 __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int lane, float4* weights, Place* places) {
-  float largest = -INFINITY, sum = 0;
-  if (p.reference_width > 0) {
-#pragma unroll 1
-    for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load(p.logits, row.index * p.samples + k));
-    largest = max_over<Team>(largest);
-  }
+  const float largest = largest_logit<Team>(p, row, lane);
+  float sum = 0;
   constexpr unsigned kNowhere = 0xffffffffu;
   unsigned somewhere = 0;  // one more than a place that is seen
   bool nowhere = false;

@@ -25,6 +25,9 @@
 struct float4 {
   float x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct uint2 {
   unsigned x, y;
 };
@@ -148,6 +151,40 @@ Word __shfl_xor_sync(unsigned, Word x, int step) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+template <class Word>
+Word __shfl_sync(unsigned, Word x, int from) {
+  std::uint32_t bits;
+  static_assert(sizeof bits == sizeof x);
+  std::memcpy(&bits, &x, sizeof x);
+  bits = emulator::exchange(bits, [=](const emulator::Fibre* warp, unsigned, int turn) {
+    return static_cast<std::uint32_t>(warp[from].exchange[turn]);
+  });
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  return emulator::exchange(x, [](const emulator::Fibre* warp, unsigned, int turn) {
+    unsigned bits = 0;
+    for (unsigned i = 0; i < emulator::kWarpSize; ++i) bits |= unsigned(warp[i].exchange[turn] != 0) << i;
+    return bits;
+  });
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class Word>
+Word __reduce_add_sync(unsigned, Word x) {
+  return emulator::exchange(std::uint32_t(x), [](const emulator::Fibre* warp, unsigned, int turn) {
+    std::uint32_t sum = 0;
+    for (unsigned i = 0; i < emulator::kWarpSize; ++i) sum += std::uint32_t(warp[i].exchange[turn]);
+    return Word(sum);
+  });
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  return emulator::exchange(x, [](const emulator::Fibre* warp, unsigned, int turn) {
+    std::uint64_t bits = 0;
+    for (unsigned i = 0; i < emulator::kWarpSize; ++i) bits |= warp[i].exchange[turn];
+    return static_cast<unsigned>(bits);
+  });
+}
 inline unsigned __reduce_min_sync(unsigned, unsigned x) {
   return emulator::exchange(x, [](const emulator::Fibre* warp, unsigned, int turn) {
     auto low = warp[0].exchange[turn];
@@ -184,6 +221,10 @@ T __ldg(const T* from) {
 template <class T>
 void atomicAdd(T* to, T x) {
   *to += x;
+}
+template <class T>
+void atomicOr(T* to, T x) {
+  *to |= x;
 }
 template <class T>
 void atomicMin(T* to, T x) {

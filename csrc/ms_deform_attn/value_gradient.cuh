@@ -1,0 +1,258 @@
+// The gradient of value where queries are the pixels of the levels: sums over a tile of queries, made on chip.
+//
+// A tile's queries and their samples lie close together: on each level nearly all of them fall into a small window, and a
+// few hundred pixels get some four thousand corners. So a block takes one head of one tile and writes, level by level, what
+// each query's samples weigh in each pixel of the window as a matrix [pixels, queries] in shared memory. Its product with
+// the queries' gradients [queries, channels], by the tensor cores, is the window's gradient, added to global memory once.
+// A corner outside of the window is added there directly.
+#pragma once
+
+#include "common/mma.cuh"
+#include "rows.cuh"
+
+namespace dndetr::deform {
+
+extern __shared__ float4 shared[];
+
+constexpr int kWindow = 16;              // pixels, both ways
+constexpr int kTile = 8;                 // queries, both ways
+constexpr int kQueries = kTile * kTile;  // of a block
+constexpr int kTeam = 4;                 // lanes that place a query's samples
+constexpr int kValueThreads = kQueries * kTeam;
+constexpr int kColumns = kQueries + 8;  // of the matrix; eight more, so that rows read together do not share banks
+constexpr int kMostSide = 1 << 15;      // pixels of a level
+
+// Which kernels there are: of half precision, whose gradients the tensor cores take as they are, at the models' width.
+template <class Element, int Width>
+constexpr bool has_value_gradient = sizeof(Element) == 2 && Width == 32;
+
+// A sample's upper left corner on its level, and whether the others are one pixel to the right and down.
+struct Corner {
+  std::uint32_t bits;
+
+  DNDETR_CONVERT int x() const { return int(bits & 0x7fffu); }
+  DNDETR_CONVERT int y() const { return int(bits >> 15 & 0x7fffu); }
+  DNDETR_CONVERT int right() const { return int(bits >> 30 & 1u); }
+  DNDETR_CONVERT int down() const { return int(bits >> 31); }
+};
+DNDETR_CONVERT Corner corner_of(const Sample& s) {
+  return {std::uint32_t(s.x.pixel) | std::uint32_t(s.y.pixel) << 15 | (s.x.step > 0 ? 1u << 30 : 0u) |
+          (s.y.step > 0 ? 1u << 31 : 0u)};
+}
+
+// A block's shared memory; the samples' weights and corners follow, queries `samples_apart` from each other.
+template <class Element, int Width>
+struct TileMemory {
+  static constexpr int row = Width + 8;  // of the gradients, padded as the matrix is
+
+  float matrix[kWindow * kWindow * kColumns];
+  alignas(16) Element gradients[kQueries * row];
+  float inverse[kQueries];    // of the softmax's sum
+  bool finite[kQueries];      // the gradient
+  int sums[kMaxLevels][3];    // over a level's samples: x, y, one
+  unsigned rows[kMaxLevels];  // of the window that a level's samples lie in, a bit each
+};
+__host__ __device__ inline int samples_apart(const Problem& p) { return p.samples | 1; }
+
+template <class Element, int Width>
+std::size_t tile_bytes(const Problem& p) {
+  return sizeof(TileMemory<Element, Width>) + std::size_t(kQueries) * samples_apart(p) * (sizeof(float4) + sizeof(Corner));
+}
+
+// Along one axis: where a window around the mean of the samples starts.
+__device__ __forceinline__ int window_start(int sum, int count, int size) {
+  const int middle = count > 0 ? sum / count : 0;
+  return max(0, min(middle + 1 - kWindow / 2, size - kWindow));
+}
+
+// Channel of a column of the product's part, eight columns wide: of two parts a lane holds four channels in a row, its
+// neighbours those beside them.
+__host__ __device__ constexpr int channel_of(int part, int column) {
+  return part / 2 * 16 + column / 2 * 4 + part % 2 * 2 + column % 2;
+}
+
+// Adds corners that lanes of a warp have outside of the window to global memory: four at a time, by eight lanes each.
+template <class Element, int Width>
+__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, float* to, unsigned apart, bool far, int pixel,
+                                        float weight, int query) {
+  const int lane = threadIdx.x % 32;
+  for (unsigned left = __ballot_sync(kWarp, far); left != 0;) {
+    unsigned mine = left;
+    for (int i = 0; i < lane / 8; ++i) mine &= mine - 1;
+    for (int i = 0; i < 4; ++i) left &= left - 1;
+    const int source = mine != 0 ? __ffs(int(mine)) - 1 : 0;
+    const int its_pixel = __shfl_sync(kWarp, pixel, source), its_query = __shfl_sync(kWarp, query, source);
+    const float its_weight = __shfl_sync(kWarp, weight, source);
+    if (mine == 0) continue;
+#pragma unroll
+    for (int channel = lane % 8 * 4; channel < Width; channel += 32) {
+      const Element* const from = tile.gradients + its_query * tile.row + channel;
+      add_quad(to + std::int64_t(its_pixel) * apart + channel, its_weight * widen(from[0]), its_weight * widen(from[1]),
+               its_weight * widen(from[2]), its_weight * widen(from[3]));
+    }
+  }
+}
+
+// to: float [B, S, H, Width].
+template <class Element, int Width>
+__global__ void __launch_bounds__(kValueThreads, 2)
+    value_gradient(const Problem p, const Element* __restrict__ grad_out, float* __restrict__ to) {
+  constexpr int kParts = Width / 8, kSteps = kQueries / 16, kWarps = kValueThreads / 32;
+  using Channels = Vector<Element, 8>;
+  auto& tile = *reinterpret_cast<TileMemory<Element, Width>*>(shared);
+  const int apart = samples_apart(p);
+  float4* const weights = reinterpret_cast<float4*>(&tile + 1);
+  Corner* const corners = reinterpret_cast<Corner*>(weights + kQueries * apart);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, query = thread / kTeam, member = thread % kTeam;
+
+  const Row row = row_at(p, query);
+  const float largest = largest_logit<kTeam>(p, row, member);
+  float sum = 0;
+#pragma unroll 1
+  for (int k = member; k < p.samples; k += kTeam) {
+    const Sample s = sample_at(p, row, k);
+    const float attention = row.live ? attention_at(p, row, k, largest) : 0.0f;
+    const float above = attention * s.y.low, below = attention * s.y.high;
+    sum += attention;
+    weights[query * apart + k] = {above * s.x.low, above * s.x.high, below * s.x.low, below * s.x.high};
+    corners[query * apart + k] = corner_of(s);
+  }
+  sum = sum_over<kTeam>(sum);
+  // A query whose gradient is not finite would spoil its neighbours' pixels in the product: zero times infinity.
+  unsigned broken = 0;
+#pragma unroll
+  for (int channel = member * 8; channel < Width; channel += kTeam * 8) {
+    const Channels given = load_vector(reinterpret_cast<const Channels*>(grad_out + row.index * Width + channel));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) broken |= !(fabsf(widen(given.at[i])) < INFINITY);
+    *reinterpret_cast<Channels*>(tile.gradients + query * tile.row + channel) = given;
+  }
+  tile.inverse[query] = row.live ? 1.0f / sum : 0.0f;
+  broken = max_over<kTeam>(broken);
+  tile.finite[query] = broken == 0;
+  for (int i = thread; i < kWindow * kWindow * kColumns / 4; i += kValueThreads) {
+    reinterpret_cast<float4*>(tile.matrix)[i] = {0, 0, 0, 0};
+  }
+  if (thread < kMaxLevels * 3) tile.sums[thread / 3][thread % 3] = 0;
+  if (thread < kMaxLevels) tile.rows[thread] = 0;
+  __syncthreads();
+
+#pragma unroll 1
+  for (int l = 0; l < p.levels; ++l) {
+    int x = 0, y = 0, count = 0;
+    for (int i = thread; i < kQueries * p.points; i += kValueThreads) {
+      const int at = i % kQueries * apart + l * p.points + i / kQueries;
+      const float4 w = weights[at];
+      if (w.x != 0.0f || w.y != 0.0f || w.z != 0.0f || w.w != 0.0f) {
+        x += corners[at].x(), y += corners[at].y(), ++count;
+      }
+    }
+    x = __reduce_add_sync(kWarp, x), y = __reduce_add_sync(kWarp, y), count = __reduce_add_sync(kWarp, count);
+    if (lane == 0) atomicAdd(&tile.sums[l][0], x), atomicAdd(&tile.sums[l][1], y), atomicAdd(&tile.sums[l][2], count);
+  }
+  // A lane's share of the gradients in all products.
+  const int line = lane / 4, place = lane % 4;
+  std::uint32_t gradients[kSteps][kParts][2];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = step * 16 + half * 8 + place * 2;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const Element* const from = tile.gradients + first * tile.row + channel_of(part, line);
+        gradients[step][part][half] =
+            pair(tile.finite[first] ? from[0] : Element{}, tile.finite[first + 1] ? from[tile.row] : Element{});
+      }
+    }
+  }
+  __syncthreads();
+
+  const unsigned stride = unsigned(p.heads) * Width;
+  float* const image = to + row.image * p.batch_stride + row.head * p.head_stride;
+#pragma unroll 1
+  for (int l = 0; l < p.levels; ++l) {
+    const Level level = p.level[l];
+    const int left = window_start(tile.sums[l][0], tile.sums[l][2], level.width);
+    const int top = window_start(tile.sums[l][1], tile.sums[l][2], level.height);
+    float* const map = image + std::int64_t(level.first) * stride;
+    if (warp < kQueries / 32) {
+      const float inverse = tile.inverse[thread];
+      const bool finite = tile.finite[thread];
+      unsigned rows = 0;
+#pragma unroll 1
+      for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
+        const float4 w = weights[thread * apart + k];
+        const Corner corner = corners[thread * apart + k];
+        const float weight[4] = {w.x * inverse, w.y * inverse, w.z * inverse, w.w * inverse};
+        const int x = corner.x() - left, y = corner.y() - top;
+        int at[4];
+        float moved[4];
+        unsigned far = 0;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int column = x + c % 2 * corner.right(), line = y + c / 2 * corner.down();
+          const bool counts = weight[c] != 0.0f;
+          const bool near = finite && unsigned(column) < unsigned(kWindow) && unsigned(line) < unsigned(kWindow);
+          at[c] = near && counts ? (line * kWindow + column) * kColumns + thread : -1;
+          rows |= near && counts ? 1u << line : 0u;
+          far |= !near && counts ? 1u << c : 0u;
+        }
+        // Corners that weigh something are different pixels.
+#pragma unroll
+        for (int c = 0; c < 4; ++c) moved[c] = at[c] >= 0 ? tile.matrix[at[c]] + weight[c] : 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if (at[c] >= 0) tile.matrix[at[c]] = moved[c];
+        }
+        if (__ballot_sync(kWarp, far != 0) == 0) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int pixel = (corner.y() + c / 2 * corner.down()) * level.width + corner.x() + c % 2 * corner.right();
+          add_far(tile, map, stride, (far >> c & 1u) != 0, pixel, weight[c], thread);
+        }
+      }
+      rows = __reduce_or_sync(kWarp, rows);
+      if (lane == 0) atomicOr(&tile.rows[l], rows);
+    }
+    __syncthreads();
+    const unsigned rows = tile.rows[l];
+#pragma unroll 1
+    for (int y = warp; y < kWindow; y += kWarps) {
+      if ((rows >> y & 1u) == 0) continue;
+      float product[kParts][4] = {};
+      float* const matrix = tile.matrix + (y * kWindow + line) * kColumns + place * 2;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        std::uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float2* const from = reinterpret_cast<float2*>(matrix + i % 2 * 8 * kColumns + step * 16 + i / 2 * 8);
+          const SplitPair split = dndetr::split<Element>(from->x, from->y);
+          high[i] = split.high, low[i] = split.low;
+          *from = {0, 0};  // for the next level
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          multiply_add(product[part], high, gradients[step][part][0], gradients[step][part][1], Element{});
+          multiply_add(product[part], low, gradients[step][part][0], gradients[step][part][1], Element{});
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int x = left + line + half * 8;
+        if (x >= level.width) continue;
+        float* const pixel = map + (std::int64_t(top + y) * level.width + x) * stride;
+#pragma unroll
+        for (int part = 0; part < kParts; part += 2) {
+          const float a = product[part][2 * half], b = product[part][2 * half + 1];
+          const float c = product[part + 1][2 * half], d = product[part + 1][2 * half + 1];
+          if (a != 0.0f || b != 0.0f || c != 0.0f || d != 0.0f) add_quad(pixel + channel_of(part, 2 * place), a, b, c, d);
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace dndetr::deform
