@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _backend
 from ..ops.conv3x3 import conv3x3
+from ..ops.frozen_norm import frozen_norm
 from .layers import Recomputable
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -18,6 +20,7 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and affine parameters, all of them buffers."""
 
     eps = 1e-5
+    _kept = None  # what scale and shift were made from, and they themselves
 
     def __init__(self, channels: int):
         super().__init__()
@@ -27,14 +30,43 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
-        """The same map as ``x * scale + shift``, two tensors [C]."""
+        """The same map as ``x * scale + shift``, two tensors [C], kept until a buffer changes.
+
+        A CUDA graph replays what they were at its capture, and its own changes of buffers go unnoticed.
+        """
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        if not _can_be_kept(buffers):
+            return self._folded()
+        state = [(x.data_ptr(), x._version, x.dtype, x.device) for x in buffers]
+        if self._kept is None or self._kept[0] != state:
+            if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._folded()  # values that are there only after a replay
+            with torch.inference_mode(False):
+                # The buffers' memory is kept as well, lest others get its address.
+                self._kept = state, self._folded(), [x.detach() for x in buffers]
+        return self._kept[1]
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": None}  # addresses mean nothing to a copy
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Files saved from a trainable batch norm carry a step counter that means nothing here.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _can_be_kept(buffers: tuple[Tensor, ...]) -> bool:
+    """Whether what is made of them now are plain tensors, of no trace, transform or graph of gradients."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) is not Tensor or x.is_inference() or x.requires_grad for x in buffers)
+    )
 
 
 def group_count(channels: int) -> int:
@@ -52,12 +84,22 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"unknown norm {kind!r}: choose frozen, batch or group")
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+def _conv_norm(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = False, shortcut: Tensor | None = None
+) -> Tensor:
+    """norm(conv(x)) plus the shortcut, its positive part with ``relu``."""
     if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(_convolve(x, conv, conv.weight, None))
-    # Folding into the kernel costs a pass over the weights instead of one over the activations.
-    scale, shift = norm.scale_shift()
-    return _convolve(x, conv, conv.weight * scale[:, None, None, None], shift)
+        x = norm(_convolve(x, conv, conv.weight, None))
+    else:
+        scale, shift = norm.scale_shift()
+        if _backend.choose("frozen_norm", device_type=x.device.type)[0] != "reference":
+            return frozen_norm(_convolve(x, conv, conv.weight, None), scale, shift, shortcut, relu)
+        # Folding into the kernel costs a pass over the weights instead of one over the activations.
+        x = _convolve(x, conv, conv.weight * scale[:, None, None, None], shift)
+    # No gradient asks for what goes into these sums and ReLUs, so they may overwrite it.
+    if shortcut is not None:
+        x.add_(shortcut)
+    return x.relu_() if relu else x
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,12 +133,11 @@ class _Block(Recomputable):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else _conv_norm(x, *self.downsample)
-        # No gradient asks for what goes into these sums and ReLUs, so they may overwrite it.
-        x = _conv_norm(x, self.conv1, self.bn1).relu_()
-        x = _conv_norm(x, self.conv2, self.bn2)
-        if self.conv3 is not None:
-            x = _conv_norm(x.relu_(), self.conv3, self.bn3)
-        return x.add_(shortcut).relu_()
+        x = _conv_norm(x, self.conv1, self.bn1, relu=True)
+        if self.conv3 is None:
+            return _conv_norm(x, self.conv2, self.bn2, relu=True, shortcut=shortcut)
+        x = _conv_norm(x, self.conv2, self.bn2, relu=True)
+        return _conv_norm(x, self.conv3, self.bn3, relu=True, shortcut=shortcut)
 
 
 class ResNet(nn.Module):
@@ -170,8 +211,8 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""
-        x = _conv_norm(images, self.conv1, self.bn1).relu_()
-        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else _conv_norm(x, self.conv2, self.bn2).relu_()
+        x = _conv_norm(images, self.conv1, self.bn1, relu=True)
+        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else _conv_norm(x, self.conv2, self.bn2, relu=True)
         maps = []
         for number in range(1, max(self.outputs) + 1):
             x = getattr(self, f"layer{number}")(x)

@@ -3,6 +3,7 @@
 from .assign import assign
 from .conditional_attention import conditional_attention
 from .conv3x3 import conv3x3
+from .frozen_norm import frozen_norm
 from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
@@ -19,6 +20,7 @@ __all__ = [
     "assign",
     "conditional_attention",
     "conv3x3",
+    "frozen_norm",
     "group_attention",
     "match",
     "match_cost",

@@ -1,0 +1,172 @@
+"""What follows a convolution under a frozen batch norm, in one pass: scale, shift, shortcut and ReLU.
+
+    y = x scale + shift + shortcut        with ``relu`` its positive part
+
+    g = grad y, with ``relu`` where y > 0
+    grad x = g scale        grad shortcut = g
+
+Scale and shift are fixed and get no gradient. Both passes compute in at least float32 and round once. Backward keeps of
+the maps y alone, and that only for a ReLU: the convolution that reads y keeps it, too.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _backend
+
+
+def frozen_norm_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """The specification in plain torch; arguments and result as :func:`frozen_norm`."""
+    scale, shift = (each.detach()[:, None, None] for each in (scale, shift))
+    y = x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift
+    if shortcut is not None:
+        y = y + shortcut
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+torch.library.define(
+    "dndetr::frozen_norm", "(Tensor x, Tensor scale, Tensor shift, Tensor? shortcut, bool relu) -> Tensor"
+)
+torch.library.define(
+    "dndetr::frozen_norm_backward",
+    "(Tensor grad_y, Tensor? y, Tensor scale, bool needs_x, bool needs_shortcut) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("dndetr::frozen_norm", ("cpu", "cuda"))
+def _forward(x, scale, shift, shortcut, relu):
+    from ..kernels.frozen_norm import frozen_norm_forward
+
+    y = _forward_fake(x, scale, shift, shortcut, relu)
+    with torch.cuda.device_of(x):
+        frozen_norm_forward(_packed(x), scale.contiguous(), shift.contiguous(), _packed(shortcut), relu, y)
+    return y
+
+
+@torch.library.impl("dndetr::frozen_norm_backward", ("cpu", "cuda"))
+def _backward(grad_y, y, scale, needs_x, needs_shortcut):
+    from ..kernels.frozen_norm import frozen_norm_backward
+
+    grads = grad_x, grad_shortcut = _backward_fake(grad_y, y, scale, needs_x, needs_shortcut)
+    asked = grad_x if needs_x else None, grad_shortcut if needs_shortcut else None
+    with torch.cuda.device_of(grad_y):
+        frozen_norm_backward(_packed(grad_y), _packed(y), scale.contiguous(), *asked)
+    return grads
+
+
+def _packed(x: Tensor | None) -> Tensor | None:
+    """The map, or a copy, with its channels last in memory."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("dndetr::frozen_norm")
+def _forward_fake(x, scale, shift, shortcut, relu):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("dndetr::frozen_norm_backward")
+def _backward_fake(grad_y, y, scale, needs_x, needs_shortcut):
+    return tuple(
+        torch.empty_like(grad_y, memory_format=torch.channels_last) if needed else grad_y.new_empty(0)
+        for needed in (needs_x, needs_shortcut)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, scale, _, _, ctx.relu = inputs
+    ctx.save_for_backward(scale, output if ctx.relu else None)
+
+
+def _differentiate(ctx, grad_y):
+    scale, y = ctx.saved_tensors
+    needs_x, _, _, needs_shortcut, _ = ctx.needs_input_grad
+    writes_shortcut = needs_shortcut and ctx.relu  # otherwise its gradient is there already
+    grad_x, grad_shortcut = None, grad_y if needs_shortcut else None
+    if needs_x or writes_shortcut:
+        written = torch.ops.dndetr.frozen_norm_backward(grad_y, y, scale, needs_x, writes_shortcut)
+        grad_x = written[0] if needs_x else None
+        grad_shortcut = written[1] if writes_shortcut else grad_shortcut
+    return grad_x, None, None, grad_shortcut, None
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("frozen_norm can be differentiated once; with backend='reference' as often as you like")
+
+
+torch.library.register_autograd("dndetr::frozen_norm", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("dndetr::frozen_norm_backward", _refuse)
+
+
+def frozen_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Scale and shift of each channel, the sum with a shortcut, and its positive part.
+
+    x [B, C, H, W], scale, shift [C], which get no gradient, shortcut like x -> [B, C, H, W] of x's dtype. The kernel's
+    results have their channels last in memory and can be differentiated once.
+    """
+    if x.dim() != 4 or not scale.shape == shift.shape == x.shape[1:2]:
+        shapes = f"{list(x.shape)}, {list(scale.shape)}, {list(shift.shape)}"
+        raise ValueError(f"frozen_norm: x must be [B, C, H, W], scale and shift [C]; got {shapes}")
+    if shortcut is not None and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
+        wanted, given = (f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (x, shortcut))
+        raise ValueError(f"frozen_norm: shortcut must be {wanted} as x is, got {given}")
+    if _backend.choose("frozen_norm", backend, x.device.type)[0] == "reference":
+        return frozen_norm_reference(x, scale, shift, shortcut, relu)
+    return torch.ops.dndetr.frozen_norm(x, scale, shift, shortcut, relu)
+
+
+# name: (B, C, H, W, dtype)
+CASES = {
+    "tiny": (2, 3, 2, 3, torch.float32),
+    "f64": (2, 12, 3, 4, torch.float64),
+    "bf16": (2, 64, 9, 7, torch.bfloat16),
+    "f16": (2, 64, 9, 7, torch.float16),
+    "eights": (1, 24, 14, 15, torch.bfloat16),
+    "uneven": (2, 91, 11, 5, torch.float32),
+    "two-tiles-of-channels": (1, 300, 5, 4, torch.bfloat16),
+    "many-pixels": (2, 8, 31, 33, torch.float32),
+    "one-channel": (2, 1, 3, 5, torch.float32),
+    "one-pixel": (3, 64, 1, 1, torch.bfloat16),
+    "no-images": (0, 64, 4, 4, torch.bfloat16),
+    "no-pixels": (2, 64, 0, 4, torch.float32),
+    "resnet": (2, 1024, 25, 42, torch.bfloat16),
+}
+
+
+def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, scale, shift, shortcut) of a case, maps with their channels last in memory."""
+    *shape, dtype = CASES[name]
+    draw = torch.Generator().manual_seed(seed)
+    precise = torch.promote_types(dtype, torch.float32)
+    x, shortcut = (
+        torch.randn(shape, generator=draw, dtype=precise).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    scale, shift = (torch.randn(shape[1], generator=draw, dtype=precise) for _ in range(2))
+    return x.to(device, dtype), scale.to(device), shift.to(device), shortcut.to(device, dtype)
+
+
+def _self_test(device_type: str) -> float:
+    x, scale, shift, shortcut = make_case("tiny", device_type)
+    inputs = x.requires_grad_(), shortcut.requires_grad_()
+    with torch.enable_grad():
+        expected = frozen_norm_reference(x, scale, shift, shortcut, relu=True)
+    weighting = torch.linspace(-1, 1, x.numel(), device=device_type).view(x.shape)
+    grads = torch.autograd.grad(expected, inputs, weighting)
+    y = torch.ops.dndetr.frozen_norm(x.detach(), scale, shift, shortcut.detach(), True)
+    given = torch.ops.dndetr.frozen_norm_backward(weighting, y, scale, True, True)
+    return max((a - b).abs().max().item() for a, b in zip((y, *given), (expected, *grads), strict=True))
+
+
+_backend.register(
+    "frozen_norm",
+    _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, _self_test, tolerance=1e-5),
+)

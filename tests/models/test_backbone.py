@@ -1,0 +1,199 @@
+"""The backbone's norms: folded into convolutions on a CPU, one pass after them on a GPU, and what is kept of them."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dndetr.models.backbone import FrozenBatchNorm2d, ResNet
+from dndetr.ops import _backend
+
+KINDS = {"basic": {"blocks": (1, 1), "expansion": 1, "stem": "small"}, "bottleneck": {"blocks": (1, 2), "expansion": 4}}
+
+
+def resnet(kind="basic", norm="frozen", device="cpu", dtype=torch.float32):
+    """Two stages, with norms as of a trained network."""
+    torch.manual_seed(0)
+    model = ResNet(**KINDS[kind], planes=(8, 16), norm=norm, frozen=1, outputs=(1, 2))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand(buffer.shape) + 0.5 * (name in ("weight", "running_var")))
+    return model.to(device, dtype, memory_format=torch.channels_last)
+
+
+def images(device="cpu", dtype=torch.float32):
+    x = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(device, dtype, memory_format=torch.channels_last)
+
+
+def maps_and_gradients(model, x):
+    """By name."""
+    maps = model(x)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    loss = sum((features.square() * features.detach().cos()).sum() for features in maps)
+    grads = torch.autograd.grad(loss, list(trained.values()))
+    return dict(enumerate(features.detach() for features in maps)) | dict(zip(trained, grads, strict=True))
+
+
+def folded(x, conv, norm, relu=True, shortcut=None):
+    """Each norm within the kernel, sums and ReLUs in place."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    x = F.conv2d(
+        x,
+        conv.weight * scale[:, None, None, None],
+        norm.bias - norm.running_mean * scale,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+    )
+    x = x if shortcut is None else x.add_(shortcut)
+    return x.relu_() if relu else x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu_norms_are_folded_to_the_bit(kind, fresh_backends, monkeypatch):
+    # torch's own convolution on both sides, whose order of summation is one
+    monkeypatch.setenv("DNDETR_BACKEND_CONV3X3", "reference")
+    model, x = resnet(kind), images()
+    found = model(x)
+    y = folded(x, model.conv1, model.bn1)
+    y = F.max_pool2d(y, 3, 2, 1) if model.conv2 is None else folded(y, model.conv2, model.bn2)
+    for features, layer in zip(found, (model.layer1, model.layer2), strict=True):
+        for block in layer:
+            shortcut = y if block.downsample is None else folded(y, *block.downsample, relu=False)
+            y = folded(y, block.conv1, block.bn1)
+            if block.conv3 is not None:
+                y = folded(y, block.conv2, block.bn2)
+            last = (block.conv2, block.bn2) if block.conv3 is None else (block.conv3, block.bn3)
+            y = folded(y, *last, shortcut=shortcut)
+        assert torch.equal(features, y)
+
+
+def check_in_one_pass(kind, monkeypatch, device="cpu"):
+    """With the kernel after each convolution, maps and gradients are those of folded norms."""
+    results = {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("DNDETR_BACKEND_FROZEN_NORM", backend)
+        _backend.forget()
+        results[backend] = maps_and_gradients(resnet(kind, device=device, dtype=torch.float64), images(device).double())
+    for name, expected in results["reference"].items():
+        torch.testing.assert_close(results["triton"][name], expected, rtol=1e-9, atol=1e-9)
+
+
+INTERPRETED = """
+import pytest
+from test_backbone import *
+for kind in KINDS:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check_in_one_pass(kind, monkeypatch)
+"""
+
+
+def test_in_the_interpreter_of_triton(root):
+    pytest.importorskip("triton")
+    folders = os.pathsep.join((str(root), str(root / "tests" / "models")))
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind, fresh_backends, monkeypatch):
+    check_in_one_pass(kind, monkeypatch, "cuda")
+
+
+@pytest.fixture
+def norm():
+    torch.manual_seed(0)
+    norm = FrozenBatchNorm2d(6)
+    norm.load_state_dict({name: torch.rand(6) + 0.5 for name in norm.state_dict()})
+    return norm
+
+
+def check(norm):
+    """Scale and shift are right, and kept: -> them."""
+    weight, bias, mean, var = (buffer.detach() for buffer in norm.buffers())
+    scale, shift = found = norm.scale_shift()
+    wanted = weight / (var + norm.eps).sqrt()
+    torch.testing.assert_close(scale, wanted)
+    torch.testing.assert_close(shift, bias - mean * wanted)
+    assert all(a is b for a, b in zip(found, norm.scale_shift(), strict=True))
+    return found
+
+
+def changed(norm):
+    norm.running_mean.add_(1)
+    return norm
+
+
+CHANGES = {
+    "load": lambda norm: norm.load_state_dict({name: torch.rand(6) for name in norm.state_dict()}),
+    "assign": lambda norm: norm.load_state_dict({name: torch.rand(6) for name in norm.state_dict()}, assign=True),
+    "foreach": lambda norm: torch._foreach_lerp_(list(norm.buffers()), [torch.ones(6)] * 4, 0.3),
+    "in-place": changed,
+    "new-buffer": lambda norm: setattr(norm, "bias", torch.rand(6)),
+    "data": lambda norm: setattr(norm.weight, "data", torch.rand(6)),
+    "precise": lambda norm: norm.double(),
+    "there-and-back": lambda norm: norm.bfloat16().float(),
+    "copy": lambda norm: changed(copy.deepcopy(norm)),
+    "pickle": lambda norm: changed(pickle.loads(pickle.dumps(norm))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_scale_and_shift_follow_the_buffers(norm, change):
+    first = check(norm)
+    result = CHANGES[change](norm)
+    after = check(result if isinstance(result, FrozenBatchNorm2d) else norm)
+    assert any(a is not b for a, b in zip(first, after, strict=True))
+    assert list(norm.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    check(norm)
+
+
+def test_nothing_made_in_a_trace_or_transform_is_kept(norm):
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        norm.scale_shift()
+    assert norm._kept is None
+    x = torch.randn(3, 6)
+    expected = x * norm.scale_shift()[0]
+    norm._kept = None
+    torch.testing.assert_close(torch.func.vmap(lambda x: x * norm.scale_shift()[0])(x), expected)
+    torch.func.grad(lambda x: (x * norm.scale_shift()[0]).sum())(x)
+    torch.testing.assert_close(
+        torch.compile(lambda x: x * norm.scale_shift()[0], fullgraph=True, backend="eager")(x), expected
+    )
+    assert norm._kept is None
+    check(norm)
+    assert torch.equal(torch.func.vmap(lambda x: x * norm.scale_shift()[0])(x), expected)
+    norm.weight.requires_grad_()
+    assert norm.scale_shift()[0].requires_grad
+
+
+def test_what_inference_keeps_serves_training(norm):
+    with torch.inference_mode():
+        scale, _ = check(norm)
+    (torch.ones(6, requires_grad=True) * scale).sum().backward()
+    with torch.inference_mode():
+        norm.double().scale_shift()  # buffers without a count of changes
+    assert norm._kept[1][0] is scale
+
+
+@pytest.mark.gpu
+def test_a_capture_keeps_nothing_and_uses_what_is_kept(norm):
+    norm.cuda()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = norm.scale_shift()
+    assert norm._kept is None
+    graph.replay()
+    kept = check(norm)
+    torch.testing.assert_close(found, kept)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert norm.scale_shift()[0] is kept[0]

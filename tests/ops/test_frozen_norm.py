@@ -1,0 +1,263 @@
+import importlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from dndetr.ops import frozen_norm
+
+# The package exports the function under the module's name.
+op = importlib.import_module("dndetr.ops.frozen_norm")
+
+NAMES = ("y", "grad x", "grad shortcut")
+FORMS = list(itertools.product((False, True), (False, True)))  # with a shortcut, with a ReLU
+
+
+def run(case, backend, dtype=None, summed=True, relu=True, needs=(True, True)):
+    """The result and the gradients by name, of what needs one."""
+    x, scale, shift, shortcut = (tensor.detach().to(dtype or tensor.dtype) for tensor in case)
+    maps = (x, shortcut) if summed else (x,)
+    asked = [each.requires_grad_() for each, needed in zip(maps, needs, strict=False) if needed]
+    y = frozen_norm(x, scale, shift, shortcut if summed else None, relu, backend)
+    names = [name for name, needed in zip(NAMES[1 : 1 + len(maps)], needs, strict=False) if needed]
+    slant = torch.linspace(-2, 3, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+    grads = torch.autograd.grad(y, asked, slant) if asked else ()
+    return {"y": y.detach()} | dict(zip(names, grads, strict=True))
+
+
+def error(given, exact):
+    return ((given.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-6)).item() if exact.numel() else 0.0
+
+
+def check_precision(name, device="cpu", roundings=None):
+    """The kernel is at most twice as far from float64 as the specification in the case's dtype."""
+    roundings = {torch.float64: 1e-13, torch.float32: 1e-6} | (roundings or {})
+    case = op.make_case(name, device)
+    for summed, relu in FORMS:
+        ways = (("reference", torch.float64), ("reference",), ("triton",))
+        exact, plain, given = (run(case, *way, summed=summed, relu=relu) for way in ways)
+        assert given.keys() == plain.keys() and len(given) == 2 + summed
+        for part, found in given.items():
+            assert found.dtype == plain[part].dtype and found.shape == plain[part].shape
+            bound = max(2 * error(plain[part], exact[part]), roundings.get(found.dtype, 0.0))
+            assert error(found, exact[part]) <= bound, (name, summed, relu, part)
+
+
+def check_strides(device="cpu"):
+    """Maps in any layout give what channels-last ones do, which is what all results are."""
+    x, scale, shift, shortcut = op.make_case("uneven", device)
+    expected = run((x, scale, shift, shortcut), "triton")
+    wide = x.new_zeros(*x.shape[:3], 2 * x.shape[3])
+    wide[..., ::2] = x
+    for layout in (x.contiguous(), wide[..., ::2], x.transpose(2, 3).contiguous().transpose(2, 3)):
+        given = run((layout, scale.repeat_interleave(2)[::2], shift, shortcut.contiguous()), "triton")
+        for part, found in given.items():
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(found, expected[part]), part
+    x.requires_grad_()
+    y = frozen_norm(x, scale, shift, shortcut, True, "triton")
+    (grad,) = torch.autograd.grad(y.sum(), x)  # an expanded gradient
+    torch.testing.assert_close(grad, (y > 0) * scale[:, None, None])
+    (grad,) = torch.autograd.grad(frozen_norm(x, scale, shift, None, True, "triton"), x, torch.ones(x.shape).to(device))
+    assert grad.is_contiguous(memory_format=torch.channels_last)  # of one that has its channels first
+
+
+def check_edges(device="cpu"):
+    """What is not a number, and exact zeros, as in torch."""
+    nan, inf = math.nan, math.inf
+    x = torch.tensor([nan, 0.0, -0.0, 1.0, -1.0, inf, -inf, 2.0], device=device).view(1, 1, 2, 4)
+    one, none = torch.ones(1, device=device), torch.zeros(1, device=device)
+    for shortcut in (torch.zeros_like(x), x.flip(3), -x):
+        case = x, one, none, shortcut
+        expected, given = (run(case, backend) for backend in ("reference", "triton"))
+        for part in NAMES:
+            torch.testing.assert_close(given[part], expected[part], rtol=0, atol=0, equal_nan=True)
+
+
+def check_needs(device="cpu"):
+    """What needs no gradient gets none, nor is it written."""
+    from dndetr.kernels import frozen_norm as kernels
+
+    case = x, scale, shift, shortcut = op.make_case("tiny", device)
+    for relu, needs in itertools.product((False, True), ((True, True), (True, False), (False, True))):
+        expected = run(case, "reference", relu=relu, needs=needs)
+        with mock.patch.object(kernels, "frozen_norm_backward", wraps=kernels.frozen_norm_backward) as backward:
+            given = run(case, "triton", relu=relu, needs=needs)
+        assert given.keys() == expected.keys()
+        for part, found in given.items():
+            torch.testing.assert_close(found, expected[part])
+        written = [tuple(grad is not None for grad in call.args[-2:]) for call in backward.call_args_list]
+        asked = (needs[0], needs[1] and relu)
+        assert written == ([asked] if any(asked) else [])
+    assert not frozen_norm(x, scale, shift, shortcut, True, "triton").requires_grad
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not frozen_norm(x, scale, shift, shortcut, True, "triton").requires_grad
+    weighting = torch.ones_like(x).requires_grad_()
+    y = frozen_norm(x, scale, shift, shortcut, True, "triton")
+    (grad,) = torch.autograd.grad(y, x, weighting, create_graph=True)
+    with pytest.raises(RuntimeError, match="frozen_norm can be differentiated once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(("summed", "relu"), FORMS)
+def test_formula(summed, relu):
+    x, scale, shift, shortcut = case = op.make_case("f64")
+    found = run(case, "reference", summed=summed, relu=relu)
+    slant = torch.linspace(-2, 3, x.numel(), dtype=x.dtype).view(x.shape)
+    for place in itertools.product(*(range(size) for size in x.shape)):
+        channel = place[1]
+        y = (x[place] * scale[channel] + shift[channel]).item() + (shortcut[place].item() if summed else 0)
+        grad = 0 if relu and y <= 0 else slant[place].item()
+        expected = max(y, 0) if relu else y, grad * scale[channel].item(), grad
+        assert [found[part][place].item() for part in found] == pytest.approx(expected[: 2 + summed], abs=1e-14)
+
+
+def test_wrong_input_is_an_error():
+    x, scale, shift, shortcut = op.make_case("tiny")
+    with pytest.raises(ValueError, match=r"frozen_norm: x must be \[B, C, H, W\]"):
+        frozen_norm(x[0], scale, shift)
+    with pytest.raises(ValueError, match=r"scale and shift \[C\]; got \[2, 3, 2, 3\], \[2\], \[3\]"):
+        frozen_norm(x, scale[:2], shift)
+    with pytest.raises(ValueError, match=r"shortcut must be \[2, 3, 2, 3\] of torch.float32"):
+        frozen_norm(x, scale, shift, shortcut[:1])
+    with pytest.raises(ValueError, match=r"got \[2, 3, 2, 3\] of torch.float64"):
+        frozen_norm(x, scale, shift, shortcut.double())
+
+
+def test_fake_tensors(fake_cuda):
+    x = torch.empty(2, 64, 5, 6, device="cuda", dtype=torch.bfloat16)
+    channel = torch.empty(64, device="cuda")
+    y = torch.ops.dndetr.frozen_norm(x, channel, channel, x, True)
+    assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    grad_x, grad_shortcut = torch.ops.dndetr.frozen_norm_backward(x, y, channel, True, False)
+    assert grad_x.stride() == y.stride() and grad_shortcut.shape == (0,)
+
+
+def interpreted(root, interpreter, program):
+    """Run a program's text in Triton's interpreter, beside this file."""
+    env = {**interpreter, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests" / "ops")))}
+    program = "from test_frozen_norm import *\n" + program
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+INTERPRETED = """
+for name in op.CASES:
+    if name != "resnet":  # slow, and like the others
+        check_precision(name, roundings={torch.bfloat16: 8e-3})  # bfloat16 is truncated here
+check_strides()
+check_edges()
+check_needs()
+"""
+
+REGISTERED = """
+x, scale, shift, shortcut = op.make_case("bf16")
+for given in ((x, scale, shift, shortcut, True), (x, scale, shift, None, True), (x, scale, shift, shortcut, False)):
+    given = [t.requires_grad_() if torch.is_tensor(t) and t.dim() == 4 else t for t in given]
+    torch.library.opcheck(torch.ops.dndetr.frozen_norm.default, given)
+whole = op.make_case("f64")
+x, scale, shift, shortcut = (tensor[:1, :2, :1, :2] if tensor.dim() == 4 else tensor[:2] for tensor in whole)
+for relu in (False, True):
+    function = lambda x, shortcut: frozen_norm(x, scale, shift, shortcut, relu, "triton")
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), shortcut.requires_grad_()))
+x, scale, shift, shortcut = (tensor.requires_grad_(tensor.dim() == 4) for tensor in op.make_case("bf16"))
+def step(x, scale, shift, shortcut):
+    return frozen_norm(x, scale, shift, shortcut, True, "triton")
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+weighting = torch.randn(x.shape, dtype=x.dtype)
+found = torch.autograd.grad(compiled(x, scale, shift, shortcut), (x, shortcut), weighting)
+expected = torch.autograd.grad(step(x, scale, shift, shortcut), (x, shortcut), weighting)
+torch.testing.assert_close(found, expected, rtol=0, atol=0)
+"""
+
+
+@pytest.mark.parametrize("program", [INTERPRETED, REGISTERED], ids=["values", "registration"])
+def test_triton_in_the_interpreter(root, interpreter, program):
+    interpreted(root, interpreter, program)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", op.CASES)
+def test_gpu_is_as_precise_as_the_reference(name):
+    check_precision(name, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", [check_strides, check_edges, check_needs])
+def test_gpu_in_awkward_cases(check):
+    check("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_counts_beyond_31_bits():
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free memory")
+    shape, ones = (1, 64, 2**13, 2**12 + 1), torch.ones(64, device="cuda")  # a little more than 2**31 numbers
+    x = torch.empty(shape, dtype=torch.float16, device="cuda", memory_format=torch.channels_last).fill_(-1)
+    x[..., -1, -2:] = 3
+    y = frozen_norm(x, 2 * ones, ones, None, True, "triton")
+    assert (y[..., -1, -2:] == 7).all() and y.sum(dtype=torch.float64) == 7 * 2 * 64
+    (grad,) = torch.autograd.grad(frozen_norm(x.requires_grad_(), 2 * ones, ones, None, True, "triton"), x, y)
+    assert (grad[..., -1, -2:] == 14).all() and grad.sum(dtype=torch.float64) == 14 * 2 * 64
+
+
+@pytest.mark.gpu
+def test_gpu_replays_in_a_graph():
+    x, scale, shift, shortcut = op.make_case("bf16", "cuda")
+    inputs = [x.requires_grad_(), shortcut.requires_grad_()]
+    weighting = torch.randn_like(x)
+
+    def work():
+        y = frozen_norm(x, scale, shift, shortcut, True, "triton")
+        return y, *torch.autograd.grad(y, inputs, weighting)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = work()
+    with torch.no_grad():
+        x.mul_(-1)
+    graph.replay()
+    for found, expected in zip(captured, work(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("channels", [24, 64, 91, 2048])
+def test_triton_compiles_for_gpus_without_spilling(channels, dtype, arch, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver
+    from triton.compiler import ASTSource
+
+    from dndetr.kernels import frozen_norm as kernels
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    constants = {"RELU": True, "PRECISE": triton.language.float32, **kernels.tile(channels)}
+    types = {"rows": "i32", "packs": "i32", "scale": "*fp32", "shift": "*fp32"}
+    for function in (kernels.frozen_norm_forward_kernel, kernels.frozen_norm_backward_kernel):
+        names = function.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+        given = {name: value for name, value in constants.items() if name in names}
+        source = ASTSource(function, signature, given, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+        # Vectors of 16 bytes both ways where channels fill them.
+        for access in ("ld.global.v4.b32", "st.global.v4.b32"):
+            assert (access in compiled.asm["ptx"]) == (channels % 8 == 0), access
+        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
+        command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0" in usage and "LOCAL:0" in usage, usage
