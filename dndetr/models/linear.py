@@ -2,13 +2,17 @@
 
 torch sends a float32 ``linear`` on a CPU to MKL, which on processors of other makers than Intel's reaches half of what
 oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. Only the
-order of summation differs. bfloat16 products are oneDNN's in torch as well; everything else takes torch's own way.
+order of summation differs. bfloat16 products are oneDNN's in torch as well.
+
+On a GPU in half precision, products are torch's; a ReLU is part of its product, and forward and backward one pass less
+each, and the gradient of a bias is one short kernel of ours. Everything else takes torch's own way.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.column_sums import column_sums, relu_column_sums
 from ..ops.weight_gradients import weight_gradients
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -25,7 +29,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> x weight^T + bias [..., N], its positive part with ``relu``.
 
-    Differentiable once in float32 on a CPU.
+    Differentiable once in float32 on a CPU, and with a bias in half precision on a GPU.
     """
     onednn = (
         x.dtype == torch.float32
@@ -37,12 +41,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    if not onednn and not relu:
+    half = None if bias is None else _half(x, weight)
+    if not onednn and half is None and not relu:
         return F.linear(x, weight, bias)
     # Rows, as a product makes them: what changes a view of it in place costs three copies of the gradient backwards.
     rows = x.reshape(-1, x.shape[-1])
-    out = _Linear.apply(rows, weight, bias, relu) if onednn else F.linear(rows, weight, bias).relu_()
+    if onednn:
+        out = _Linear.apply(rows, weight, bias, relu)
+    elif half is not None:
+        out = _HalfLinear.apply(rows.to(half), weight.to(half), bias.to(half), relu)
+    else:
+        out = F.linear(rows, weight, bias).relu_()
     return out.view(*x.shape[:-1], len(weight))
+
+
+def _half(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The half-precision type in which a GPU multiplies these, itself or under autocast; None for other products."""
+    if not x.is_cuda or x.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    dtypes = {x.dtype, weight.dtype}
+    if torch.is_autocast_enabled("cuda") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cuda")}
+    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,3 +92,29 @@ class _Linear(torch.autograd.Function):
         else:
             grad_weight, grad_bias = None, grad_out.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias if needs_bias else None, None
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, relu):
+        out = torch._addmm_activation(bias, x, weight.t()) if relu else F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        x, weight, out = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_bias = None
+        if out is None:
+            grad_out = grad_out.contiguous()
+            if needs_bias:
+                grad_bias = column_sums(grad_out)
+        elif needs_bias:
+            grad_out, grad_bias = relu_column_sums(grad_out, out)
+        else:
+            grad_out = torch.ops.aten.threshold_backward(grad_out, out, 0)
+        grad_x = grad_out @ weight if needs_x else None
+        grad_weight = grad_out.t() @ x if needs_weight else None
+        return grad_x, grad_weight, grad_bias, None

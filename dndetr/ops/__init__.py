@@ -1,6 +1,7 @@
 """The compute-heavy parts, one module per op: a plain reference, its fast twins, and the choice between them."""
 
 from .assign import assign
+from .column_sums import column_sums, relu_column_sums
 from .conditional_attention import conditional_attention
 from .conv3x3 import conv3x3
 from .frozen_norm import frozen_norm
@@ -18,6 +19,7 @@ __all__ = [
     "LossWeights",
     "Matches",
     "assign",
+    "column_sums",
     "conditional_attention",
     "conv3x3",
     "frozen_norm",
@@ -26,6 +28,7 @@ __all__ = [
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "relu_column_sums",
     "set_loss",
     "weight_gradients",
 ]
