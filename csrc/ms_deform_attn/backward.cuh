@@ -71,9 +71,9 @@ __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, c
     float moved_x = 0, moved_y = 0, grown_x = 0, grown_y = 0;
 #pragma unroll 1
     for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
-      const std::int64_t offset = (row.index * p.samples + k) * 2;
+      const Two offset = load_two(p.offsets, row.index * p.samples + k);
       moved_x += dots[k].z, moved_y += dots[k].w;
-      grown_x += dots[k].z * load(p.offsets, offset), grown_y += dots[k].w * load(p.offsets, offset + 1);
+      grown_x += dots[k].z * offset.x, grown_y += dots[k].w * offset.y;
     }
     const std::int64_t image_row = row.query - std::int64_t(row.image) * p.queries;
     const std::int64_t head_row = (std::int64_t(row.image) * p.heads + row.head) * p.queries + image_row;

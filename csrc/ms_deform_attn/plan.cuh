@@ -71,6 +71,7 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
   Problem& k = plan.problem;
   k.batch = p.batch, k.queries = p.queries, k.heads = p.heads, k.width = p.width;
   k.levels = p.levels, k.points = p.points, k.samples = p.levels * p.points;
+  k.per_level = (65535u + unsigned(p.points)) / unsigned(p.points);
   const int step = kStep * parts;
   k.padded = (k.samples + step - 1) / step * step;
   k.reference_width = p.reference_width;

@@ -33,6 +33,7 @@ struct Tiles {
 struct Problem {
   int batch, queries, heads, width, levels, points, samples, padded;
   int reference_width;
+  unsigned per_level;  // 2^16 / points, rounded up: a sample's level is its number times that, by 2^16
   Level level[kMaxLevels];
   const void* value;
   std::int64_t batch_stride, head_stride;  // in elements
@@ -53,6 +54,24 @@ DNDETR_CONVERT float load(const Array& a, std::int64_t i) {
   if (a.dtype == Dtype::float32) return static_cast<const float*>(a.data)[i];
   if (a.dtype == Dtype::bfloat16) return widen(static_cast<const BFloat16*>(a.data)[i]);
   return widen(static_cast<const Float16*>(a.data)[i]);
+}
+// Two elements that follow each other, the i-th pair of an array that starts where such a pair may.
+struct Two {
+  float x, y;
+};
+template <class Element>
+struct alignas(2 * sizeof(Element)) ElementPair {
+  Element x, y;
+};
+template <class Element>
+DNDETR_CONVERT Two load_two_of(const void* data, std::int64_t i) {
+  const auto two = static_cast<const ElementPair<Element>*>(data)[i];
+  return {widen(two.x), widen(two.y)};
+}
+DNDETR_CONVERT Two load_two(const Array& a, std::int64_t i) {
+  if (a.dtype == Dtype::float32) return load_two_of<float>(a.data, i);
+  if (a.dtype == Dtype::bfloat16) return load_two_of<BFloat16>(a.data, i);
+  return load_two_of<Float16>(a.data, i);
 }
 DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
   if (a.dtype == Dtype::float32) {
@@ -91,18 +110,21 @@ DNDETR_CONVERT Axis axis_at(float x, int size, int valid) {
   return axis;
 }
 
-// Offset -> pixel coordinate is  start + scale * offset,  for x (axis 0) or y.
+// Offset -> pixel coordinate is  start + scale * offset.
 struct Affine {
-  float start, scale;
+  Two start, scale;
 };
 
-DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int level, int axis, int size) {
-  const float side = float(size);
-  if (p.reference_width == 0) return {-0.5f, side};
-  const std::int64_t at = (row.query * p.levels + level) * p.reference_width + axis;
-  const float start = load(p.reference, at) * side - 0.5f;
-  if (p.reference_width == 2) return {start, 1.0f};
-  return {start, load(p.reference, at + 2) * side * (0.5f / float(p.points))};
+DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int l, const Level& level) {
+  const float width = float(level.width), height = float(level.height);
+  if (p.reference_width == 0) return {{-0.5f, -0.5f}, {width, height}};
+  const std::int64_t at = (row.query * p.levels + l) * (p.reference_width / 2);
+  const Two centre = load_two(p.reference, at);
+  const Two start{centre.x * width - 0.5f, centre.y * height - 0.5f};
+  if (p.reference_width == 2) return {start, {1.0f, 1.0f}};
+  const Two size = load_two(p.reference, at + 1);
+  const float half = 0.5f / float(p.points);
+  return {start, {size.x * width * half, size.y * height * half}};
 }
 
 struct Sample {
@@ -114,7 +136,7 @@ struct Sample {
 };
 
 DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k) {
-  const int l = k / p.points;
+  const int l = int(unsigned(k) * p.per_level >> 16);
   const Level level = p.level[l];
   int height = level.height, width = level.width;
   if (p.valid_sizes) {
@@ -122,14 +144,14 @@ DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k) {
     height = int(valid[0] < 0 ? 0 : valid[0] > height ? height : valid[0]);
     width = int(valid[1] < 0 ? 0 : valid[1] > width ? width : valid[1]);
   }
-  const Affine x = affine_of(p, row, l, 0, level.width), y = affine_of(p, row, l, 1, level.height);
-  const std::int64_t at = (row.index * p.samples + k) * 2;
+  const Affine affine = affine_of(p, row, l, level);
+  const Two offset = load_two(p.offsets, row.index * p.samples + k);
   Sample s;
-  s.x = axis_at(x.start + x.scale * load(p.offsets, at), level.width, width);
-  s.y = axis_at(y.start + y.scale * load(p.offsets, at + 1), level.height, height);
+  s.x = axis_at(affine.start.x + affine.scale.x * offset.x, level.width, width);
+  s.y = axis_at(affine.start.y + affine.scale.y * offset.y, level.height, height);
   s.seen = s.x.seen && s.y.seen;
-  s.scale_x = x.scale;
-  s.scale_y = y.scale;
+  s.scale_x = affine.scale.x;
+  s.scale_y = affine.scale.y;
   s.width = level.width;
   s.pixel = level.first + unsigned(s.y.pixel) * unsigned(level.width) + unsigned(s.x.pixel);
   return s;

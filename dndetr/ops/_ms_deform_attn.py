@@ -85,8 +85,10 @@ def _backward_cpp(grad_out, value, shapes, reference_points, offsets, logits, va
     return grads[0], grad_reference, grads[1], grads[2]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(tensor: Tensor | None) -> Tensor | None:
     """The tensor, or a copy, with every row of its last dimension where the kernels' widest loads may start."""
+    if tensor is None:
+        return None
     unit = math.gcd(16, tensor.shape[-1] * tensor.element_size())
     places = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1]))
     if tensor.stride(-1) == 1 and all(place % unit == 0 for place in places):
@@ -98,7 +100,8 @@ def _forward_cuda(value, shapes, reference_points, offsets, logits, valid_sizes)
     module = _backend.compiled()
     out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
     value = _aligned(value)
-    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    points = map(_aligned, (reference_points, offsets, logits))
+    problem, _alive = _problem(module, value, shapes, *points, valid_sizes)
     module.ms_deform_attn_cuda(problem, _pointer(out), _backend.cuda_stream(value))
     return out
 
@@ -115,7 +118,8 @@ def _backward_cuda(grad_out, value, shapes, reference_points, offsets, logits, v
     grad_value = torch.zeros(
         value.shape, dtype=torch.float32 if fixed_point is None else torch.int64, device=value.device
     )
-    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    points = map(_aligned, (reference_points, offsets, logits))
+    problem, _alive = _problem(module, value, shapes, *points, valid_sizes)
     module.ms_deform_attn_backward_cuda(
         problem,
         _pointer(grad_out),
