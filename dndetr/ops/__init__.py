@@ -1,5 +1,6 @@
 """The compute-heavy parts, one module per op: a plain reference, its fast twins, and the choice between them."""
 
+from .add_norm import add_norm
 from .assign import assign
 from .conditional_attention import conditional_attention
 from .conv3x3 import conv3x3
@@ -16,6 +17,7 @@ __all__ = [
     "GroupLayout",
     "LossWeights",
     "Matches",
+    "add_norm",
     "assign",
     "conditional_attention",
     "conv3x3",
