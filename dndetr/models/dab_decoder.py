@@ -9,7 +9,7 @@ from ..ops.group_attention import GroupLayout, group_attention
 from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, Recomputable, merge_heads, split_heads
+from .layers import MLP, FeedForward, Recomputable, ResidualNorm, Stream, lowered, merge_heads, split_heads
 from .linear import Linear
 from .position import anchor_encoding
 
@@ -30,20 +30,20 @@ class DABDecoderLayer(Recomputable):
             self.add_module(f"ca_{name}_proj", Linear(width, width))
         self.ca_qpos_proj = Linear(width, width) if first else None
         self.level_gate = Linear(width, levels) if levels > 1 else None
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = ResidualNorm(width), ResidualNorm(width)
         self.ffn = FeedForward(width, hidden, activation)
 
     def forward(
-        self, x: Tensor, position: Tensor, sine: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
-    ) -> Tensor:
+        self, x: Stream, position: Tensor, sine: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
+    ) -> Stream:
         """x, position, sine [B, Q, C] (content, learned position, anchor encoding) -> [B, Q, C]."""
-        query = self.sa_qcontent_proj(x) + self.sa_qpos_proj(position)
+        query = self.sa_qcontent_proj(x.low) + self.sa_qpos_proj(position)
         q = split_heads(query, self.heads)
-        k = split_heads(self.sa_kcontent_proj(x) + self.sa_kpos_proj(position), self.heads)
-        v = split_heads(self.sa_v_proj(x), self.heads)
-        x = self.norm1(x + self.sa_out_proj(merge_heads(group_attention(q, k, v, layout, active))))
+        k = split_heads(self.sa_kcontent_proj(x.low) + self.sa_kpos_proj(position), self.heads)
+        v = split_heads(self.sa_v_proj(x.low), self.heads)
+        x = self.norm1(x, self.sa_out_proj(merge_heads(group_attention(q, k, v, layout, active))))
         gate = None if self.level_gate is None else self.level_gate(query).softmax(-1)
-        x = self.norm2(x + self.ca_out_proj(self._cross_attention(x, position, sine, features, gate)))
+        x = self.norm2(x, self.ca_out_proj(self._cross_attention(x.low, position, sine, features, gate)))
         return self.ffn(x)
 
     def _cross_attention(
@@ -103,7 +103,8 @@ class DABDecoder(nn.Module):
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4]."""
-        x, half = content, content.shape[-1] // 2
+        x, half = Stream.of(content), content.shape[-1] // 2
+        features = features._replace(tokens=lowered(features.tokens), position=lowered(features.position))
         reference = anchors.sigmoid()
         attached = reference
         logits, boxes = [], []
@@ -112,15 +113,15 @@ class DABDecoder(nn.Module):
             position = self.ref_point_head(encoding)
             sine = encoding[..., : 2 * half]
             if index:
-                sine = sine * self.query_scale(x)
+                sine = sine * self.query_scale(x.low)
             # Modulated attention: the y and x halves are scaled by a learned reference size over the anchor's size.
-            size = self.ref_anchor_head(x).sigmoid() / reference[..., 2:]
+            size = self.ref_anchor_head(x.low).sigmoid() / reference[..., 2:]
             sine = torch.cat((sine[..., :half] * size[..., 1:], sine[..., half:] * size[..., :1]), dim=-1)
             x = layer(x, position, sine, features, layout, active)
-            out = self.norm(x)
+            out = self.norm(x.full)
             logits.append(self.class_embed(out))
             boxes.append((self.bbox_embed(out) + inverse_sigmoid(attached)).sigmoid())
             if index + 1 < len(self.layers):
-                attached = (self.bbox_embed(x) + inverse_sigmoid(reference)).sigmoid()
+                attached = (self.bbox_embed(x.low) + inverse_sigmoid(reference)).sigmoid()
                 reference = attached.detach()
         return torch.stack(logits), torch.stack(boxes)

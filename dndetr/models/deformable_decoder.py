@@ -8,7 +8,7 @@ from ..ops.group_attention import GroupLayout, group_attention
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, PackedProjections, Recomputable, merge_heads
+from .layers import MLP, FeedForward, PackedProjections, Recomputable, ResidualNorm, Stream, lowered, merge_heads
 from .position import anchor_encoding
 
 
@@ -18,24 +18,24 @@ class DeformableDecoderLayer(Recomputable):
     def __init__(self, width: int, heads: int, hidden: int, levels: int, points: int, activation: str):
         super().__init__()
         self.self_attn = PackedProjections(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = ResidualNorm(width)
         self.cross_attn = MSDeformAttn(width, heads, levels, points)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = ResidualNorm(width)
         self.ffn = FeedForward(width, hidden, activation)
 
     def forward(
         self,
-        x: Tensor,
+        x: Stream,
         position: Tensor,
         reference_points: Tensor,
         features: Features,
         layout: GroupLayout,
         active: Tensor | None,
-    ) -> Tensor:
+    ) -> Stream:
         """x, position [B, Q, C], reference_points [B, Q, L, 4] -> [B, Q, C]."""
-        q, k, v = self.self_attn.project(x + position, x)
-        x = self.norm2(x + self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))))
-        x = self.norm1(x + self.cross_attn(x + position, reference_points, features))
+        q, k, v = self.self_attn.project(x.plus(position), x.low)
+        x = self.norm2(x, self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))), position)
+        x = self.norm1(x, self.cross_attn(x.positioned, reference_points, features))
         return self.ffn(x)
 
 
@@ -73,7 +73,8 @@ class DeformableDecoder(nn.Module):
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4]."""
-        x, half = content, content.shape[-1] // 2
+        x, half = Stream.of(content), content.shape[-1] // 2
+        features = features._replace(tokens=lowered(features.tokens))
         reference = anchors.sigmoid()
         ratios = features.valid_ratios(reference.dtype).repeat(1, 1, 2)  # [B, L, 4] (x, y, x, y)
         logits, boxes = [], []
@@ -81,10 +82,10 @@ class DeformableDecoder(nn.Module):
             reference_points = reference[:, :, None] * ratios[:, None]
             position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
             if index:
-                position = position * self.query_scale(x)
+                position = position * self.query_scale(x.low)
             x = layer(x, position, reference_points, features, layout, active)
-            logits.append(self.class_embed[index](x))
+            logits.append(self.class_embed[index](x.low))
             # Refinement and prediction are one and the same here: the head is evaluated once.
-            boxes.append((self.bbox_embed[index](x) + inverse_sigmoid(reference)).sigmoid())
+            boxes.append((self.bbox_embed[index](x.low) + inverse_sigmoid(reference)).sigmoid())
             reference = boxes[-1].detach()
         return torch.stack(logits), torch.stack(boxes)

@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 from ..ops.ms_deform_attn import ms_deform_attn_fused
 from .features import Features
-from .layers import MLP, FeedForward, PackedProjections, Recomputable, dense_attention, merge_heads
+from .layers import (
+    MLP,
+    FeedForward,
+    PackedProjections,
+    Recomputable,
+    ResidualNorm,
+    Stream,
+    dense_attention,
+    merge_heads,
+)
 from .linear import Linear
 
 
@@ -17,12 +26,12 @@ class DenseEncoderLayer(Recomputable):
     def __init__(self, width: int, heads: int, hidden: int, activation: str):
         super().__init__()
         self.self_attn = PackedProjections(width, heads)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = ResidualNorm(width)
         self.ffn = FeedForward(width, hidden, activation)
 
-    def forward(self, x: Tensor, position: Tensor, valid: Tensor) -> Tensor:
-        q, k, v = self.self_attn.project(x + position, x)
-        x = self.norm1(x + self.self_attn.out_proj(merge_heads(dense_attention(q, k, v, valid))))
+    def forward(self, x: Stream, position: Tensor, valid: Tensor) -> Stream:
+        q, k, v = self.self_attn.project(x.plus(position), x.low)
+        x = self.norm1(x, self.self_attn.out_proj(merge_heads(dense_attention(q, k, v, valid))))
         return self.ffn(x)
 
 
@@ -36,11 +45,11 @@ class DenseEncoder(nn.Module):
         xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """Features -> Features with encoded tokens."""
-        x = features.tokens
+        """Features -> Features with encoded tokens, as projections take them."""
+        x = Stream.of(features.tokens)
         for layer in self.layers:
-            x = layer(x, features.position * self.query_scale(x), features.valid)
-        return features._replace(tokens=x)
+            x = layer(x, features.position * self.query_scale(x.low), features.valid)
+        return features._replace(tokens=x.low)
 
 
 class MSDeformAttn(nn.Module):
@@ -85,13 +94,13 @@ class DeformableEncoderLayer(Recomputable):
     def __init__(self, width: int, heads: int, hidden: int, levels: int, points: int, activation: str):
         super().__init__()
         self.self_attn = MSDeformAttn(width, heads, levels, points)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = ResidualNorm(width)
         self.ffn = FeedForward(width, hidden, activation)
 
-    def forward(self, features: Features, reference_points: Tensor) -> Features:
-        x = features.tokens
-        x = self.norm1(x + self.self_attn(x + features.position, reference_points, features))
-        return features._replace(tokens=self.ffn(x))
+    def forward(self, x: Stream, reference_points: Tensor, features: Features, next_position: Tensor | None) -> Stream:
+        """x with its position -> x, with ``next_position`` if there is one."""
+        attended = self.self_attn(x.positioned, reference_points, features._replace(tokens=x.low))
+        return self.ffn(self.norm1(x, attended), next_position)
 
 
 class DeformableEncoder(nn.Module):
@@ -119,12 +128,14 @@ class DeformableEncoder(nn.Module):
         xavier(self, directed)
 
     def forward(self, features: Features) -> Features:
-        """Features -> Features with encoded tokens."""
+        """Features -> Features with encoded tokens, as projections take them."""
+        x, position = Stream.of(features.tokens), features.position
         if len(self.layers):
             reference_points = pixel_reference_points(features)
-        for layer in self.layers:
-            features = layer(features, reference_points)
-        return features
+            x = x._replace(positioned=x.plus(position))
+        for count, layer in enumerate(self.layers, 1):
+            x = layer(x, reference_points, features, position if count < len(self.layers) else None)
+        return features._replace(tokens=x.low)
 
 
 def pixel_reference_points(features: Features) -> Tensor:

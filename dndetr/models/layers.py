@@ -1,12 +1,14 @@
-"""Pieces that encoders and decoders share: MLP, feed-forward block, dense attention."""
+"""Pieces that encoders and decoders share: the residual stream, MLP, feed-forward block, dense attention."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.add_norm import add_norm
 from ..ops.conditional_attention import conditional_attention
 from .activations import activation
 from .linear import Linear, linear
@@ -24,6 +26,41 @@ class Recomputable(nn.Module):
         if self.recomputed and torch.is_grad_enabled():
             return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
         return super().__call__(*inputs)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x as autocast has it for a projection: cast once, for all projections that take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class Stream(NamedTuple):
+    """The residual stream, [..., C], in the forms that layers take it in.
+
+    full: what is added to, float32 under autocast; low: the same for projections, rounded under autocast and otherwise
+    ``full`` itself; positioned: with a position added, rounded as ``low``, where the norm before was given one.
+    """
+
+    full: Tensor
+    low: Tensor
+    positioned: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Stream":
+        """The stream that starts with ``x``."""
+        return cls(x.float() if torch.is_autocast_enabled(x.device.type) else x, lowered(x))
+
+    def plus(self, position: Tensor) -> Tensor:
+        """The stream with ``position`` [..., C] added, for projections."""
+        return (self.full + position).to(self.low.dtype)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """The layer norm of the residual stream and what a block adds to it."""
+
+    def forward(self, x: Stream, y: Tensor, position: Tensor | None = None) -> Stream:
+        """x, y, position [..., C] -> norm(x + y), ``positioned`` where there is a position."""
+        return Stream(*add_norm(x.full, y, self.weight, self.bias, self.eps, position))
 
 
 class MLP(nn.Module):
@@ -47,11 +84,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1, self.linear2 = Linear(width, hidden), Linear(hidden, width)
         self.activation = None if activation_name == "relu" else activation(activation_name)
-        self.norm = nn.LayerNorm(width)
+        self.norm = ResidualNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear1(x, relu=True) if self.activation is None else self.activation(self.linear1(x))
-        return self.norm(x + self.linear2(hidden))
+    def forward(self, x: Stream, position: Tensor | None = None) -> Stream:
+        hidden = self.linear1(x.low, relu=True) if self.activation is None else self.activation(self.linear1(x.low))
+        return self.norm(x, self.linear2(hidden), position)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The compute-heavy parts, one module per op: a plain reference, its fast twins, and the choice between them."""
 
+from .add_norm import add_norm
 from .assign import assign
 from .column_sums import column_sums, relu_column_sums
 from .conditional_attention import conditional_attention
@@ -18,6 +19,7 @@ __all__ = [
     "GroupLayout",
     "LossWeights",
     "Matches",
+    "add_norm",
     "assign",
     "column_sums",
     "conditional_attention",

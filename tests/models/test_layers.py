@@ -1,0 +1,48 @@
+import detectors
+import pytest
+import torch
+from torch import nn
+
+from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, lowered
+
+
+def test_without_autocast_the_stream_is_one_tensor():
+    x, position = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    stream = Stream.of(x)
+    assert stream.full is x and stream.low is x and stream.positioned is None
+    assert torch.equal(stream.plus(position), x + position)
+    norm = ResidualNorm(16)
+    after = norm(stream, x, position)
+    expected = nn.LayerNorm.forward(norm, x + x)
+    assert torch.equal(after.full, expected) and after.low is after.full
+    assert torch.equal(after.positioned, expected + position)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_the_stream_is_float32_and_what_projections_take_is_not(dtype):
+    x, position = torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, 16)
+    block = FeedForward(16, 32, "relu")
+    with torch.autocast("cpu", torch.bfloat16):
+        before = Stream.of(x)
+        after = block(before, position)
+        assert torch.equal(after.plus(position), after.positioned)
+        assert lowered(position).dtype == torch.bfloat16
+    for stream in (before, after):
+        assert stream.full.dtype == torch.float32 and stream.low.dtype == torch.bfloat16
+        assert torch.equal(stream.low, stream.full.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"])
+def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
+    model, batch = detectors.build(name), detectors.make_batch([3, 5], 8)
+    step = detectors.make_step(model)
+    taken = {}
+    for part in ("encoder", "decoder"):
+        for path, module in getattr(model, part).layers.named_modules(prefix=part):
+            if isinstance(module, Linear):
+                module.register_forward_pre_hook(lambda _, inputs, path=path: taken.update({path: inputs[0].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch.images, batch.sizes, step.noised(batch, step.draw(batch)))
+    # What a sine encoding is projected by is the encoding's only consumer.
+    cast = {path for path, dtype in taken.items() if dtype != torch.bfloat16 and not path.endswith("ca_qpos_sine_proj")}
+    assert len(taken) > 20 and not cast
