@@ -131,7 +131,7 @@ CASES = {
     "f16": (2, 64, 9, 7, torch.float16),
     "eights": (1, 24, 14, 15, torch.bfloat16),
     "uneven": (2, 91, 11, 5, torch.float32),
-    "two-tiles-of-channels": (1, 300, 5, 4, torch.bfloat16),
+    "tiles-of-channels": (1, 300, 5, 4, torch.bfloat16),
     "many-pixels": (2, 8, 31, 33, torch.float32),
     "one-channel": (2, 1, 3, 5, torch.float32),
     "one-pixel": (3, 64, 1, 1, torch.bfloat16),

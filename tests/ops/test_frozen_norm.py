@@ -159,9 +159,11 @@ check_needs()
 
 REGISTERED = """
 x, scale, shift, shortcut = op.make_case("bf16")
-for given in ((x, scale, shift, shortcut, True), (x, scale, shift, None, True), (x, scale, shift, shortcut, False)):
-    given = [t.requires_grad_() if torch.is_tensor(t) and t.dim() == 4 else t for t in given]
-    torch.library.opcheck(torch.ops.dndetr.frozen_norm.default, given)
+x.requires_grad_(), shortcut.requires_grad_()
+torch.library.opcheck(torch.ops.dndetr.frozen_norm.default, (x, scale, shift, shortcut, True))
+quick = ("test_schema", "test_faketensor", "test_autograd_registration")
+for given in ((x.contiguous(), scale, shift, None, True), (x, scale, shift, shortcut, False)):
+    torch.library.opcheck(torch.ops.dndetr.frozen_norm.default, given, test_utils=quick)
 whole = op.make_case("f64")
 x, scale, shift, shortcut = (tensor[:1, :2, :1, :2] if tensor.dim() == 4 else tensor[:2] for tensor in whole)
 for relu in (False, True):
@@ -234,7 +236,7 @@ def test_gpu_replays_in_a_graph():
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("channels", [24, 64, 91, 2048])
+@pytest.mark.parametrize("channels", [24, 91, 256])
 def test_triton_compiles_for_gpus_without_spilling(channels, dtype, arch, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -253,9 +255,11 @@ def test_triton_compiles_for_gpus_without_spilling(channels, dtype, arch, tmp_pa
         given = {name: value for name, value in constants.items() if name in names}
         source = ASTSource(function, signature, given, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
-        # Vectors of 16 bytes both ways where channels fill them.
+        # Where channels fill vectors of 16 bytes these are read and written, and nothing goes through shared memory.
+        whole = channels % 8 == 0
+        assert compiled.metadata.shared == 0 or not whole
         for access in ("ld.global.v4.b32", "st.global.v4.b32"):
-            assert (access in compiled.asm["ptx"]) == (channels % 8 == 0), access
+            assert (access in compiled.asm["ptx"]) == whole, access
         (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
         inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
         command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
