@@ -104,7 +104,9 @@ class InputProjection(nn.Module):
         return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
 
     def _position(self, valid_sizes: Tensor, shapes) -> Tensor:
-        dtype = self.projections[0].weight.dtype if self.level_embed is None else self.level_embed.dtype
+        # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.
+        own = self.projections[0].weight if self.level_embed is None else self.level_embed
+        dtype = torch.promote_types(own.dtype, torch.float32)
         positions = []
         for level, shape in enumerate(shapes):
             size = valid_sizes[:, level]

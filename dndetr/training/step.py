@@ -14,6 +14,7 @@ from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
 from .criterion import Criterion, Losses
 from .distributed import Processes
 from .loss_window import Record
+from .lowered import Lowered
 from .noise_meter import NoiseMeter
 from .optim import Schedule, WeightAverage
 from .transfer import Transfer, layout_of, unpack
@@ -58,9 +59,10 @@ class TrainStep:
         self.processes, self.noise_meter, self.say = processes, noise_meter, say
         self._capped = False  # was said
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Gradients of several processes are averaged while backward is still running.
-        self._shared = DistributedDataParallel(model) if processes.world > 1 else None
         self.device = self._trained[0].device
+        self._called = Lowered(model, precision) if self.on_device and precision != torch.float32 else model
+        # Gradients of several processes are averaged while backward is still running; of lowered weights, at its end.
+        self._shared = DistributedDataParallel(self._called) if processes.world > 1 else None
         if self.on_device:
             # Learning rates and the average's share, where a captured step can read them.
             self._numbers = torch.zeros(len(optimizer.param_groups) + 1, device=self.device)
@@ -194,7 +196,7 @@ class TrainStep:
     def _backward(self, batch: Batch, noised: NoisedQueries | None, objects: Tensor) -> Losses:
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
-            predictions = (self._shared or self.model)(images, batch.sizes, noised)
+            predictions = (self._shared or self._called)(images, batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
         total = losses.total
         if noised is None and self._shared is not None:

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from dndetr.ops import _backend
 from dndetr.ops._backend import Backend, choose
@@ -98,6 +99,22 @@ def test_self_test_sees_real_tensors_under_a_fake_mode(op):
     op(Backend("cpp", ("cpu",), lambda device_type: None, lambda device_type: torch.zeros(1).item(), 0.0))
     with torch._subclasses.FakeTensorMode():
         assert choose("probe")[0] == "cpp"
+
+
+def test_self_test_in_a_recomputed_block_differentiates(op):
+    def self_test(device_type):
+        with torch.enable_grad():
+            x = torch.ones(2, requires_grad=True)
+            return (torch.autograd.grad((x * x).sum(), x)[0] - 2).abs().max()
+
+    def block(x):
+        assert choose("probe")[0] == "cpp"
+        return x.exp().square()
+
+    op(Backend("cpp", ("cpu",), lambda device_type: None, self_test, 0.0))
+    x = torch.zeros(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("warn_only", [False, True])
