@@ -93,7 +93,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(results: Sequence[dict], chosen: Sequence[tuple[str, str]] | None = None) -> str:
-    """Markdown: what was timed beside something else, a table per device; chosen: only these (name, other), in order."""
+    """Markdown: what was timed beside something else, a table per device; chosen: only these (name, other)."""
     blocks = []
     for content in results:
         rows = []

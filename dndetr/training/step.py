@@ -160,6 +160,14 @@ class TrainStep:
         self.record.write(losses, norm, torch.cat(finite, dim=1))
         return losses, norm
 
+    def changed(self) -> list[Tensor]:
+        """All that a step changes on the device."""
+        models = [self.model] if self.average is None else [self.model, self.average.model]
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        tensors += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        tensors += self.record.tensors()
+        return tensors if self.noise_meter is None else [*tensors, self.noise_meter.sums]
+
     def state(self) -> dict:
         """What a checkpoint keeps of the optimiser; the same in every mode and on every device."""
         optimizer = self.optimizer.state_dict()
