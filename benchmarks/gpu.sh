@@ -24,7 +24,7 @@ cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 # so that logs are complete whatever ends a stage
 failed=0
 
-all="device wheels build doctor tests sanitize ceilings step msda matching attention losses train"
+all="device wheels build doctor tests sanitize ceilings step msda matching attention losses fused train"
 read -ra stages <<<"${STAGES:-$all}"
 [ ${#stages[@]} -gt 0 ] || refuse "STAGES is empty; the first words of stages are: $all"
 for word in "${stages[@]}"; do
@@ -123,6 +123,7 @@ benchmark matching 100 bench_matching.py -k "cuda and not 64x6"
 benchmark attention-cross 60 bench_attention.py -k conditional
 benchmark attention-self 150 bench_attention.py -k group
 benchmark losses 40 bench_losses.py
+benchmark fused 60 bench_fused.py
 
 train() { # NAME LIMIT COMMAND...
     # Told to terminate, the command saves where it is. It alone is told: were its workers too, it would fail first.

@@ -60,9 +60,10 @@ class TrainStep:
         self._capped = False  # was said
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self._trained[0].device
-        self._called = Lowered(model, precision) if self.on_device and precision != torch.float32 else model
-        # Gradients of several processes are averaged while backward is still running; of lowered weights, at its end.
-        self._shared = DistributedDataParallel(self._called) if processes.world > 1 else None
+        # Several processes average gradients while backward is still running; those of lowered weights come at its end.
+        lowers = self.on_device and precision != torch.float32 and processes.world == 1
+        self._called = Lowered(model, precision) if lowers else model
+        self._shared = DistributedDataParallel(model) if processes.world > 1 else None
         if self.on_device:
             # Learning rates and the average's share, where a captured step can read them.
             self._numbers = torch.zeros(len(optimizer.param_groups) + 1, device=self.device)

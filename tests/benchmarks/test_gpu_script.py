@@ -114,7 +114,7 @@ def test_benchmarks_can_be_collected(root, planned):
     named = sorted({found[0] for found in commands if found[0].startswith("benchmarks/")})
     files = {name.partition("::")[0] for name in named}
     assert {file.removeprefix("benchmarks/bench_").removesuffix(".py") for file in files} == {
-        *("ceilings", "gpu_step", "ms_deform_attn", "matching", "attention", "losses")
+        *("ceilings", "gpu_step", "ms_deform_attn", "matching", "attention", "losses", "fused")
     }
     results = [after(found, "--results")[0] for found in commands if found[0].startswith("benchmarks/")]
     assert all(path.endswith(".json") for path in results) and len(set(results)) == len(files)

@@ -178,3 +178,20 @@ def test_the_fake_gpu_rejects_what_waits_for_it(fake_cuda, waits):
     x[0] = 2
     with pytest.raises(Exception, match=r"waits for the device|to the host|data-dependent|_local_scalar_dense"):
         waits(x)
+
+
+def test_an_error_is_what_rounding_does_not_explain():
+    exact = torch.linspace(-2, 3, 101, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _backend.error_beyond_rounding([exact.to(dtype)], [exact]) < 1e-12
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        found = [exact.float(), (exact * (1 + 2 * error)).to(dtype)]
+        assert error / 2 < _backend.error_beyond_rounding(found, [exact, exact]) < 2.5 * error
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_of_what_is_no_number_is_none(place):
+    found = [torch.ones(3, dtype=torch.bfloat16) for _ in range(2)]
+    found[place][1] = float("nan")
+    error = _backend.error_beyond_rounding(found, [torch.ones(3, dtype=torch.float64)] * 2)
+    assert error != error
