@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 import torch.utils.checkpoint
 
 from dndetr.ops import _backend
+from dndetr.ops._attention import self_test_error
 from dndetr.ops._backend import Backend, choose
 
 
@@ -195,3 +197,15 @@ def test_an_error_of_what_is_no_number_is_none(place):
     found[place][1] = float("nan")
     error = _backend.error_beyond_rounding(found, [torch.ones(3, dtype=torch.float64)] * 2)
     assert error != error
+
+
+def test_the_largest_error_is_found_and_no_nan_gets_lost():
+    inf, nan, half = float("inf"), float("nan"), torch.bfloat16
+    assert _backend.largest_error([torch.tensor([1.0, inf, -inf])], [torch.tensor([1.25, inf, -inf])]) == 0.25
+    assert _backend.largest_error([torch.tensor([inf])], [torch.tensor([1.0])]) == inf
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    for found in ([torch.tensor([0, nan]), zeros], [zeros, torch.tensor([nan, 0])]):
+        assert math.isnan(_backend.largest_error(found, [zeros, zeros]))
+    assert _backend.worst([1.0, 3.0, 2.0]) == 3 and math.isnan(_backend.worst([1.0, nan, 2.0]))
+    assert math.isnan(self_test_error((ones, torch.tensor([nan, 1])), (ones, ones), half))
+    assert self_test_error((1.04 * ones,), (ones,), half) == 0 < self_test_error((1.2 * ones,), (ones,), half)
