@@ -1,6 +1,5 @@
 """Builds the extension; metadata is in pyproject.toml, every decision in dndetr/_build.py."""
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -11,16 +10,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 
 
-def load_build():
-    """dndetr/_build.py by its path: importing dndetr would need torch, which a build must not."""
-    spec = importlib.util.spec_from_file_location("dndetr_build", ROOT / "dndetr" / "_build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+# By its path: importing dndetr would need torch, which a build must not.
+sys.path.insert(0, str(ROOT / "dndetr"))
+import _build  # noqa: E402
 
-
-_build = load_build()
+sys.path.pop(0)
 
 
 class BuildExtension(build_ext):

@@ -23,6 +23,9 @@ MODES = ("auto", "cpu", "cuda", "none")
 # Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 RECORD = "_build_info.json"
+# CUDA's compiler on PyPI. One version for all of it; what it links runs with drivers of that major version and later.
+TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+TOOLKIT_VERSION, TOOLKIT_DRIVER = "13.0.*", 580
 
 
 class BuildError(RuntimeError):
@@ -40,6 +43,7 @@ class Record:
     cuda_reason: str = ""
     compiler: str = ""
     nvcc: str = ""
+    toolkit: bool = False  # nvcc came from PyPI
     archs: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     openmp: bool = False
@@ -67,6 +71,44 @@ def find_nvcc(env: Mapping[str, str]) -> str | None:
         if env.get(variable):
             return shutil.which("nvcc", path=str(Path(env[variable], "bin")))
     return shutil.which("nvcc", path=env.get("PATH")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_toolkit(search: Sequence[str] | None = None) -> str | None:
+    """The nvcc that PyPI's toolkit has installed in a folder of ``search``, by default where this Python looks."""
+    places = (Path(folder, "nvidia", "cu13", "bin") for folder in (sys.path if search is None else search))
+    return next((found for place in places if (found := shutil.which("nvcc", path=str(place)))), None)
+
+
+def decide_toolkit(mode: str, nvcc: str | None, driver: str | None, compiler: str | None) -> tuple[bool, str]:
+    """Whether CUDA's compiler comes from PyPI -> (yes, reason); driver: the version of NVIDIA's, None without one."""
+    if mode not in ("auto", "cuda"):
+        return False, f"DNDETR_BUILD={mode}"
+    if nvcc is not None:
+        return False, f"nvcc is here: {nvcc}"
+    if driver is None:
+        return False, "there is no NVIDIA driver"
+    if compiler is None:
+        return False, "there is no C++ compiler"
+    if platform.system() != "Linux":
+        return False, f"{platform.system()} has no packages of it"
+    if int(driver.partition(".")[0]) < TOOLKIT_DRIVER:
+        return False, f"PyPI has it for drivers from {TOOLKIT_DRIVER} on, this is {driver}"
+    return True, f"from PyPI, since a driver ({driver}) is here and no nvcc"
+
+
+def requirements(env: Mapping[str, str]) -> list[str]:
+    """What a build here needs beside pyproject.toml's list."""
+    wanted, _ = decide_toolkit(build_mode(env), find_nvcc(env), driver_version(), find_compiler(env))
+    return [f"{name}=={TOOLKIT_VERSION}" for name in TOOLKIT] if wanted else []
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, as nvidia-smi tells it; None where there is none, or no GPU for it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    found = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    versions = re.findall(r"^\d+\.[\d.]+$", found.stdout, re.M)
+    return versions[0] if found.returncode == 0 and versions else None
 
 
 def parse_archs(text: str) -> list[str]:
@@ -110,14 +152,17 @@ def compile_flags(openmp: bool) -> list[str]:
     return [*flags, "-fopenmp"] if openmp else flags
 
 
-def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str]) -> tuple[bool, str]:
-    """Whether CUDA code is compiled -> (yes, reason). Raises BuildError where mode ``cuda`` cannot be had."""
+def decide_cuda(mode: str, nvcc: str | None, cuda_sources: Sequence[str], toolkit: str) -> tuple[bool, str]:
+    """Whether CUDA code is compiled -> (yes, reason). Raises BuildError where mode ``cuda`` cannot be had.
+
+    toolkit: why PyPI's compiler was not taken, if there is none.
+    """
     if mode == "cpu":
         return False, "DNDETR_BUILD=cpu"
     if not cuda_sources:
         obstacle = "csrc holds no .cu file"
     elif nvcc is None:
-        obstacle = "nvcc was not found (set CUDA_HOME, or put nvcc on PATH)"
+        obstacle = f"nvcc was not found (set CUDA_HOME, or put nvcc on PATH), nor taken from PyPI: {toolkit}"
     else:
         return True, f"compiled by {nvcc}"
     if mode == "cuda":
@@ -142,7 +187,9 @@ def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[s
         host = f"-ccbin={_escape(record.compiler)}"
         cuda_flags = ["-O3", "-std=c++17", "-lineinfo", host, "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", own]
         # nvcc links, since it knows where its runtime is; static, so that torch's CUDA version does not matter.
-        link = ["-shared", "-cudart=static", host, *(["-Xcompiler=-fopenmp"] if record.openmp else [])]
+        # PyPI's has its libraries in lib, where it does not look itself.
+        own_libraries = [f"-L{_escape(Path(record.nvcc).parents[1] / 'lib')}"] if record.toolkit else []
+        link = ["-shared", "-cudart=static", *own_libraries, host, *(["-Xcompiler=-fopenmp"] if record.openmp else [])]
         lines += [
             f"nvcc = {_escape(record.nvcc)}",
             f"cuda_flags = {' '.join([*cuda_flags, *arch_flags(record.archs)])}",
@@ -226,6 +273,7 @@ def build(csrc: Path, target: Path, work: Path, env: Mapping[str, str] = os.envi
 
 def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> None:
     compiler, nvcc = find_compiler(env), find_nvcc(env)
+    fetched = find_toolkit() if nvcc is None else None
     if compiler is None:
         raise BuildError("no C++ compiler was found (install g++, or set CXX)")
     work.mkdir(parents=True, exist_ok=True)
@@ -234,9 +282,12 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
     record.flags = compile_flags(record.openmp)
     record.sources = _sources(csrc, "*.cpp")
     cuda_sources = _sources(csrc, "*.cu")
-    record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc, cuda_sources)
+    _, toolkit = decide_toolkit(record.mode, nvcc, driver_version(), compiler)
+    record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc or fetched, cuda_sources, toolkit)
     if record.cuda:
-        record.nvcc = nvcc
+        nvcc = record.nvcc = nvcc or fetched
+        record.toolkit = fetched is not None
+        record.cuda_reason += f" ({toolkit})" if fetched else ""
         record.archs, why = choose_archs(env, visible_archs(), supported_archs(nvcc))
         record.cuda_reason += f" for {' '.join(record.archs)}: {why}"
         record.sources += cuda_sources

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -85,13 +86,81 @@ def test_arch_flags(build):
     ],
 )
 def test_cuda_decision(build, mode, nvcc, sources, yes, reason):
-    decision, why = build.decide_cuda(mode, nvcc, sources)
+    decision, why = build.decide_cuda(mode, nvcc, sources, "there is no NVIDIA driver")
     assert decision is yes and reason in why
 
 
 def test_cuda_asked_for_and_not_there_is_an_error(build):
-    with pytest.raises(build.BuildError, match="DNDETR_BUILD=cuda: nvcc was not found"):
-        build.decide_cuda("cuda", None, ["a.cu"])
+    with pytest.raises(build.BuildError, match=r"DNDETR_BUILD=cuda: nvcc was not found .* from PyPI: no driver"):
+        build.decide_cuda("cuda", None, ["a.cu"], "no driver")
+
+
+@pytest.mark.parametrize(
+    ("mode", "nvcc", "driver", "compiler", "yes", "reason"),
+    [
+        ("auto", None, "580.159.04", "g++", True, "a driver (580.159.04) is here and no nvcc"),
+        ("cuda", None, "610.2", "g++", True, "610.2"),
+        ("auto", "/bin/nvcc", "580.159.04", "g++", False, "nvcc is here: /bin/nvcc"),
+        ("auto", None, None, "g++", False, "no NVIDIA driver"),
+        ("cuda", None, None, "g++", False, "no NVIDIA driver"),
+        ("auto", None, "550.54.15", "g++", False, "from 580 on, this is 550.54.15"),
+        ("auto", None, "580.159.04", None, False, "no C++ compiler"),
+        ("cpu", None, "580.159.04", "g++", False, "DNDETR_BUILD=cpu"),
+        ("none", None, "580.159.04", "g++", False, "DNDETR_BUILD=none"),
+    ],
+)
+def test_the_compiler_comes_from_pypi_only_where_a_driver_is_and_no_nvcc(
+    build, mode, nvcc, driver, compiler, yes, reason
+):
+    decision, why = build.decide_toolkit(mode, nvcc, driver, compiler)
+    assert decision is yes and reason in why
+
+
+DRIVER = '#!/bin/sh\ncase "$*" in *driver_version*) echo 580.159.04 ;; *compute_cap*) echo 9.0 ;; esac\n'
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_what_pip_is_told_that_a_build_needs(build, root, tmp_path, driver):
+    """As pip asks: in a process of its own, for wheels and for editable installs."""
+    gcc = program(tmp_path / "bin", "g++")
+    if driver:
+        program(tmp_path / "bin", "nvidia-smi", DRIVER)
+    hooks = "b.get_requires_for_build_wheel(), b.get_requires_for_build_editable()"
+    code = f"import build_backend as b\nfor needs in ({hooks}): print('needs', *needs)"
+    env = {"PATH": str(tmp_path / "bin"), "CUDA_HOME": str(tmp_path), "PYTHONPATH": str(root), "CXX": gcc}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("needs")]  # setuptools tells what it does
+    assert len(told) == 2
+    for line in told:
+        assert all((f"{name}==13.0.*" in line) == driver for name in build.TOOLKIT)
+
+
+def test_a_fetched_compiler_is_found_and_its_libraries_are_named(build, tmp_path):
+    nvcc = program(tmp_path / "nvidia" / "cu13" / "bin", "nvcc")
+    assert build.find_toolkit([str(tmp_path / "elsewhere"), str(tmp_path)]) == nvcc
+    assert build.find_toolkit([str(tmp_path / "elsewhere")]) is None
+    record = build.Record("auto", cuda=True, compiler="/bin/g++", nvcc=nvcc, archs=["9.0"], sources=["a.cu"])
+    for record.toolkit in (True, False):
+        text = build.ninja_file(record, tmp_path, tmp_path / "_C.so", [], tmp_path)
+        assert (f"-L{tmp_path / 'nvidia' / 'cu13' / 'lib'}" in text) == record.toolkit
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_cuda_files_compile_and_link_with_pypis_compiler(build, tmp_path, monkeypatch):
+    packages = [f"{name}=={build.TOOLKIT_VERSION}" for name in build.TOOLKIT]
+    fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *packages]
+    if subprocess.run(fetch, capture_output=True).returncode != 0:
+        pytest.skip("pip has no CUDA compiler for this machine")
+    program(tmp_path / "bin", "nvidia-smi", DRIVER)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "nowhere")}
+    record = build.build(small_cuda_sources(tmp_path), tmp_path / "_C.so", tmp_path / "work", env)
+    assert record.built and record.cuda and record.toolkit, record
+    assert record.nvcc.startswith(str(tmp_path)) and "from PyPI" in record.cuda_reason and record.archs == ["9.0"]
+    assert loaded(tmp_path / "_C.so").fill
 
 
 def test_no_instruction_set_is_fixed_at_build_time(build):
@@ -137,11 +206,9 @@ def test_a_failing_cuda_build_leaves_the_cpu_part(build, tmp_path):
         build.build(csrc, tmp_path / "_C.so", tmp_path / "work", {**env, "DNDETR_BUILD": "cuda"})
 
 
-@needs_compiler
-def test_cuda_files_compile_and_link_where_nvcc_is(build, tmp_path):
-    if build.find_nvcc({"PATH": "/usr/local/bin:/usr/bin:/bin"}) is None:
-        pytest.skip("no nvcc")
-    csrc = tmp_path / "csrc"
+def small_cuda_sources(folder):
+    """A kernel and its binding."""
+    csrc = folder / "csrc"
     csrc.mkdir()
     (csrc / "fill.cu").write_text(
         "__global__ void fill(float* x) { x[threadIdx.x] = 1; }\n"
@@ -151,10 +218,22 @@ def test_cuda_files_compile_and_link_where_nvcc_is(build, tmp_path):
         "#include <pybind11/pybind11.h>\nvoid launch(float*, void*);\n"
         'PYBIND11_MODULE(_C, m) { m.def("fill", [](size_t x) { launch((float*)x, nullptr); }); }\n'
     )
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "DNDETR_BUILD": "cuda", "DNDETR_CUDA_ARCHS": "9.0"}
-    record = build.build(csrc, tmp_path / "_C.so", tmp_path / "work", env)
-    assert record.built and record.cuda and "DNDETR_CUDA_ARCHS" in record.cuda_reason
-    spec = importlib.util.spec_from_file_location("_C", tmp_path / "_C.so")
+    return csrc
+
+
+def loaded(path):
+    """The module, which loads without a GPU's driver: the runtime is inside."""
+    spec = importlib.util.spec_from_file_location("_C", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # loads without a GPU driver: the runtime is inside
-    assert module.fill
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_compiler
+def test_cuda_files_compile_and_link_where_nvcc_is(build, tmp_path):
+    if build.find_nvcc({"PATH": "/usr/local/bin:/usr/bin:/bin"}) is None:
+        pytest.skip("no nvcc")
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "DNDETR_BUILD": "cuda", "DNDETR_CUDA_ARCHS": "9.0"}
+    record = build.build(small_cuda_sources(tmp_path), tmp_path / "_C.so", tmp_path / "work", env)
+    assert record.built and record.cuda and "DNDETR_CUDA_ARCHS" in record.cuda_reason
+    assert not record.toolkit and loaded(tmp_path / "_C.so").fill
