@@ -64,6 +64,7 @@ def step(preset: str, images: int, kinds: tuple[str, ...], call: Call, found: di
         told["ms"] = [seconds * 1e3 for seconds in bench.timed(run)]
         told["waits"] = bench.refused_wait(run)
         told["peak_memory"] = torch.cuda.max_memory_allocated()
+        call.save()
         del run
 
 
