@@ -36,6 +36,7 @@ CASES = [(preset, images) for images in (2, 16) for preset in ("dn-deformable-de
 WARM = 3  # steps before the ones that count: the first allocates, the second is captured
 BURST = 4  # steps between two synchronisations
 BURSTS = 9
+FEWEST, ENOUGH = 5, 3.0  # bursts of what takes longer than these seconds
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
@@ -125,7 +126,9 @@ def in_a_line(failure: Exception) -> str:
 
 def timed(run: Callable[[], object]) -> tuple[float, float, float]:
     """Seconds of a step: the median of bursts, the least and the most."""
-    times = [burst(run, BURST) for _ in range(BURSTS)]
+    times, start = [], time.perf_counter()
+    while len(times) < BURSTS and (len(times) < FEWEST or time.perf_counter() - start < ENOUGH):
+        times.append(burst(run, BURST))
     return statistics.median(times), min(times), max(times)
 
 

@@ -34,7 +34,7 @@ imports() {
     python3 -c "import dndetr._C as compiled; assert hasattr(compiled, 'match_cuda'), 'built without CUDA'"
 }
 
-set_up() {
+set_up() (
     set -x
     nvidia-smi
     which -a python3 nvcc ncu compute-sanitizer
@@ -42,8 +42,8 @@ set_up() {
     [ ! -d "$pack/wheels" ] ||
         python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$pack"/wheels/*.whl
     imports || cp "$pack"/_C.*.so "$pack/_build_info.json" dndetr/
-    imports || DNDETR_BUILD=cuda python3 -m pip install -q --no-build-isolation --no-deps -e .
-}
+    imports || DNDETR_BUILD=cuda timeout $((seconds / 2)) python3 -m pip install -q --no-build-isolation --no-deps -e .
+)
 set_up >"$log" 2>&1
 echo "set up in $SECONDS s" | tee -a "$log"
 left=$((seconds - SECONDS - 8)) # a plan that hangs in the GPU is killed after these

@@ -7,7 +7,6 @@ itself anew behind it. A block fills a dict as it goes, so what it measured befo
 """
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -73,13 +72,14 @@ class Call:
         """Run a block, if there is time; only an interrupt is passed on."""
         started, left = time.monotonic(), self.left()
         told = self.content["blocks"][block.name] = {"result": {}}
+        if left < block.need:
+            told["skipped"] = f"{max(left, 0):.0f} s were left, {block.need} are needed"
+            print(f"{block.name}: skipped: {told['skipped']}", flush=True)
+            return
         self._block_ends = started + min(left, block.most)
         try:
-            if left < block.need:
-                told["skipped"] = f"{max(left, 0):.0f} s were left, {block.need} are needed"
-            else:
-                with out_of_time_after(self.left_of_block()):
-                    block.run(self, told["result"])
+            with out_of_time_after(self.left_of_block()):
+                block.run(self, told["result"])
         except BaseException as failure:
             told["failed"] = f"{type(failure).__name__}: {failure}"[:1000]
             with (self.logs / "failures.log").open("a") as log:
@@ -89,7 +89,7 @@ class Call:
         finally:
             told["seconds"] = round(time.monotonic() - started, 1)
             self.save()
-        what = next((f"{word}: {told[word]}" for word in ("failed", "skipped") if word in told), "ok")
+        what = f"failed: {told['failed']}" if "failed" in told else "ok"
         print(f"{block.name}: {what} ({told['seconds']} s)", flush=True)
 
     def start_anew(self) -> None:
@@ -162,7 +162,6 @@ def main(plans: dict[str, Sequence[Block]], arguments: Sequence[str]) -> int:
             if block.name in call.content["blocks"]:
                 continue
             call.run(block)
-            gc.collect()
             if "failed" in call.content["blocks"][block.name] and context_is_lost():
                 call.start_anew()
         call.content["ended"] = True

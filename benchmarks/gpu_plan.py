@@ -44,17 +44,17 @@ def step(preset: str, images: int, need: int, most: int, contenders: str = ".*")
 
 # At 16 images the reference ops take gigabytes and seconds a step, and say nothing that they do not say at 2.
 DEAR = "(?!reference).*"
-ATTENTION = "group and 16 and bfloat16 and (500 or 1300)"
+ATTENTION = "group and bfloat16-16 and (500 or 1300)"
 
 SECOND = (
     Block("machine", 5, 30, blocks.machine),
     step(DEFORMABLE, 2, 20, 65),
-    step(DENSE, 2, 20, 55),
-    recorded("deformable attention", 15, 45, "bench_ms_deform_attn.py", "-m", "gpu"),
+    step(DENSE, 2, 20, 50),
+    recorded("deformable attention", 15, 40, "bench_ms_deform_attn.py", "-m", "gpu"),
     recorded("attention", 12, 25, "bench_attention.py", "-k", ATTENTION, "--contenders", "ours|sdpa|official"),
-    step(DENSE, 16, 20, 55, DEAR),
-    step(DEFORMABLE, 16, 20, 60, DEAR),
-    recorded("matching", 15, 45, "bench_matching.py", "-k", "cuda and 16x6-300"),
+    recorded("matching", 15, 30, "bench_matching.py", "-k", "cuda and 16x6-300"),
+    step(DENSE, 16, 20, 45, DEAR),
+    step(DEFORMABLE, 16, 20, 50, DEAR),
     recorded("losses", 12, 25, "bench_losses.py"),
     recorded("ceilings", 10, 20, "bench_ceilings.py"),
     recorded("attention with flex", 30, 90, "bench_attention.py", "-k", ATTENTION),  # compiling is most of it

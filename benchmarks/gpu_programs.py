@@ -140,11 +140,10 @@ def counters(call: Call, found: dict) -> None:
     beside(call, found, {"counters": ("ncu", *options, *shown, sys.executable, "-c", code)})
 
 
-def _recorded(arguments: Sequence[str], call: Call, found: dict) -> None:
-    name = f"bench-{len(call.content['blocks']):02}"
+def _recorded(name: str, arguments: Sequence[str], call: Call, found: dict) -> None:
     beside(call, found, {name: (*PYTEST, "-q", "-s", "--results", str(call.results), *arguments)})
 
 
 def recorded(name: str, need: int, most: int, file: str, *options: str) -> Block:
     """A block that runs a benchmark in a process of its own, which keeps every result as soon as it has it."""
-    return Block(name, need, most, partial(_recorded, (f"benchmarks/{file}", *options)))
+    return Block(name, need, most, partial(_recorded, name.replace(" ", "-"), (f"benchmarks/{file}", *options)))
