@@ -14,6 +14,7 @@ from unittest import mock
 
 from gpu_call import Call
 
+DEVICE = "cuda"
 DEFORMABLE, DENSE = "dn-deformable-detr-r50", "dn-detr-r50"
 FUSED = ("frozen_norm", "add_norm", "column_sums")
 
@@ -48,7 +49,7 @@ def made(preset: str, images: int, graph: bool) -> tuple[Callable, Callable]:
     torch.cuda.reset_peak_memory_stats()
     batch = peers.make_batch(images, *bench.SIZE, bench.COUNTS)
     batch = replace(batch, images=batch.images.contiguous())  # as the data loader has them
-    step = peers.our_step(preset, device="cuda", precision=torch.bfloat16, graph=graph)
+    step = peers.our_step(preset, device=DEVICE, precision=torch.bfloat16, graph=graph)
     return step, lambda: step(batch)
 
 
@@ -175,9 +176,9 @@ def dense_attention(call: Call, found: dict, tokens: int = 1050) -> None:
 
     for images in (2, 16):
         shape = images, tokens, bench.HEADS, bench.WIDTH
-        q, k, v, grad_out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
-        ends = torch.linspace(0.7, 1, images, device="cuda")[:, None] * tokens
-        valid = torch.arange(tokens, device="cuda") < ends
+        q, k, v, grad_out = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+        ends = torch.linspace(0.7, 1, images, device=DEVICE)[:, None] * tokens
+        valid = torch.arange(tokens, device=DEVICE) < ends
         for attend in (ours, sdpa, efficient):
             for backward in (False, True):
                 name = f"{attend.__name__}, {images} images, {'both passes' if backward else 'forward'}"
@@ -197,11 +198,11 @@ def matching(call: Call, found: dict) -> None:
     for shape in ((2, 300, "7-20"), (16, 300, "7-20"), (16, 300, "100")):
         for kind in ("trained", "collapsed"):
             logits, boxes, targets = bench.predictions(*shape, kind)
-            given = logits.cuda(), boxes.cuda(), targets.to("cuda"), bench.CostWeights()
+            given = logits.to(DEVICE), boxes.to(DEVICE), targets.to(DEVICE), bench.CostWeights()
             contenders = {
                 "ours": lambda given=given: bench.match(*given),
                 "official": lambda given=given: bench.official(*given),
             }
             seconds = {"ours, of the GPU": ceilings.gpu_seconds(contenders["ours"])}
-            seconds |= bench.alternate(contenders, "cuda", 0.5)
+            seconds |= bench.alternate(contenders, DEVICE, 0.5)
             found[f"{shape}, {kind}"] = {name: value * 1e6 for name, value in seconds.items()}
