@@ -108,17 +108,23 @@ def _seconds(function, repeats: int = 50) -> float:
 def on_gpu() -> dict[str, float]:
     """A copy (bytes read and written), random rows out of L1 and L2, vector reductions in L2."""
     code = library("ceilings")
-    source = torch.rand(512 * MIB // 4, device="cuda")
-    target, out = torch.empty_like(source), torch.zeros(1, dtype=torch.int32, device="cuda")
+    source, out = torch.rand(512 * MIB // 4, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     blocks, rounds = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 256
     moved, in_l1, in_l2 = blocks * 128 * rounds * 8 * 16, 8192 // 128, 16 * MIB // 128
     return {
-        "copy": 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source)),
+        "copy": gpu_copy(),
         # Eight blocks of a multiprocessor with 8 KiB each stay in its L1.
         "gather in L1": moved / gpu_seconds(lambda: call(code.run_gather, source, in_l1, in_l1, blocks, rounds, out)),
         "gather in L2": moved / gpu_seconds(lambda: call(code.run_gather, source, in_l2, 0, blocks, rounds, out)),
         "reductions in L2": moved / gpu_seconds(lambda: call(code.run_reduce, source, in_l2, blocks, rounds)),
     }
+
+
+def gpu_copy() -> float:
+    """Bytes per second, read and written, of a copy that is too large for any cache."""
+    source = torch.rand(512 * MIB // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_seconds(lambda: target.copy_(source))
 
 
 def gpu_seconds(function, calls: int = 10, repeats: int = 10, budget: float = 0.5) -> float:

@@ -53,6 +53,7 @@ SECOND = (
     recorded("deformable attention", 15, 40, "bench_ms_deform_attn.py", "-m", "gpu"),
     recorded("attention", 12, 25, "bench_attention.py", "-k", ATTENTION, "--contenders", "ours|sdpa|official"),
     recorded("matching", 15, 30, "bench_matching.py", "-k", "cuda and 16x6-300"),
+    recorded("fused", 12, 25, "bench_fused.py"),
     step(DENSE, 16, 20, 45, DEAR),
     step(DEFORMABLE, 16, 20, 50, DEAR),
     recorded("losses", 12, 25, "bench_losses.py"),

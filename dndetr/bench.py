@@ -18,16 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: python -m dndetr.bench readme -->", "<!-- end of performance -->"
-# What matters to someone who trains; the rest explains where it comes from.
+# What matters to someone who trains, and what it is compared with; the rest explains where it comes from.
 HEADLINES = (
-    "step of dn-deformable-detr-r50, 2 images of 480x640",
-    "step of dn-detr-r50, 2 images of 480x640",
-    "criterion, forward and backward, coco",
-    "set loss, forward and backward, coco",
-    "linear, forward and backward, projection of 12760 tokens",
-    "linear, forward and backward, feed-forward of 12760 tokens",
-    "3x3 convolution, forward and backward, 64 channels at stride 4",
-    "3x3 convolution, forward and backward, 256 channels at stride 16",
+    ("step of dn-deformable-detr-r50, 2 images of 800x1333", "HF DeformableDetr, float32"),
+    ("step of dn-deformable-detr-r50, 2 images of 800x1333", "HF DeformableDetr, bfloat16"),
+    ("step of dn-detr-r50, 2 images of 800x1333", "HF DabDetr, float32"),
+    ("step of dn-detr-r50, 2 images of 800x1333", "HF DabDetr, bfloat16"),
+    ("deformable attention, forward and backward, encoder, 2 images, torch.float32", "classical mapping"),
+    ("group attention, Q 1300, B 16, torch.bfloat16, graph, forward and backward", "sdpa"),
+    ("match cuda 16x6-300x7-20 trained", "official"),
 )
 DEVICE = ("gpu", "cpu", "cores", "threads", "simd")
 
@@ -93,16 +92,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def table(results: Sequence[dict], names: Sequence[str] | None = None) -> str:
-    """Markdown: what was timed beside something else, one table per device; names: only these, in this order."""
+def table(results: Sequence[dict], chosen: Sequence[tuple[str, str]] | None = None) -> str:
+    """Markdown: what was timed beside something else, a table per device; chosen: only these (name, other)."""
     blocks = []
     for content in results:
         rows = []
-        for name in content["results"] if names is None else names:
+        compared = chosen or [(name, who) for name, found in content["results"].items() for who in found["seconds"]]
+        for name, who in compared:
             result = content["results"].get(name, {"seconds": {}})
-            seconds = dict(result["seconds"])
-            ours = None if result.get("detail") else seconds.pop("ours", None)
-            for who, theirs in seconds.items() if ours else ():
+            ours, theirs = result["seconds"].get("ours"), result["seconds"].get(who)
+            if who != "ours" and ours and theirs and not result.get("detail"):
                 rows.append(
                     f"| {name} | {milliseconds(ours)} | {who} | {milliseconds(theirs)} | {theirs / ours:.1f}x |"
                 )

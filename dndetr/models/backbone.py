@@ -32,7 +32,7 @@ class FrozenBatchNorm2d(nn.Module):
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The same map as ``x * scale + shift``, two tensors [C], kept until a buffer changes.
 
-        A CUDA graph replays what they were at its capture, and its own changes of buffers go unnoticed.
+        They are then made anew in place, for CUDA graphs that read them. What a graph does to buffers goes unnoticed.
         """
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
         if not _can_be_kept(buffers):
@@ -41,9 +41,12 @@ class FrozenBatchNorm2d(nn.Module):
         if self._kept is None or self._kept[0] != state:
             if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
                 return self._folded()  # values that are there only after a replay
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._folded()
+                if self._kept is not None and all(map(_alike, self._kept[1], made)):
+                    made = [kept.copy_(new) for kept, new in zip(self._kept[1], made, strict=True)]
                 # The buffers' memory is kept as well, lest others get its address.
-                self._kept = state, self._folded(), [x.detach() for x in buffers]
+                self._kept = state, tuple(made), [x.detach() for x in buffers]
         return self._kept[1]
 
     def _folded(self) -> tuple[Tensor, Tensor]:
@@ -57,6 +60,10 @@ class FrozenBatchNorm2d(nn.Module):
         # Files saved from a trainable batch norm carry a step counter that means nothing here.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _can_be_kept(buffers: tuple[Tensor, ...]) -> bool:

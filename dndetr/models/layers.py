@@ -4,7 +4,6 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -123,9 +122,10 @@ class PackedProjections(nn.Module):
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Plain attention with hidden keys: q [B, H, Q, D], k, v [B, H, S, D], valid [B, S] bool -> [B, H, Q, D]."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else valid[:, None, None, :])
-    # On CPUs ours is the faster one. Its scores have two terms: here each is half of the channels.
+    """Plain attention with hidden keys: q [B, H, Q, D], k, v [B, H, S, D], valid [B, S] bool -> [B, H, Q, D].
+
+    Never torch's own: with a mask, what it takes on recent GPUs (cuDNN) can have NaN as the gradient of sound numbers.
+    """
+    # The scores of conditional attention have two terms: here each is half of the channels.
     (q_low, q_high), (k_low, k_high) = (x.tensor_split(2, dim=-1) for x in (q, k))
     return conditional_attention(q_low, q_high, k_low, k_high, v, valid)

@@ -4,8 +4,8 @@ torch sends a float32 ``linear`` on a CPU to MKL, which on processors of other m
 oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. Only the
 order of summation differs. bfloat16 products are oneDNN's in torch as well.
 
-On a GPU in half precision, products are torch's; a ReLU is part of its product, and forward and backward one pass less
-each, and the gradient of a bias is one short kernel of ours. Everything else takes torch's own way.
+On a GPU in half precision, products are torch's; backward, one short kernel of ours masks the gradient of a ReLU and
+adds up that of the bias. Everything else takes torch's own way.
 """
 
 import torch
@@ -97,7 +97,10 @@ class _Linear(torch.autograd.Function):
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, relu):
-        out = torch._addmm_activation(bias, x, weight.t()) if relu else F.linear(x, weight, bias)
+        out = F.linear(x, weight, bias)
+        if relu:
+            # Not as the product's epilogue (torch._addmm_activation): it may turn NaN into zero and hide it.
+            out.relu_()
         ctx.save_for_backward(x, weight, out if relu else None)
         return out
 

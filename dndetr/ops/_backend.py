@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +166,33 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     if problem:
         warnings.warn(f"dndetr: {op} cannot use its {backend.name} backend on {device_type}: {problem}", stacklevel=2)
     return Finding(backend.name, problem, error)
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest of them, NaN if one is: Python's max loses a NaN that does not come first."""
+    return torch.tensor(list(errors), dtype=torch.float64).max().item()
+
+
+def largest_error(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> float:
+    """The largest difference of results from what they should be, NaN if one is; the same infinities do not differ."""
+    errors = [
+        torch.where(result == exact, 0, (result.double() - exact.double()).abs()).max()
+        for result, exact in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(errors).max().item()
+
+
+def error_beyond_rounding(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
+    """The largest error of results, each relative to the largest number of the float64 ones that they should be.
+
+    What rounding to the result's dtype explains is left out, so that one tolerance serves all dtypes. NaN if one is.
+    """
+    errors = []
+    for result, wanted in zip(found, exact, strict=True):
+        size = wanted.abs()
+        beyond = (result.double() - wanted).abs() - torch.finfo(result.dtype).eps * size
+        errors.append(beyond.clamp_min(0).max() / size.max())
+    return torch.stack(errors).max().item()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from ._attention import (
     hidden_softmax,
     one_dtype,
     precise,
+    self_test_error,
 )
 
 
@@ -173,14 +174,22 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 
 def _self_test(backend: str, device_type: str) -> float:
-    *inputs, valid = (x.to(device_type) for x in make_case("tiny"))
+    cases = [("tiny", torch.float32)]
+    if backend == "triton":
+        cases.append(("c5", torch.bfloat16))  # what training runs
+    return _backend.worst(_error(backend, *make_case(*case), device_type) for case in cases)
+
+
+def _error(backend: str, *case) -> float:
+    *tensors, device_type = case
+    *inputs, valid = (x.to(device_type) for x in tensors)
 
     def attend(*inputs):
         return torch.ops.dndetr.conditional_attention(*inputs, valid, 0.3, "tf32x3", backend)[0]
 
     given = gradients(attend, inputs)
-    expected = gradients(conditional_attention_reference, [x.double() for x in inputs], valid, 0.3)
-    return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
+    exact = gradients(conditional_attention_reference, [x.double() for x in inputs], valid, 0.3)
+    return self_test_error(given, exact, inputs[0].dtype)
 
 
 _backend.register(

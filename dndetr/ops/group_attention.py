@@ -30,6 +30,7 @@ from ._attention import (
     gradients,
     one_dtype,
     precise,
+    self_test_error,
 )
 
 
@@ -212,15 +213,21 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 
 def _self_test(backend: str, device_type: str) -> float:
-    q, k, v, layout, active = make_case("tiny")
+    cases = [("tiny", torch.float32)]
+    if backend == "triton":
+        cases.append(("demo", torch.bfloat16))  # what training runs
+    return _backend.worst(_error(backend, *make_case(*case), device_type) for case in cases)
+
+
+def _error(backend: str, q, k, v, layout, active, device_type: str) -> float:
     q, k, v, active = (x.to(device_type) for x in (q, k, v, active))
 
     def attend(q, k, v):
         return torch.ops.dndetr.group_attention(q, k, v, active, *layout, 0.3, "tf32x3", backend)[0]
 
     given = gradients(attend, (q, k, v))
-    expected = gradients(group_attention_reference, (q.double(), k.double(), v.double()), layout, active, 0.3)
-    return max((a - b).abs().max().item() for a, b in zip(given, expected, strict=True))
+    exact = gradients(group_attention_reference, (q.double(), k.double(), v.double()), layout, active, 0.3)
+    return self_test_error(given, exact, q.dtype)
 
 
 _backend.register(

@@ -305,7 +305,7 @@ def _self_test(device_type: str, backend: str) -> float:
     others = (*given, normalizers, layout.groups, list(weights), backend)
     total, parts = torch.ops.dndetr.set_loss(*others)
     grads = torch.ops.dndetr.set_loss_backward(torch.ones_like(total), None, *others)
-    return max((a - b).abs().max().item() for a, b in zip((parts, *grads), expected, strict=True))
+    return _backend.largest_error((parts, *grads), expected)
 
 
 def _cpp_obstacle(device_type: str) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from .criterion import Losses
 from .memory import is_out_of_memory
+from .rehearsal import Rehearsal
 from .step import TrainStep
 from .transfer import Layout, layout_of, unpack
 
@@ -28,8 +29,8 @@ class GraphedStep(TrainStep):
 
     The first step of a shape runs eagerly, beside the main stream as capturing wants it, and makes whatever is made at
     first use; the second is captured and replayed. All graphs share one pool of memory, and one buffer of inputs that
-    grows to the largest batch. A shape that cannot be captured runs eagerly, and if a capture broke, so do all from
-    then on; ``say`` is told why, once.
+    grows to the largest batch. A shape that cannot be captured runs eagerly, and if a capture broke, or the very first
+    replay is not the step that it was captured from, so do all from then on; ``say`` is told why, once.
     """
 
     def __init__(self, *arguments, **named):
@@ -40,6 +41,7 @@ class GraphedStep(TrainStep):
         self._warm: set[Layout] = set()  # ran eagerly, to be captured when they come again
         self._eager: set[Layout] = set()  # will not be captured
         self._given_up = False
+        self._trusted = False  # a replay was compared with an eager step
         self._clashes = 0  # captures for which other graphs were dropped
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -47,25 +49,37 @@ class GraphedStep(TrainStep):
         """A step on the device; tensors on the host: the step's numbers, then each batch's and its noise."""
         shape = layout_of(tensors)
         arrived = self._making_room(lambda: self.transfer(tensors))
+        rehearsal = None
         if shape in self._warm:
+            if not self._trusted:
+                # Before there is a graph, which keeps memory that an eager step may need.
+                rehearsal = Rehearsal(self.changed(), self._trained, lambda: self._eagerly(arrived, shape, batches))
             self._try_to_capture(shape, arrived, batches)
         if shape in self._captured:
             captured = self._captured[shape]
             captured.buffer.copy_(arrived)
             captured.graph.replay()
-            return captured.result
+            reason = rehearsal and rehearsal.differs(captured.result)
+            if reason is None:
+                self._trusted = True
+                return captured.result
+            rehearsal.undo()
+            self._give_up(f"the first replay of one is not the step that was captured: {reason}")
         if not self._given_up and shape not in self._eager | self._warm:
             if len(self._captured) + len(self._warm) < _MOST:
                 self._warm.add(shape)
             else:
                 self._run_eagerly(shape, f"there are {_MOST} shapes already")
         graphs = len(self._captured)
-        result = self._beside(
-            lambda: self._making_room(lambda: self.compute_arrived(unpack(arrived, shape), batches))
-        )
+        result = self._eagerly(arrived, shape, batches)
         if len(self._captured) < graphs and shape in self._eager:
             self._give_up("beside captured steps there is no memory for others")
         return result
+
+    def _eagerly(self, arrived: Tensor, shape: Layout, batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
+        return self._beside(
+            lambda: self._making_room(lambda: self.compute_arrived(unpack(arrived, shape), batches))
+        )
 
     def _beside(self, work: Callable):
         """``work`` on the stream that captures, before and after which the main one waits."""
@@ -96,6 +110,8 @@ class GraphedStep(TrainStep):
             # Graphs captured before keep the one they know.
             self._buffer = self._making_room(lambda: torch.empty_like(arrived))
         buffer = self._buffer[: len(arrived)]
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        spare = generator.clone_state()
         graph, reason, no_memory, ended = torch.cuda.CUDAGraph(), None, False, False
         # Of errors only the text is kept: with them, the tensors of what failed would live on.
         try:
@@ -106,7 +122,7 @@ class GraphedStep(TrainStep):
             ):
                 try:
                     result = self.compute_arrived(unpack(buffer, shape), batches)
-                except RuntimeError as error:
+                except Exception as error:  # what a kernel's compiler raises is no RuntimeError
                     reason, no_memory = _first_line(error), is_out_of_memory(error)
             ended = True
         except RuntimeError as error:
@@ -118,10 +134,12 @@ class GraphedStep(TrainStep):
         del graph
         self.optimizer.zero_grad(set_to_none=True)  # what a broken capture left was never computed
         if not ended:
-            # Torch forbids replays from now on, and would go on believing that it captures into this pool.
+            # Torch forbids replays from now on, and would go on believing that it captures: into this pool, and
+            # whatever random numbers are drawn.
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
                 torch._C._cuda_releasePool(self.device.index, self._pool)
+            generator.graphsafe_set_state(spare.graphsafe_get_state())
             self._give_up(reason)
         elif no_memory and self._captured:
             self._clashes += 1
@@ -153,8 +171,8 @@ class GraphedStep(TrainStep):
         torch.cuda.empty_cache()
 
 
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().split("\n")[0]
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _images(shape: Layout) -> str:

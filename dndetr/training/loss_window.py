@@ -34,6 +34,10 @@ class Record:
         self._rows.index_copy_(0, self._place, row.to(self._rows.dtype)[None])
         self._place.add_(1).remainder_(len(self._rows))
 
+    def tensors(self) -> list[Tensor]:
+        """All that ``write`` changes."""
+        return [self._rows, self._place]
+
     def first(self, steps: int) -> Tensor:
         """A copy of the rows of the first steps since the last restart: [steps, 2 + Y * 6 + Y]."""
         return self._rows[:steps].clone()

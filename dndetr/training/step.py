@@ -60,9 +60,10 @@ class TrainStep:
         self._capped = False  # was said
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self._trained[0].device
-        self._called = Lowered(model, precision) if self.on_device and precision != torch.float32 else model
-        # Gradients of several processes are averaged while backward is still running; of lowered weights, at its end.
-        self._shared = DistributedDataParallel(self._called) if processes.world > 1 else None
+        # Several processes average gradients while backward is still running; those of lowered weights come at its end.
+        lowers = self.on_device and precision != torch.float32 and processes.world == 1
+        self._called = Lowered(model, precision) if lowers else model
+        self._shared = DistributedDataParallel(model) if processes.world > 1 else None
         if self.on_device:
             # Learning rates and the average's share, where a captured step can read them.
             self._numbers = torch.zeros(len(optimizer.param_groups) + 1, device=self.device)
@@ -159,6 +160,14 @@ class TrainStep:
         losses = Losses(sum(totals), sum(parts), losses.matches)
         self.record.write(losses, norm, torch.cat(finite, dim=1))
         return losses, norm
+
+    def changed(self) -> list[Tensor]:
+        """All that a step changes on the device."""
+        models = [self.model] if self.average is None else [self.model, self.average.model]
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        tensors += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        tensors += self.record.tensors()
+        return tensors if self.noise_meter is None else [*tensors, self.noise_meter.sums]
 
     def state(self) -> dict:
         """What a checkpoint keeps of the optimiser; the same in every mode and on every device."""

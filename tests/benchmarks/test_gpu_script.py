@@ -109,7 +109,7 @@ def recorded(commands, tmp_path) -> dict[str, list[str]]:
 def test_benchmarks_that_are_named_are_there(root, recorded):
     files = {place.partition("::")[0] for place, *_ in recorded.values()}
     assert {file.removeprefix("benchmarks/bench_") for file in files} == {
-        *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py")
+        *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py", "fused.py")
     }
     assert all((root / file).is_file() for file in files)
 

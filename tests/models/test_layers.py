@@ -1,9 +1,11 @@
 import detectors
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, lowered
+from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, dense_attention, lowered
+from dndetr.ops import _backend
 
 
 def test_without_autocast_the_stream_is_one_tensor():
@@ -46,3 +48,29 @@ def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
     # What a sine encoding is projected by is the encoding's only consumer.
     cast = {path for path, dtype in taken.items() if dtype != torch.bfloat16 and not path.endswith("ca_qpos_sine_proj")}
     assert len(taken) > 20 and not cast
+
+
+def test_dense_attention_is_torchs_in_numbers():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True).unbind()
+    valid = torch.arange(9) < torch.tensor([[9], [5]])
+    given, expected = (
+        dense_attention(q, k, v, valid),
+        F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]),
+    )
+    torch.testing.assert_close(given, expected)
+    slant = torch.linspace(-1, 1, given.numel(), dtype=torch.float64).view_as(given)
+    pairs = zip(*(torch.autograd.grad(out, (q, k, v), slant) for out in (given, expected)), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_dense_attention_on_a_gpu_is_never_torchs_own(fake_cuda, monkeypatch, backend):
+    def refuse(*_, **__):
+        raise AssertionError("cuDNN's gradient with a mask can be NaN")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(_backend, "choose", lambda *_: (backend, "for this test"))
+    q = torch.empty(2, 4, 9, 8, device="cuda")
+    valid = torch.empty(2, 9, dtype=torch.bool, device="cuda")
+    assert dense_attention(q, q, q, valid).shape == q.shape

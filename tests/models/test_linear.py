@@ -1,4 +1,4 @@
-"""Linear layers: float32 products against torch's own in float64, and ReLUs that are part of them."""
+"""Linear layers: float32 products against torch's own in float64, and ReLUs that follow at once."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_only_wanted_gradients_are_computed(wanted, monkeypatch):
 
 @pytest.fixture
 def half_on_a_cpu(monkeypatch):
-    """Half-precision layers with a bias take a GPU's way here, with what a CPU has of its operations."""
+    """Half-precision layers with a bias take a GPU's way here."""
     monkeypatch.setattr(module, "_half", lambda x, weight: x.dtype if x.dtype == torch.bfloat16 and x.numel() else None)
 
 
@@ -185,6 +185,12 @@ def test_half_precision_of_any_shape(half_on_a_cpu, shape, relu):
 )
 def test_half_precision_takes_gradients_of_any_strides(half_on_a_cpu, spread, relu):
     check_half(*half_inputs((5, 7, 24)), relu, spread=spread)
+
+
+def test_half_precision_behind_a_relu_hides_no_nan(half_on_a_cpu):
+    x, weight, bias = half_inputs((64, 24))
+    x[3, 5] = float("nan")
+    assert linear(x, weight, bias, relu=True).isnan().any(-1).nonzero().tolist() == [[3]]
 
 
 def test_half_precision_falls_to_torch_without_bias(half_on_a_cpu):

@@ -1,3 +1,4 @@
+import math
 import warnings
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 import torch.utils.checkpoint
 
 from dndetr.ops import _backend
+from dndetr.ops._attention import self_test_error
 from dndetr.ops._backend import Backend, choose
 
 
@@ -178,3 +180,32 @@ def test_the_fake_gpu_rejects_what_waits_for_it(fake_cuda, waits):
     x[0] = 2
     with pytest.raises(Exception, match=r"waits for the device|to the host|data-dependent|_local_scalar_dense"):
         waits(x)
+
+
+def test_an_error_is_what_rounding_does_not_explain():
+    exact = torch.linspace(-2, 3, 101, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _backend.error_beyond_rounding([exact.to(dtype)], [exact]) < 1e-12
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        found = [exact.float(), (exact * (1 + 2 * error)).to(dtype)]
+        assert error / 2 < _backend.error_beyond_rounding(found, [exact, exact]) < 2.5 * error
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_of_what_is_no_number_is_none(place):
+    found = [torch.ones(3, dtype=torch.bfloat16) for _ in range(2)]
+    found[place][1] = float("nan")
+    error = _backend.error_beyond_rounding(found, [torch.ones(3, dtype=torch.float64)] * 2)
+    assert error != error
+
+
+def test_the_largest_error_is_found_and_no_nan_gets_lost():
+    inf, nan, half = float("inf"), float("nan"), torch.bfloat16
+    assert _backend.largest_error([torch.tensor([1.0, inf, -inf])], [torch.tensor([1.25, inf, -inf])]) == 0.25
+    assert _backend.largest_error([torch.tensor([inf])], [torch.tensor([1.0])]) == inf
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    for found in ([torch.tensor([0, nan]), zeros], [zeros, torch.tensor([nan, 0])]):
+        assert math.isnan(_backend.largest_error(found, [zeros, zeros]))
+    assert _backend.worst([1.0, 3.0, 2.0]) == 3 and math.isnan(_backend.worst([1.0, nan, 2.0]))
+    assert math.isnan(self_test_error((ones, torch.tensor([nan, 1])), (ones, ones), half))
+    assert self_test_error((1.04 * ones,), (ones,), half) == 0 < self_test_error((1.2 * ones,), (ones,), half)

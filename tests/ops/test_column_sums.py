@@ -65,6 +65,21 @@ def test_fake_tensors(fake_cuda):
     assert masked.shape == (91, 40) and masked.is_contiguous()
 
 
+AS_TRAINED = """
+import torch
+from dndetr.kernels import column_sums as kernels
+from dndetr.ops.column_sums import CASES, make_case
+from spoilt_kernels import check_self_test
+from test_column_sums import compare
+
+# Fewer rows than the self-test has, which take long here, but also in one pass and in two.
+kernels._FEW = 150
+CASES |= {"queries": (150, 64, torch.bfloat16), "pixels": (300, 128, torch.bfloat16)}
+for name in ("queries", "pixels"):
+    compare(*make_case(name))
+check_self_test("column_sums", column_sums=(2, 3))
+"""
+
 INTERPRETED = """
 import math
 import torch
@@ -92,9 +107,13 @@ assert (column_sums(torch.ones(4100, 130), "triton") == 4100).all()
 """
 
 
-def test_triton_in_the_interpreter(root, interpreter):
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(AS_TRAINED, id="as-trained"), pytest.param(INTERPRETED, id="all", marks=pytest.mark.slow)],
+)
+def test_triton_in_the_interpreter(root, interpreter, program):
     env = {**interpreter, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests" / "ops")))}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,6 +9,7 @@ from dndetr.ops import _backend
 
 MATCH = r"dndetr8matching12match_kernel"
 MSDA = r"dndetr6deform(7forward|8backward)"
+VALUE = r"dndetr6deform14value_gradient"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def on_hopper(binary):
 
 @pytest.fixture(scope="module")
 def deform_attn(on_hopper):
-    """Kernels of deformable attention by direction, value type, width, and whether rows are split or sums are exact."""
+    """Kernels of deformable attention by direction, value type, width: are rows split, sums exact, value's made?"""
     found = {}
     for kernel in on_hopper(MSDA):
         direction = "forward" if "7forward" in kernel.name else "backward"
@@ -53,9 +54,11 @@ def test_deform_attn_kernels_are_all_there(deform_attn):
         for width in (16, 32, 64):
             for split in (0, 1):
                 assert ("forward", dtype, width, split) in deform_attn
-                assert ("backward", dtype, width, split, 0) in deform_attn
+                assert ("backward", dtype, width, split, 0, 1) in deform_attn
         assert ("forward", dtype, 0, 0) in deform_attn
-        assert ("backward", dtype, 0, 0, 0) in deform_attn and ("backward", dtype, 0, 0, 1) in deform_attn
+        assert ("backward", dtype, 0, 0, 0, 1) in deform_attn and ("backward", dtype, 0, 0, 1, 1) in deform_attn
+        # Where value's gradient has a kernel of its own.
+        assert (("backward", dtype, 32, 0, 0, 0) in deform_attn) == (dtype != "float")
 
 
 def test_deform_attn_stays_in_its_registers(deform_attn):
@@ -76,24 +79,48 @@ STEPS = {
 
 
 def test_deform_attn_gathers_16_bytes_at_a_time(deform_attn):
-    for (direction, dtype, width, *_), kernel in deform_attn.items():
+    for (direction, dtype, width, *flags), kernel in deform_attn.items():
         if width > 0:
             loop = kernel.loop_with(r"LDG\..*CONSTANT")
             assert kernel.count(r"LDG\.E\.128\..*", loop) == 8, kernel.name
             assert kernel.count(r"LDG\..*", loop) == 8, kernel.name
-            assert kernel.count(r".*", loop) <= STEPS[direction, dtype], kernel.name
+            most = STEPS[direction, dtype] if direction == "forward" or flags[2] else 205
+            assert kernel.count(r".*", loop) <= most, kernel.name
 
 
 def test_deform_attn_spreads_gradients_in_vectors_and_never_waits_for_them(deform_attn):
     for (direction, dtype, width, *flags), kernel in deform_attn.items():
         assert kernel.count(r"ATOM.*") == 0, kernel.name  # neither a returning one nor a loop on shared memory
-        if direction == "forward":
+        if direction == "forward" or not flags[2]:
             assert kernel.count(r"RED.*") == 0, kernel.name
         elif flags[1]:
             assert kernel.count(r"REDG\.E\.ADD\.64.*") == 32, kernel.name
         else:
             quads = 8 if dtype == "float" or width == 0 else 16
             assert kernel.count(r"REDG\.E\.ADD\.F32x4.*") == kernel.count(r"RED.*") == quads, kernel.name
+
+
+def test_half_precision_reductions_fill_whole_sectors(deform_attn):
+    for dtype in ("BFloat16", "Float16"):
+        kernel = deform_attn["backward", dtype, 32, 0, 0, 1]
+        texts = [text for _, op, text in kernel.instructions if op.startswith("REDG")]
+        # A lane's two quads are as far apart as its four neighbours' take.
+        assert sum("+0x40]" in text for text in texts) == len(texts) // 2, kernel.name
+
+
+def test_value_gradients_are_products_of_tensor_cores(on_hopper):
+    kernels = on_hopper(VALUE)
+    assert len(kernels) == 2
+    for kernel in kernels:
+        # Two blocks of 256 threads on a multiprocessor; what a lane keeps of the gradients stays in its registers.
+        assert kernel.registers <= 128 and kernel.stack == 0, kernel.name
+        assert kernel.count(r"(LDL|STL)\b.*") == 0, kernel.name
+        products = kernel.loop_with(r"HMMA\..*")
+        assert kernel.count(r"HMMA\.16816\.F32.*", products) == kernel.count(r"HMMA.*") == 32, kernel.name
+        assert kernel.count(r"LDS\.64", products) == kernel.count(r"STS\.64", products) == 16, kernel.name
+        assert kernel.count(r"F2F\..*") == 0, kernel.name  # conversions in pairs, which are four times as fast
+        assert kernel.count(r"REDG\.E\.ADD\.F32x4.*") == kernel.count(r"REDG.*") == 8, kernel.name
+        assert kernel.count(r"ATOMS\.CAST.*") == 0, kernel.name  # a loop
 
 
 @pytest.fixture(scope="module")

@@ -148,12 +148,20 @@ def interpreted(root, interpreter, program):
     assert done.returncode == 0, done.stderr
 
 
+AS_TRAINED = """
+from spoilt_kernels import check_self_test
+
+check_precision("bf16", roundings={torch.bfloat16: 8e-3})  # bfloat16 is truncated here
+check_precision("tiny")
+check_edges()
+check_self_test("frozen_norm", frozen_norm_forward=(5,), frozen_norm_backward=(3, 4))
+"""
+
 INTERPRETED = """
 for name in op.CASES:
     if name != "resnet":  # slow, and like the others
-        check_precision(name, roundings={torch.bfloat16: 8e-3})  # bfloat16 is truncated here
+        check_precision(name, roundings={torch.bfloat16: 8e-3})
 check_strides()
-check_edges()
 check_needs()
 """
 
@@ -180,7 +188,14 @@ torch.testing.assert_close(found, expected, rtol=0, atol=0)
 """
 
 
-@pytest.mark.parametrize("program", [INTERPRETED, REGISTERED], ids=["values", "registration"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(AS_TRAINED, id="as-trained"),
+        pytest.param(INTERPRETED, id="values", marks=pytest.mark.slow),
+        pytest.param(REGISTERED, id="registration", marks=pytest.mark.slow),
+    ],
+)
 def test_triton_in_the_interpreter(root, interpreter, program):
     interpreted(root, interpreter, program)
 

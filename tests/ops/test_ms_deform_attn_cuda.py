@@ -144,9 +144,34 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("reach", [0, 0.2, 4, 30])
+def test_emulated_sums_of_a_tile_whatever_the_reach(emulated, dtype, reach):
+    """From all samples on a few pixels to most of them far from the tile's window."""
+    emulated.variant = KINDS["tiles"]
+    value, shapes, points, offsets, logits, valid = op.make_case("tiles", dtype)
+    arguments = (value, shapes, points, offsets * reach + 0.3, 4 * logits, valid)
+    as_close_as_the_reference(run(arguments), arguments, dtype)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_emulated_a_broken_gradient_stays_with_its_own_pixels(emulated, broken):
+    value, shapes, *points, valid = op.make_case("tiles", torch.bfloat16)
+    out = op.ms_deform_attn_fused_reference(value, shapes, *points, valid)
+    grad_out = grad_of(out).bfloat16()
+    grad_out[0, 66, 40] = broken  # one channel of the second head of a query in the midst of a tile
+    found = {}
+    for kind in ("rows", "tiles"):
+        emulated.variant = KINDS[kind]
+        found[kind] = _ms_deform_attn._backward_cuda(grad_out, value, flat(shapes), *points, valid, True)[0]
+    wrong = ~found["rows"].isfinite()
+    assert 8 <= wrong.sum() <= 64 and torch.equal(wrong, ~found["tiles"].isfinite())
+    assert error(found["tiles"][~wrong], found["rows"][~wrong]) < 1e-2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["tiny", "width-32", "width-64"])
+@pytest.mark.parametrize("name", ["tiny", "width-32", "width-64", "pixels"])
 def test_emulated_threads_may_take_turns_in_any_order(emulated, deterministic, name, dtype, kind):
     emulated.variant = KINDS[kind]
     deterministic(kind == "fixed")

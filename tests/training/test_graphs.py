@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from functools import partial
+from unittest import mock
 
 import detectors
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from dndetr.training import graphs
 from dndetr.training.graphs import GraphedStep
+from dndetr.training.rehearsal import Rehearsal
 from dndetr.training.step import TrainStep
+from dndetr.training.transfer import layout_of
 
 
 class Stream:
@@ -37,6 +40,22 @@ class Graph:
         self.work()
 
 
+class Generator:
+    """A generator of random numbers on a GPU: only whether it believes that it is captured."""
+
+    def __init__(self, capturing: bool = False):
+        self.capturing = capturing
+
+    def clone_state(self):
+        return Generator(self.capturing)
+
+    def graphsafe_get_state(self):
+        return self.capturing
+
+    def graphsafe_set_state(self, capturing: bool):
+        self.capturing = capturing
+
+
 WHY = "operation not permitted when stream is capturing"
 
 
@@ -45,11 +64,12 @@ def python_graphs(monkeypatch):
     """CUDA's calls on the CPU: a capture keeps the call that it saw, undone, and a replay makes it.
 
     Given: a list of what is to go wrong, "capture" (an op is refused), "end" (the capture cannot be ended either),
-    "memory" (an eager step finds none while there are graphs) or "room" (a capture finds none while there are graphs).
+    "memory" (an eager step finds none while there are graphs), "room" (a capture finds none while there are graphs), or
+    what a replay does wrong: "weights" (they stay), "images" (it sees darker ones), "noise" (it draws less).
     """
     Graph.made = 0
     compute = GraphedStep.compute_arrived
-    capturing, failing, broken = [], [], []
+    capturing, failing, broken, generator = [], [], [], Generator()
     streams, pools, ended = [Stream()], [], []
 
     @contextlib.contextmanager
@@ -67,10 +87,12 @@ def python_graphs(monkeypatch):
         before = streams[-1]
         streams[-1] = on
         capturing.append(captured)
+        generator.capturing = True
         yield
         capturing.pop()
         if "end" in failing:  # torch leaves its stream then
             raise RuntimeError("operation failed due to a previous error during capture")
+        generator.capturing = False
         streams[-1] = before
 
     def fail(self, kind, text):
@@ -93,7 +115,15 @@ def python_graphs(monkeypatch):
         batches = [batch.with_tensors([torch.full_like(t, 0) for t in batch.tensors()]) for batch in batches]
 
         def work():
-            result[:] = compute(self, arrived, batches)
+            if "weights" in failing:
+                with mock.patch.object(self.optimizer, "step"):
+                    result[:] = compute(self, arrived, batches)
+            elif "noise" in failing:
+                with mock.patch.object(self, "box_noise", 0.9 * self.box_noise):
+                    result[:] = compute(self, arrived, batches)
+            else:
+                share = 0.7 if "images" in failing else 1
+                result[:] = compute(self, [x * share if x.dim() == 4 else x for x in arrived], batches)
 
         capturing[-1].work = work
         return result
@@ -105,6 +135,7 @@ def python_graphs(monkeypatch):
         "graph_pool_handle": lambda: pools.append(len(pools)) or pools[-1],
         "current_stream": lambda device: streams[-1],
         "stream": stream,
+        "default_generators": [generator],
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
     }.items():
@@ -118,6 +149,7 @@ def python_graphs(monkeypatch):
     main = streams[-1]
     yield failing
     assert streams == [main], "another stream is current than before"
+    assert not generator.capturing, "random numbers would still be drawn as for a graph"
     broke = "end" in failing
     assert ended == ([("endAllocateToPool", 0), ("releasePool", 0)] if broke else [])
     if broke or "memory" in failing or "room" in failing:
@@ -173,6 +205,48 @@ def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
     found.append(steps_on_two_shapes(step, first=3))
     assert torch.equal(torch.cat(found), expected)
     assert not step._captured and said == [f"all batches run without CUDA graphs from here on: {WHY}"]
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "told"),
+    [
+        ("weights", "it did not change the weights as the same step computed eagerly"),
+        ("images", "it gave a loss of "),
+        ("noise", "the same step computed eagerly "),
+    ],
+)
+def test_a_capture_that_is_wrong_is_never_used(python_graphs, forgotten, told):
+    said = []
+    expected = steps_on_two_shapes(make("eager", said), 8)
+    python_graphs.append(forgotten)
+    step = make("graph", said)
+    assert torch.equal(steps_on_two_shapes(step, 8), expected)
+    assert not step._captured and len(said) == 1 and told in said[0]
+    assert "all batches run without CUDA graphs from here on: the first replay of one is not the step" in said[0]
+
+
+def test_only_the_first_replay_is_compared(python_graphs):
+    step = make("graph", [])
+    computed = []
+    eagerly = step._eagerly
+    step._eagerly = lambda *given: computed.append(None) or eagerly(*given)
+    steps_on_two_shapes(step)
+    assert len(computed) == 3  # a first step of both shapes, and the rehearsal
+
+
+def test_a_rehearsal_leaves_nothing_behind(python_graphs):
+    step = make("graph", [])
+    batch = detectors.make_batch([3, 5], 8)
+    step(batch)
+    before = [tensor.clone() for tensor in step.changed()]
+    tensors = [torch.tensor([1e-3, 1e-4, 0.0]), *batch.tensors(), *step.draw(batch)]
+    arrived = step.transfer(tensors)
+    rehearsal = Rehearsal(step.changed(), step._trained, lambda: step._eagerly(arrived, layout_of(tensors), [batch]))
+    assert all(torch.equal(a, b) for a, b in zip(step.changed(), before, strict=True))
+    assert len(before) > 3 * len(step._trained)  # weights, their average, two moments
+    result = step._eagerly(arrived, layout_of(tensors), [batch])
+    assert rehearsal.differs(result) is None
+    assert rehearsal.differs((result[0], 1.1 * result[1])).startswith("it gave a gradient norm of ")
 
 
 def test_graphs_make_room_for_shapes_that_are_new(python_graphs):
@@ -280,4 +354,5 @@ def test_a_capture_that_breaks_on_a_gpu_leaves_eager_steps():
     found = steps_on_two_shapes(step, 6)
     assert not step._captured and len(said) == 1 and "all batches run without CUDA graphs" in said[0]
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(3, device="cuda").isfinite().all() and torch.empty(3).pin_memory().is_pinned()
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-3, atol=1e-4)

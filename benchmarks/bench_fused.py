@@ -1,0 +1,132 @@
+"""One kernel of ours where torch needs several: frozen_norm, add_norm, column_sums, as bfloat16 training has them.
+
+``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own time, forward and both passes,
+with the bytes that have to move and the share of a copy's rate at which ours moves them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import ceilings
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dndetr.ops import add_norm, column_sums, frozen_norm, relu_column_sums
+
+BF16 = torch.bfloat16
+EPS = 1e-5
+
+
+class Contest(NamedTuple):
+    """Functions without arguments by name, what of their inputs gets a gradient, and the bytes that passes move."""
+
+    functions: dict[str, Callable[[], Tensor | tuple[Tensor | None, ...]]]
+    leaves: list[Tensor]
+    forward: int
+    backward: int
+
+
+def of_frozen_norm(shape, device="cuda", backend="triton") -> Contest:
+    """The end of a residual block; the scale is one, since torch's convolution has it in its weights."""
+    x, shortcut = (
+        torch.randn(shape, device=device).to(BF16, memory_format=torch.channels_last).requires_grad_() for _ in range(2)
+    )
+    scale, shift = torch.ones(shape[1], device=device), torch.randn(shape[1], device=device)
+    bias = shift.to(BF16)[:, None, None]
+    functions = {
+        "ours": lambda: frozen_norm(x, scale, shift, shortcut, True, backend),
+        "torch": lambda: (x + bias).add_(shortcut).relu_(),
+    }
+    return Contest(functions, [x, shortcut], forward=3 * x.nbytes, backward=4 * x.nbytes)
+
+
+def of_add_norm(shape, with_position, device="cuda", backend="triton") -> Contest:
+    """The end of a block of the encoder; positions are fixed."""
+    x, y = (torch.randn(shape, device=device).to(dtype).requires_grad_() for dtype in (torch.float32, BF16))
+    position = torch.randn(shape, device=device) if with_position else None
+    weight, bias = (values.requires_grad_() for values in torch.randn(2, shape[-1], device=device).unbind())
+
+    def plain():
+        out = F.layer_norm(x + y.float(), weight.shape, weight, bias, EPS)
+        return out, out.to(BF16), None if position is None else (out + position).to(BF16)
+
+    functions = {"ours": lambda: add_norm(x, y, weight, bias, EPS, position, backend), "torch": plain}
+    full, low = x.nbytes, y.nbytes
+    # Read and written are x, y, out, low and what a position adds; forward also writes the normed rows for backward.
+    forward = 3 * full + 2 * low + with_position * (full + low)
+    backward = 3 * full + 2 * low + with_position * low
+    return Contest(functions, [x, y, weight, bias], forward, backward)
+
+
+def of_column_sums(size, relu, device="cuda", backend="triton") -> Contest:
+    """The gradient of a bias, behind a ReLU: itself part of backward, and not differentiable."""
+    grad, out = (torch.randn(size, device=device).to(BF16) for _ in range(2))
+
+    def masked_sums():
+        masked = torch.ops.aten.threshold_backward(grad, out, 0)
+        return masked, masked.sum(0)
+
+    if relu:
+        functions = {"ours": lambda: relu_column_sums(grad, out, backend), "torch": masked_sums}
+    else:
+        functions = {"ours": lambda: column_sums(grad, backend), "torch": lambda: grad.sum(0)}
+    return Contest(functions, [], forward=(3 if relu else 1) * grad.nbytes, backward=0)
+
+
+CONTESTS = {
+    **{
+        f"frozen_norm, {layer} {shape}": partial(of_frozen_norm, shape)
+        for layer, shape in (("layer1", (2, 256, 200, 334)), ("layer3", (16, 1024, 50, 84)))
+    },
+    **{
+        f"add_norm{', with position' * position}, {shape}": partial(of_add_norm, shape, position)
+        for shape in ((2, 22223, 256), (16, 1050, 256))
+        for position in (False, True)
+    },
+    **{
+        f"column_sums{', behind a ReLU' * relu}, {size}": partial(of_column_sums, size, relu)
+        for size in ((2100, 256), (44446, 256), (44446, 2048))
+        for relu in (False, True)
+    },
+}
+
+
+def results(function: Callable) -> list[Tensor]:
+    """What a function returns, without what is not there."""
+    found = function()
+    return [found] if isinstance(found, Tensor) else [result for result in found if result is not None]
+
+
+def gradients(function: Callable, leaves: Sequence[Tensor], weighting: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of the results, each weighted."""
+    return torch.autograd.grad(results(function), leaves, weighting)
+
+
+def compete(record: Callable, name: str, contest: Contest, copy: float) -> None:
+    """Record and print the passes of a contest; copy: bytes per second of one."""
+    passes = {"forward": (contest.forward, contest.functions)}
+    if contest.leaves:
+        weighting = [torch.randn_like(result) for result in results(contest.functions["ours"])]
+        both = {who: partial(gradients, f, contest.leaves, weighting) for who, f in contest.functions.items()}
+        passes["forward and backward"] = contest.forward + contest.backward, both
+    for which, (moved, functions) in passes.items():
+        seconds = {who: ceilings.gpu_seconds(function) for who, function in functions.items()}
+        share = moved / seconds["ours"] / copy
+        record(f"{name}, {which}", seconds, bytes=moved, share_of_copy=share, detail=True)
+        ratio = seconds["torch"] / seconds["ours"]
+        print(f"\n{name}, {which}: ours {seconds['ours'] * 1e6:.1f} us, torch {ratio:.2f}x that; {share:.0%} of a copy")
+
+
+@pytest.fixture(scope="module")
+def copy():
+    """Bytes per second of a large copy, read and written."""
+    return ceilings.gpu_copy()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONTESTS)
+def bench_fused(record, copy, name):
+    compete(record, name, CONTESTS[name](), copy)

@@ -1,0 +1,58 @@
+"""The benchmark of fused kernels without a GPU: both sides compute the same, and what is recorded adds up."""
+
+import bench_fused
+import ceilings
+import pytest
+import torch
+
+SMALL = {
+    "frozen_norm": lambda: bench_fused.of_frozen_norm((2, 8, 3, 5), "cpu", "reference"),
+    "add_norm": lambda: bench_fused.of_add_norm((2, 7, 16), False, "cpu", "reference"),
+    "add_norm, with position": lambda: bench_fused.of_add_norm((2, 7, 16), True, "cpu", "reference"),
+    "column_sums": lambda: bench_fused.of_column_sums((50, 16), False, "cpu", "reference"),
+    "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), True, "cpu", "reference"),
+}
+# Bytes of each pass: numbers, times the sizes in which they are read or written.
+MOVED = {
+    "frozen_norm": [240 * 2 * 3, 240 * 2 * 7],
+    "add_norm": [224 * (3 * 4 + 2 * 2), 224 * (6 * 4 + 4 * 2)],
+    "add_norm, with position": [224 * (4 * 4 + 3 * 2), 224 * (7 * 4 + 6 * 2)],
+    "column_sums": [800 * 2],
+    "column_sums, behind a ReLU": [800 * 2 * 3],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_contestants_agree(name):
+    torch.manual_seed(0)
+    contest = SMALL[name]()
+    weighting = [torch.randn_like(result) for result in bench_fused.results(contest.functions["ours"])]
+    found, expected = (
+        bench_fused.results(f) + list(bench_fused.gradients(f, contest.leaves, weighting) if contest.leaves else ())
+        for f in contest.functions.values()
+    )
+    if name == "frozen_norm":
+        # torch rounds after every kernel, which near zero decides what of the gradients passes the ReLU.
+        torch.testing.assert_close(found[0], expected[0], rtol=2e-2, atol=5e-2)
+        assert all(torch.equal(grad == 0, found[0] == 0) for grad in found[1:])
+        assert all(torch.equal(grad == 0, expected[0] == 0) for grad in expected[1:])
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_pass_is_recorded(name, monkeypatch):
+    monkeypatch.setattr(ceilings, "gpu_seconds", lambda function: function() is not None and 0.5)
+    recorded = {}
+    contest = SMALL[name]()
+    bench_fused.compete(lambda title, *given, **counted: recorded.update({title: (given, counted)}), name, contest, 1e4)
+    passes = ["forward", "forward and backward"][: len(MOVED[name])]
+    assert list(recorded) == [f"{name}, {which}" for which in passes]
+    for ((seconds,), counted), moved in zip(recorded.values(), MOVED[name], strict=True):
+        assert seconds == {"ours": 0.5, "torch": 0.5}
+        assert counted == {"bytes": moved, "share_of_copy": moved / 0.5 / 1e4, "detail": True}
+
+
+def test_every_op_competes_at_the_sizes_of_training():
+    kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
+    assert kinds == {"frozen_norm", "add_norm", "column_sums"} and len(bench_fused.CONTESTS) == 12
