@@ -129,7 +129,7 @@ def report(benchmark, record, title, sdpa, contenders, inputs, grad_out):
 @pytest.mark.parametrize("queries", LAYOUTS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def bench_group_attention(benchmark, record, queries, batch, dtype):
+def bench_group_attention(benchmark, record, chosen, queries, batch, dtype):
     layout = LAYOUTS[queries]
     packed = torch.randn(batch, queries, 3, HEADS, WIDTH, dtype=dtype, device=DEVICE)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -140,7 +140,8 @@ def bench_group_attention(benchmark, record, queries, batch, dtype):
         "sdpa": partial(F.scaled_dot_product_attention, attn_mask=~blocked),
         "official": partial(official, mask=mask),
     }
-    if GPU and (batch, dtype) == (16, torch.bfloat16):
+    contenders = {name: attend for name, attend in contenders.items() if chosen(name)}
+    if GPU and (batch, dtype) == (16, torch.bfloat16) and chosen("flex"):
         contenders["flex"] = flex(layout, queries)
     title = f"group attention, Q {queries}, B {batch}, {dtype}"
     grad_out = torch.randn(batch, queries, HEADS, WIDTH, dtype=dtype, device=DEVICE).transpose(1, 2)

@@ -27,11 +27,11 @@ ON_CPU = {**TRAINING, "quarter-encoder": op.CASES["quarter-encoder"], **DECODERS
 ON_CPU["decoder-500, 2 images"] = (2, *DECODERS["decoder-500"][1:])
 ON_GPU = {
     f"{name}, {batch} images": (batch, *case[1:])
+    for batch in (2, 16)
     for name, case in {
         "encoder": (1, PIXELS, 8, 32, FULL, 4, 2, True),
         "decoder-500": DECODERS["decoder-500"],
     }.items()
-    for batch in (2, 16)
 }
 # What the CPU path must reach, with AVX-512 and with AVX2: forward, forward and backward.
 DECODER_GOAL = {"avx512": (8, 8), "avx2": (5, 5)}
@@ -62,15 +62,19 @@ def best(request):
     return found
 
 
+def fused(arguments, backend: str) -> tuple:
+    """The op on a backend as a function without arguments, and its inputs, which want gradients."""
+    value, _, _, offsets, logits, _ = arguments
+    inputs = tuple(x.requires_grad_() for x in (value, offsets, logits))
+    return partial(ms_deform_attn_fused, *arguments, backend=backend), inputs
+
+
 def functions(arguments, device) -> tuple[dict, dict]:
-    """Every implementation as a function without arguments, on inputs that want gradients, and what is missing."""
+    """Every implementation as a function without arguments, with its inputs, and what is missing."""
     value, shapes, reference, offsets, logits, _ = arguments
-    for x in (value, offsets, logits):
-        x.requires_grad_()
-    fast = {"cpu": "cpp", "cuda": "cuda"}[device]
     runs = {
-        "grid_sample": (partial(ms_deform_attn_fused, *arguments, backend="reference"), (value, offsets, logits)),
-        "ours": (partial(ms_deform_attn_fused, *arguments, backend=fast), (value, offsets, logits)),
+        "grid_sample": fused(arguments, "reference"),
+        "ours": fused(arguments, {"cpu": "cpp", "cuda": "cuda"}[device]),
     }
     peers, missing = deform_attn_peers.importable(device)
     with torch.no_grad():
@@ -121,7 +125,7 @@ def bench_ms_deform_attn_on_gpu(record, best, name, dtype):
     arguments = op.make_inputs(ON_GPU[name], dtype, "cuda")
     runs, missing = functions(arguments, "cuda")
     grad_out = torch.randn_like(runs["ours"][0]().detach())
-    median, memory = {}, {}
+    median, memory, title = {}, {}, f"{name}, {dtype}"
     for peer in sorted(runs, key=lambda peer: peer != "ours"):  # ours first, whatever becomes of the rest
         run, inputs = runs[peer]
         try:
@@ -130,12 +134,14 @@ def bench_ms_deform_attn_on_gpu(record, best, name, dtype):
         except Exception as failure:  # out of memory, too: the composite keeps every sample
             missing[peer] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             torch.cuda.empty_cache()
+        if "ours" in median:
+            keep(record, title, arguments, median, best, missing, peak_memory=memory)
     torch.use_deterministic_algorithms(True)
     try:
         median["ours, deterministic"] = gpu_times(*runs["ours"], grad_out)
     finally:
         torch.use_deterministic_algorithms(False)
-    report(record, f"{name}, {dtype}", arguments, median, best, missing, peak_memory=memory)
+    report(record, title, arguments, median, best, missing, peak_memory=memory)
 
 
 def peak_memory(run, inputs, grad_out) -> int:
@@ -157,14 +163,9 @@ def gpu_times(run, inputs, grad_out) -> list[float]:
     return [forward, ceilings.gpu_seconds(both)]
 
 
-def report(record, name, arguments, median, best, missing, **found) -> None:
-    """Print and store seconds, ratios, and shares of the ceilings."""
+def keep(record, name, arguments, median, best, missing, **found) -> dict[str, float]:
+    """Store seconds and shares of the ceilings; the shares."""
     ours, moved = median["ours"], traffic(arguments)
-    ratios = {
-        peer: [slow / fast for slow, fast in zip(times, ours, strict=True)]
-        for peer, times in median.items()
-        if peer != "ours"
-    }
     shares = {kind: moved["gathered"] / ours[0] / rate for kind, rate in best.items() if kind.startswith("gather")}
     shares["copy"] = moved["forward"] / ours[0] / best["copy"]
     backward = max(ours[1] - ours[0], 1e-9)
@@ -175,6 +176,17 @@ def report(record, name, arguments, median, best, missing, **found) -> None:
     for index, passes in enumerate(("forward", "forward and backward")):
         seconds = {peer: times[index] for peer, times in median.items()}
         record(f"deformable attention, {passes}, {name}", seconds, **found)
+    return shares
+
+
+def report(record, name, arguments, median, best, missing, **found) -> None:
+    """Store it, and print milliseconds, ratios and shares."""
+    shares, ours = keep(record, name, arguments, median, best, missing, **found), median["ours"]
+    ratios = {
+        peer: [slow / fast for slow, fast in zip(times, ours, strict=True)]
+        for peer, times in median.items()
+        if peer != "ours"
+    }
     print(f"\n{name}: forward {ours[0] * 1e3:.3f} ms, both {ours[1] * 1e3:.3f} ms")
     for peer, (forward, both) in ratios.items():
         print(f"  {peer}: {forward:.1f}x forward, {both:.1f}x both")

@@ -46,12 +46,16 @@ def _convolution(images: int, height: int, width: int) -> tuple[torch.Tensor, to
 
 
 def launches() -> dict[str, float]:
-    """Seconds that a GPU and its host need to start work: one small kernel, one graph of it, one empty wait."""
+    """Seconds that a GPU and its host need to start work: a small kernel, alone and in graphs, and an empty wait."""
     x = torch.zeros(1, device="cuda")
-    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        x.add_(1)
+
+    def graph_of(kernels: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(kernels):
+                x.add_(1)
+        return graph
 
     def each(function, count: int) -> float:
         function()
@@ -64,7 +68,8 @@ def launches() -> dict[str, float]:
 
     return {
         "small kernel": each(lambda: x.add_(1), 1000),
-        "small graph": each(graph.replay, 1000),
+        "small graph": each(graph_of(1).replay, 1000),
+        "small kernel in a long graph": each(graph_of(2000).replay, 10) / 2000,
         "wait for nothing": each(torch.cuda.synchronize, 1000),
     }
 

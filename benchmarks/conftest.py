@@ -1,5 +1,7 @@
 """Provenance and file of every benchmark result (``--results``)."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,18 @@ def provenance() -> dict:
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="write what was measured to this JSON file")
-    parser.addoption("--contenders", help="bench_gpu_step times those whose whole name this pattern matches (all)")
+    parser.addoption(
+        "--contenders", help="of steps on a GPU and of group attention: those whose whole name matches (all)"
+    )
     parser.addoption("--rounds", type=int, default=3, help="how often bench_step times each whole step")
     parser.addoption("--images", type=int, default=2, help="images in a batch of bench_step")
+
+
+@pytest.fixture(scope="session")
+def chosen(request) -> Callable[[str], bool]:
+    """Whether a contender of this name is to be timed."""
+    pattern = request.config.getoption("--contenders") or ".*"
+    return lambda name: re.fullmatch(pattern, name) is not None
 
 
 @pytest.fixture(scope="session")

@@ -1,264 +1,221 @@
-"""``benchmarks/gpu.sh`` without a GPU: the commands that it would run exist, and it survives what happens to them."""
+"""``benchmarks/gpu.sh`` without a GPU: what its plans name exists, and both come to their end wherever they are cut."""
 
-import importlib
 import json
 import os
+import random
 import re
-import shlex
+import signal
 import subprocess
 import sys
-from typing import NamedTuple
+import tarfile
+import time
 
+import gpu_plan
+import gpu_programs
 import pytest
+from gpu_call import Block, Call
+from gpu_plan import FIRST, PLANS, SECOND
 
-from dndetr import commandline, compare, train
-
-
-class Stage(NamedTuple):
-    """A stage as DRY_RUN prints it."""
-
-    name: str
-    limit: int
-    command: list[str]
+LIMITS = {"FIRST": 330, "SECOND": 300}
+SET_UP = 20  # seconds
 
 
 def start(root, *arguments, **environment):
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     return subprocess.Popen(
         [root / "benchmarks" / "gpu.sh", *map(str, arguments)],
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": path, "DNDETR_SHARED": "/nowhere", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def dry_run(root, *arguments, **environment) -> list[Stage]:
-    process = start(root, *arguments, DRY_RUN="1", **environment)
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    rows = [line.split("\t") for line in out.splitlines()]
-    return [Stage(name, int(limit), shlex.split(command)) for name, limit, command in rows]
+def collected(root, *arguments) -> tuple[list[str], str]:
+    """Tests and benchmarks that pytest finds, and all that it says."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"^(?:tests|benchmarks)/\S+::.*$", done.stdout, re.M), done.stdout
 
 
-@pytest.fixture(scope="module")
-def planned(root, tmp_path_factory):
-    """All stages, with a folder of one wheel."""
-    wheels = tmp_path_factory.mktemp("wheels")
-    (wheels / "some-1.0-py3-none-any.whl").touch()
-    out = tmp_path_factory.mktemp("dry") / "out"
-    stages = dry_run(root, out, 500, wheels)
-    assert not out.exists()
-    return stages
+@pytest.fixture
+def commands(monkeypatch):
+    """commands(block, name): what a block runs as a program of that name, with further variables."""
+
+    def those(block: Block, tmp_path) -> dict:
+        found = {}
+        monkeypatch.setattr(gpu_programs, "beside", lambda call, _, commands, **__: found.update(commands))
+        block.run(Call("FIRST", tmp_path, 60), {})
+        return found
+
+    return those
 
 
-def after(command: list[str], *words: str) -> list[str] | None:
-    """What follows these words in a command, or None."""
-    for place in range(len(command) - len(words) + 1):
-        if command[place : place + len(words)] == list(words):
-            return command[place + len(words) :]
-    return None
+def named(plan, name: str) -> Block:
+    return next(block for block in plan if block.name == name)
 
 
-def test_order_and_names(planned):
-    names = [stage.name for stage in planned]
-    assert names[:6] == ["device", "wheels", "build", "doctor", "tests-compiled", "tests-others"]
-    assert len(set(names)) == len(names)
-    first = {
-        word: next(n for n, name in enumerate(names) if name.startswith(word)) for word in ("ceilings", "step", "msda")
-    }
-    assert first["ceilings"] < first["step"] < first["msda"]
-    assert [word for word in names if word.startswith("step")] == [
-        f"step-{model}-{images}" for images in (2, 16) for model in ("deformable", "dense")
-    ]
-    assert all(10 < stage.limit <= 300 for stage in planned)
-    assert planned[1].command[-1].endswith("some-1.0-py3-none-any.whl")
+@pytest.mark.parametrize("name", PLANS)
+def test_dry_run(root, tmp_path, name):
+    process = start(root, name, tmp_path / "out", LIMITS[name], DRY_RUN="1")
+    said, errors = process.communicate()
+    assert process.returncode == 0 and errors == "" and not (tmp_path / "out").exists()
+    rows = [line.split("\t") for line in said.splitlines()]
+    assert rows == [[block.name, str(block.need), str(block.most)] for block in PLANS[name]]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_fit_into_their_time(name):
+    blocks = PLANS[name]
+    assert sum(block.need for block in blocks) + SET_UP < LIMITS[name]
+    assert all(0 < block.need < block.most <= 125 for block in blocks)
+    assert len({block.name for block in blocks}) == len(blocks)
+
+
+def test_what_matters_comes_first():
+    first, second = ([block.name for block in plan] for plan in (FIRST, SECOND))
+    assert first[:5] == ["machine", "doctor", "step deformable 2", "step dense 2", "tests, memcheck, training"]
+    assert second[1:3] == ["step deformable 2", "step dense 2"] and second[-1] == "attention with flex"
 
 
 @pytest.mark.parametrize(
-    ("stages", "names"),
+    ("arguments", "why"),
     [
-        ("build msda", ["build", "msda"]),
-        ("step-dense", ["step-dense-2", "step-dense-16"]),
-        ("step-dense-16 sanitize-racecheck", ["sanitize-racecheck", "step-dense-16"]),
-        ("train-bccd", ["train-bccd", "train-bccd-times"]),
+        (("THIRD", "out", "60"), "there is no plan THIRD"),
+        (("FIRST", "out", "1.5"), "SECONDS must be a whole number, got 1.5"),
+        (("FIRST", "out", "09"), "SECONDS must be a whole number, got 09"),
+        (("FIRST", "out"), "usage: benchmarks/gpu.sh FIRST|SECOND OUT SECONDS"),
     ],
 )
-def test_selected_stages(root, stages, names):
-    assert [stage.name for stage in dry_run(root, "out", STAGES=stages)] == names
+def test_what_cannot_be_meant_is_refused(root, arguments, why):
+    process = start(root, *arguments, DRY_RUN="1")
+    said, errors = process.communicate()
+    assert process.returncode in (1, 2) and why in errors and said == ""
 
 
-def test_a_stage_that_does_not_exist(root):
-    process = start(root, "out", STAGES="build mdsa", DRY_RUN="1")
-    out, errors = process.communicate()
-    assert process.returncode == 2 and "no stage mdsa" in errors and out == ""
+@pytest.fixture
+def recorded(commands, tmp_path) -> dict[str, list[str]]:
+    """What the second plan gives to pytest behind --results: place and options, by block."""
+    found = {}
+    for block in SECOND[1:]:
+        (command,) = commands(block, tmp_path).values()
+        before, (results, *rest) = command[: len(gpu_programs.PYTEST)], command[command.index("--results") + 1 :]
+        assert before == gpu_programs.PYTEST and results == str(tmp_path / "gpu.json")
+        found[block.name] = rest
+    return found
 
 
-@pytest.mark.parametrize(
-    ("arguments", "stages", "why"),
-    [
-        (("out",), "build step-desne", "there was no stage step-desne"),
-        (("out",), " ", "STAGES is empty"),
-        (("out", "1.5"), "build", "SECONDS must be a whole number, got 1.5"),
-        (("out", "09"), "build", "SECONDS must be a whole number, got 09"),
-        (("out", "60", "no/such"), "wheels", "there is no folder of wheels no/such"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(root, arguments, stages, why):
-    process = start(root, *arguments, STAGES=stages, DRY_RUN="1")
-    _, errors = process.communicate()
-    assert process.returncode == 2 and why in errors
-
-
-def test_benchmarks_can_be_collected(root, planned):
-    commands = [found for stage in planned if (found := after(stage.command, "-m", "pytest")) is not None]
-    named = sorted({found[0] for found in commands if found[0].startswith("benchmarks/")})
-    files = {name.partition("::")[0] for name in named}
-    assert {file.removeprefix("benchmarks/bench_").removesuffix(".py") for file in files} == {
-        *("ceilings", "gpu_step", "ms_deform_attn", "matching", "attention", "losses", "fused")
+def test_benchmarks_that_are_named_are_there(root, recorded):
+    files = {place.partition("::")[0] for place, *_ in recorded.values()}
+    assert {file.removeprefix("benchmarks/bench_") for file in files} == {
+        *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py", "fused.py")
     }
-    results = [after(found, "--results")[0] for found in commands if found[0].startswith("benchmarks/")]
-    assert all(path.endswith(".json") for path in results) and len(set(results)) == len(files)
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-s", "--results", "x.json", *named]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    for file in files:
-        assert f"{file}::" in done.stdout
-    matching, attention = (importlib.import_module(f"bench_{name}") for name in ("matching", "attention"))
-    assert any("64x6" in name for name in matching.IDS)  # what -k leaves out
-    assert matching.bench_match and attention.bench_group_attention and attention.bench_conditional_attention
+    assert all((root / file).is_file() for file in files)
 
 
 @pytest.mark.slow
-def test_every_test_for_a_gpu_is_run_once(root, planned):
-    def collected(*arguments):
-        command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        return re.findall(r"^tests/\S+::.*$", done.stdout, re.M)
+def test_benchmarks_that_are_named_can_be_collected(root, recorded):
+    places = {place for place, *_ in recorded.values()}
+    found, _ = collected(root, "--results", "x.json", "--contenders", "ours", *places)
+    assert all(any(test.startswith(place) for test in found) for place in places)
+    chosen = {(place, options[options.index("-k") + 1]) for place, *options in recorded.values() if "-k" in options}
+    # Benchmarks of matching have a device's name where it is there: what is left of the pattern finds something here.
+    counts = {place: len(collected(root, place, "-k", how.replace("cuda", "cpu"))[0]) for place, how in chosen}
+    assert counts == {"benchmarks/bench_attention.py": 2, "benchmarks/bench_matching.py": 20}
 
-    stages = [after(stage.command, "-m", "pytest") for stage in planned if stage.name.startswith("tests")]
-    run = [test for arguments in stages for test in collected(*arguments)]
-    assert len(run) > 100 and sorted(run) == sorted(collected("-q", "-m", "gpu", "tests"))
+
+def test_contenders_are_those_that_a_step_has(commands, tmp_path):
+    bench = pytest.importorskip("bench_gpu_step")
+    for preset, images in bench.CASES:
+        block = gpu_plan.step(preset, images, 1, 2, gpu_plan.DEAR)
+        (command,) = commands(block, tmp_path).values()
+        pattern = command[command.index("--contenders") + 1]
+        names = [name for name in bench.contenders(preset, None) if re.fullmatch(pattern, name)]
+        assert names[0] == "ours" and names[2].startswith("HF") and not [name for name in names if "reference" in name]
 
 
 @pytest.mark.slow
-def test_sanitizers_get_small_cases_of_every_kernel(root, planned):
-    commands = {tuple(after(stage.command, "-m", "pytest")) for stage in planned if stage.name.startswith("sanitize")}
-    (command,) = commands
-    command = [sys.executable, "-m", "pytest", "--collect-only", *command]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    tests = re.findall(r"^tests/ops/\S+$", done.stdout, re.M)
-    assert done.returncode == 0 and len(tests) < 150, done.stdout
+def test_every_test_for_a_gpu_is_run_once(root, commands, tmp_path):
+    command = commands(named(FIRST, "tests, memcheck, training"), tmp_path)["tests"]
+    assert command[-len(gpu_programs.TESTS) :] == gpu_programs.TESTS
+    run, _ = collected(root, "-m", "gpu", *gpu_programs.TESTS)
+    assert len(run) > 150 and sorted(run) == sorted(collected(root, "-m", "gpu", "tests")[0])
+    assert all(any(test.startswith(place) for test in run) for place in gpu_programs.TESTS)
+
+
+@pytest.mark.slow
+def test_the_sanitizer_gets_small_cases_of_every_kernel(root, commands, tmp_path):
+    command = commands(named(FIRST, "tests, memcheck, training"), tmp_path)["memcheck"]
+    tests, _ = collected(root, *command[command.index("gpu") - 1 :])
+    assert len(tests) < 180
     for kernels in (
-        "ms_deform_attn_cuda",
-        "match_cuda",
-        "match_cost",
-        "set_loss",
-        "group_attention",
-        "conditional_attention",
+        *("ms_deform_attn_cuda", "match_cuda", "match_cost", "set_loss", "group_attention", "conditional_attention"),
+        *("column_sums", "add_norm", "frozen_norm"),
     ):
         assert any(kernels in test for test in tests), kernels
     # Large, or captured, which torch's uncached memory does not allow.
-    assert not [test for test in tests if re.search("train-|quarter|decoder|coco|graph|solver|thousand|emulated", test)]
-
-
-def test_flags_of_our_commands(planned):
-    seen = set()
-    for stage in planned:
-        found = after(stage.command, "python", "-m")
-        if found is None or not found[0].startswith("dndetr."):
-            continue
-        module, *flags = found
-        seen.add(module)
-        if module == "dndetr.train":
-            config = train.parse(flags)
-            assert config.model.backbone.norm == "batch" and config.model.backbone.frozen == 0 and config.epochs == 12
-        elif module == "dndetr.compare":
-            given, rest = commandline.parse(
-                compare.Arguments, flags, "compare", description="", return_unknown_args=True
-            )
-            plan = compare.make_plan(given, rest)
-            assert plan.values == ["4", "0"]
-        else:
-            assert module == "dndetr.doctor" and not flags
-    assert seen == {"dndetr.train", "dndetr.compare", "dndetr.doctor"}
-
-
-FAKE = """#!/usr/bin/env bash
-# Stands for python: what each kind of command does is at the end of its line in the log.
-case "$*" in
-*"-m gpu tests/ops/test_match"*) echo "1 failed"; exit 3 ;;
-*"-m gpu tests "*) trap 'echo "1 failed until now"; exit 2' INT; sleep 60 & wait ;;
-*bench_ms_deform_attn*) echo '{"measured": 1}' >"${@: -3:1}"; echo measured; sleep 60 ;;
-*dndetr.train*)
-    trap 'echo saved; kill %1; exit 143' TERM
-    mkdir -p "$RUN"; echo '{"event": "eval"}' >"$RUN/metrics.jsonl"; sleep 60 & wait ;;
-*) echo "ran $*" ;;
-esac
-"""
-
-
-@pytest.fixture(scope="module")
-def interrupted(root, tmp_path_factory):
-    """Calls that run out of time while they measure, test, train: exit status, stages.tsv, OUT and errors of each."""
-    programs = tmp_path_factory.mktemp("bin")
-    for name, text in {
-        "python": FAKE,
-        "nvidia-smi": "#!/bin/sh\necho 'NVIDIA H999 80GB, more'\n",
-        "compute-sanitizer": "#!/bin/sh\necho ran\n",
-    }.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    started = []
-    for stages in ("device wheels doctor tests-compiled sanitize-memcheck msda losses", "tests-others", "train"):
-        out = tmp_path_factory.mktemp("out") / "new"
-        shared = {"DNDETR_SHARED": str(out / "nowhere")}
-        started.append((start(root, out, 12, PATH=path, STAGES=stages, RUN=f"{out}/shapes-r50", **shared), out))
-    ends = []
-    for process, out in started:
-        _, errors = process.communicate(timeout=60)
-        rows = [line.split("\t") for line in (out / "stages.tsv").read_text().splitlines()]
-        ends.append((process.returncode, {row[0]: row[1:] for row in rows}, out, errors))
-    return ends
+    large = "train-|quarter|decoder|coco|graph|solver|thousand|emulated|400000|26600|resnet"
+    assert not [test for test in tests if re.search(large, test)]
 
 
 @pytest.mark.slow
-def test_what_became_of_each_stage_is_written(interrupted):
-    status, rows, out, errors = interrupted[0]
-    assert status == 1 and errors == ""
-    assert {name: row[0] for name, row in rows.items()} == {
-        "device": "ok",
-        "wheels": "skipped",
-        "doctor": "ok",
-        "tests-compiled": "failed",
-        "sanitize-memcheck": "ok",
-        "msda": "interrupted",
-        "losses": "skipped",
-    }
-    assert rows["wheels"][2] == "no folder of wheels was given"
-    assert rows["tests-compiled"][2] == "exit status 3, see tests-compiled.log"
-    assert rows["losses"][2] == "no time was left"
-    assert (out / "tests-compiled.log").read_text() == "1 failed\n"
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_without_a_gpu_comes_to_its_end(root, tmp_path, name):
+    """Each block fails for want of a GPU, and says so."""
+    script, out = tmp_path / "plan.py", tmp_path / "out"
+    program = "import torch; torch.zeros(1, device='cuda')"
+    script.write_text(
+        f"import sys, gpu_call, gpu_plan, gpu_programs\ngpu_programs.PYTEST = (sys.executable, '-c', {program!r})\n"
+        "sys.exit(gpu_call.main(gpu_plan.PLANS, sys.argv[1:]))\n"
+    )
+    path = os.pathsep.join((str(root), str(root / "benchmarks")))
+    environment = {**os.environ, "PYTHONPATH": path, "DNDETR_SHARED": "/nowhere", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, script, name, out, str(LIMITS[name])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    blocks = finished(out, name)["blocks"]
+    assert done.returncode == 1 and list(blocks) == [block.name for block in PLANS[name]], done.stderr
+    assert {name for name, told in blocks.items() if "failed" not in told} <= {"doctor"}, done.stderr
+    lost = [
+        told["failed"]
+        for told in blocks.values()
+        if re.search("ImportError|NameError|no attribute '(?!_cuda)", str(told))
+    ]
+    assert not lost
+
+
+def finished(out, name: str) -> dict:
+    """What a plan left in OUT; every file is whole, and they are few and flat."""
+    files = list(out.rglob("*"))
+    assert len(files) <= 8 and all(file.is_file() and file.parent == out for file in files)
+    for path in out.glob("*.tgz"):
+        with tarfile.open(path) as tar:
+            assert all(tar.extractfile(member).read() is not None for member in tar if member.isfile())
+    contents = {path.name: json.loads(path.read_text()) for path in out.glob("*.json")}
+    return contents.get(f"gpu-{name.lower()}.json", {})
 
 
 @pytest.mark.slow
-def test_an_interrupted_stage_leaves_what_it_measured(interrupted):
-    out = interrupted[0][2]
-    assert json.loads((out / "h999-msda.json").read_text()) == {"measured": 1}
-    assert "measured" in (out / "msda.log").read_text()
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_the_script_is_cut_at_random_moments(root, extension, tmp_path, name, sign):
+    if not hasattr(extension, "match_cuda"):
+        pytest.skip("the script would build the extension")
+    seconds = random.uniform(1, 25)
+    process = start(root, name, tmp_path / "out", LIMITS[name], TMPDIR=str(tmp_path))
+    time.sleep(seconds)
+    process.send_signal(sign)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in errors, seconds
+    content = finished(tmp_path / "out", name)
+    ends = [line for line in said.splitlines() if re.match(r".*\(\d+\.\d s\)$", line)]
+    assert "ended" not in content and len(content.get("blocks", ())) >= len(ends), (seconds, said)
 
 
-@pytest.mark.slow
-def test_interrupted_tests_say_what_failed(interrupted):
-    _, rows, out, _ = interrupted[1]
-    assert rows["tests-others"][0] == "interrupted"
-    assert (out / "tests-others.log").read_text() == "1 failed until now\n"
-
-
-@pytest.mark.slow
-def test_a_run_that_is_interrupted_can_save(interrupted):
-    status, rows, out, _ = interrupted[2]
-    assert status == 0 and rows["train-shapes"][0] == "interrupted"
-    assert (out / "train-shapes.log").read_text().startswith("saved")
-    assert rows["train-shapes-times"][0] == "skipped" and rows["train-bccd"][0] == "skipped"
-    assert rows["train-bccd"][2].startswith("DNDETR_SHARED holds no data/bccd")
+def test_the_script_without_time_says_so(root, extension, tmp_path):
+    if not hasattr(extension, "match_cuda"):
+        pytest.skip("the script would build the extension")
+    process = start(root, "FIRST", tmp_path / "out", 12, TMPDIR=str(tmp_path))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "no time was left after setting up" in errors
+    assert "set up in" in (tmp_path / "out" / "setup.log").read_text()

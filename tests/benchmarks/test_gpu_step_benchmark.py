@@ -30,12 +30,12 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(bench, "floating_point_floor", lambda run, device: floors.floating_point_floor(run))
     monkeypatch.setattr(bench, "SIZE", (64, 96))
     monkeypatch.setattr(bench, "COUNTS", [3, 5])
-    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(bench, "BURSTS", 2)
 
 
 @pytest.fixture
 def small_contenders(monkeypatch):
-    """Two steps that work, one that runs out of memory at once, and one that does so in the race."""
+    """Two steps that work, one that runs out of memory at once, and one that fails while it is timed."""
     calls = {"tires": 0}
 
     def too_large():
@@ -59,7 +59,7 @@ def small_contenders(monkeypatch):
 @pytest.mark.slow
 def test_the_whole_benchmark(no_gpu_needed, small_contenders, tmp_path, capsys):
     path = tmp_path / "out.json"
-    bench.bench_gpu_step(Recording(path, {}), PRESET, 2)
+    bench.bench_gpu_step(Recording(path, {}), lambda name: True, PRESET, 2)
     result = json.loads(path.read_text())["results"][f"step of {PRESET}, 2 images of 64x96"]
     assert set(result["seconds"]) == set(result["images_per_second"]) == {"ours", "ours, eager"}
     assert result["images_per_second"]["ours"] == pytest.approx(2 / result["seconds"]["ours"])
@@ -82,12 +82,12 @@ def test_a_step_that_waits_or_launches_too_much_fails_and_is_written(
     counted = {"launches": 4.0, "waits": 1.0}
     monkeypatch.setattr(cuda_calls, "per_step", lambda events: dict(counted))
     with pytest.raises(AssertionError):
-        bench.bench_gpu_step(Recording(path, {}), PRESET, 2)
+        bench.bench_gpu_step(Recording(path, {}), lambda name: True, PRESET, 2)
     (result,) = json.loads(path.read_text())["results"].values()
     assert result["counted"]["ours"]["waits"] == 1.0 and "floor" in result
 
 
-def test_an_interrupted_race_leaves_its_rounds(no_gpu_needed, small_contenders, tmp_path, monkeypatch):
+def test_an_interrupted_benchmark_leaves_what_it_measured(no_gpu_needed, small_contenders, tmp_path, monkeypatch):
     path = tmp_path / "out.json"
 
     def interrupted(run):
@@ -95,7 +95,7 @@ def test_an_interrupted_race_leaves_its_rounds(no_gpu_needed, small_contenders, 
 
     monkeypatch.setattr(cuda_calls, "trace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bench.bench_gpu_step(Recording(path, {}), PRESET, 2)
+        bench.bench_gpu_step(Recording(path, {}), lambda name: True, PRESET, 2)
     (result,) = json.loads(path.read_text())["results"].values()
     assert result["seconds"]["ours"] > 0
 
