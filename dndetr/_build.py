@@ -201,6 +201,8 @@ def ninja_file(record: Record, objects: Path, target: Path, includes: Sequence[s
         rule = "nvcc" if source.endswith(".cu") else "cxx"
         built.append(_escape(objects / f"{source}.o"))
         lines.append(f"build {built[-1]}: {rule} {_escape(csrc / source)}")
+        if source == "bindings.cpp":  # which only hands arguments on: a third less to wait for
+            lines.append(f"  flags = {' '.join(flags)} -O1")
     lines += [f"build {_escape(target)}: link {' '.join(built)}", f"  link = {' '.join(link)}", ""]
     return "\n".join(lines)
 

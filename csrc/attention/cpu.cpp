@@ -76,8 +76,8 @@ double products(const Attention& p) {
 
 void attention(const Attention& p, Heads out, void* lse, int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const auto kernel =
-      p.v.array.dtype == Dtype::float64 ? DNDETR_FOR(simd, forward<double>) : DNDETR_FOR(simd, forward<float>);
+  // float64 is for comparisons: it needs no vectors, whose kernels are a third of what there is to compile.
+  const auto kernel = p.v.array.dtype == Dtype::float64 ? plain::forward<double> : DNDETR_FOR(simd, forward<float>);
   // Each row is computed alike whatever the parts are; more parts than threads need would only copy keys more often.
   const int heads = std::max(1, p.batch * p.heads), parts = heads >= threads ? 1 : (threads + heads - 1) / heads;
   for_each_task(p.batch * p.heads * parts, products(p), threads, [&](int task, Memory& memory) {
@@ -89,8 +89,7 @@ void attention(const Attention& p, Heads out, void* lse, int threads, Simd simd)
 void attention_backward(const Attention& p, Heads grad_out, Heads out, const void* lse, const AttentionGrads& grads,
                         int threads, Simd simd) {
   simd = std::min(simd, best_simd());
-  const auto kernel =
-      p.v.array.dtype == Dtype::float64 ? DNDETR_FOR(simd, backward<double>) : DNDETR_FOR(simd, backward<float>);
+  const auto kernel = p.v.array.dtype == Dtype::float64 ? plain::backward<double> : DNDETR_FOR(simd, backward<float>);
   for_each_task(p.batch * p.heads, 2.5 * products(p), threads, [&](int task, Memory& memory) {
     kernel(p, grad_out, out, lse, grads, task / p.heads, task % p.heads, memory);
   });

@@ -130,9 +130,21 @@ void for_each_head(const DeformAttn& p, bool backward, int threads, Array sums, 
   }
 }
 
+// float64 is for comparisons: it needs no vectors, whose kernels are a third of what there is to compile.
+template <class Real>
+auto forward_for([[maybe_unused]] Simd simd) {
+  if constexpr (sizeof(Real) == 8) return plain::forward<Real>;
+  else return DNDETR_FOR(simd, forward<Real>);
+}
+template <class Real>
+auto backward_for([[maybe_unused]] Simd simd) {
+  if constexpr (sizeof(Real) == 8) return plain::backward<Real>;
+  else return DNDETR_FOR(simd, backward<Real>);
+}
+
 template <class Real>
 void run_forward(const DeformAttn& p, Array out, int threads, Simd simd) {
-  const auto kernel = DNDETR_FOR(simd, forward<Real>);
+  const auto kernel = forward_for<Real>(simd);
   for_each_head<Real>(p, false, threads, {}, [&](int b, int head, const Workspace<Real>& workspace) {
     kernel(p, out, b, head, workspace);
   });
@@ -140,7 +152,7 @@ void run_forward(const DeformAttn& p, Array out, int threads, Simd simd) {
 
 template <class Real>
 void run_backward(const DeformAttn& p, Array grad_out, const DeformAttnGrads& grads, int threads, Simd simd) {
-  const auto kernel = DNDETR_FOR(simd, backward<Real>);
+  const auto kernel = backward_for<Real>(simd);
   for_each_head<Real>(p, true, threads, grads.value, [&](int b, int head, const Workspace<Real>& workspace) {
     kernel(p, grad_out, grads, b, head, workspace);
   });

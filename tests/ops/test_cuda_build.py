@@ -51,7 +51,7 @@ def test_every_architecture_of_the_build_is_there(binary):
 
 def test_deform_attn_kernels_are_all_there(deform_attn):
     for dtype in ("float", "BFloat16", "Float16"):
-        for width in (16, 32, 64):
+        for width in (32,) if dtype == "Float16" else (16, 32, 64):
             for split in (0, 1):
                 assert ("forward", dtype, width, split) in deform_attn
                 assert ("backward", dtype, width, split, 0, 1) in deform_attn
