@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels per architecture, number format and shape class, and their measurement.
+"""Tile sizes of the attention kernels per kind of GPU, number format and shape class, and their measurement.
 
 Training never tunes: it looks tiles up here. ``DNDETR_AUTOTUNE=1`` measures every candidate at the first call of each
 class instead and prints lines for these tables.
@@ -24,8 +24,9 @@ class Tile(NamedTuple):
 class Class(NamedTuple):
     """What a tile is chosen by.
 
-    numbers: "half" (bfloat16, float16), or the precision of float32 products. width: 32, 64 or 128, the next to the
-    widest head in play. load: "few" where tiles of 64 queries would give every processor less than two programs.
+    numbers: "half" (bfloat16, float16 where tensor cores take them), or the precision of products. width: 32, 64 or
+    128, the next to the widest head in play. load: "few" where tiles of 64 queries would give every processor less than
+    two programs.
     """
 
     kernel: str
@@ -53,6 +54,9 @@ def _table(rows: dict) -> dict[Class, Tile]:
         for load, tile in zip(("many", "few"), pair, strict=True)
     }
 
+
+# Tables are named after the GPU they were made for; others take that of the most shared memory a program has there too.
+SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
 # Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; not measured on a
 # GPU yet. Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
@@ -185,6 +189,16 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
+TABLES[86] = TABLES[80] | _table(
+    {
+        ("conditional_attention_backward", "tf32"): [
+            ((64, 32, 4, 2), (32, 32, 4, 1)),
+            ((32, 32, 4, 2), (32, 32, 4, 2)),
+            ((16, 16, 8, 1), (16, 16, 8, 1)),
+        ],
+    }
+)
+
 
 @cache
 def processors(device: torch.device) -> int:
@@ -193,9 +207,14 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def _architecture(device: torch.device) -> int:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return 80 if major < 9 else 90
+def table_of(device: torch.device) -> int | str:
+    """The key in TABLES for a GPU: Hopper's where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    if torch.version.hip:
+        return "amd"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return next((arch for arch, needed in SHARED.items() if needed <= shared), 75)
 
 
 def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> Class:
@@ -203,7 +222,8 @@ def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> C
     batch, heads, queries, width = q.shape
     return Class(
         kernel,
-        "half" if q.dtype.itemsize == 2 else precision,
+        # Triton has no tensor cores before 8.0: its products are plain float32 whatever the numbers.
+        "half" if q.dtype.itemsize == 2 and table_of(q.device) != 75 else precision,
         next(bound for bound in WIDTHS if max(width, v.shape[3]) <= bound),
         "few" if batch * heads * triton.cdiv(queries, 64) < 2 * processors(q.device) else "many",
     )
@@ -218,7 +238,7 @@ def attention_tile(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str
     tunable = os.environ.get("DNDETR_AUTOTUNE") == "1" and q.device.type == "cuda"
     if found not in _tuned:
         if not tunable or torch.cuda.is_current_stream_capturing():
-            return TABLES[_architecture(q.device)][found]
+            return TABLES[table_of(q.device)][found]
         _tuned[found] = fastest(launch, triton.testing.do_bench)
         print(f"    {found}: {_tuned[found]},", flush=True)
     return _tuned[found]

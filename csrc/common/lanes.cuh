@@ -67,10 +67,10 @@ __device__ __forceinline__ unsigned max_over(unsigned x) {
 
 // The smallest number of a warp, on every lane: one instruction from sm_80 on (REDUX), five shuffles before.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define DNDETR_NO_REDUX
+#define WITHOUT_REDUX
 #endif
 __device__ __forceinline__ unsigned min_of_warp(unsigned x) {
-#ifdef DNDETR_NO_REDUX
+#ifdef WITHOUT_REDUX
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kWarp, x, step));
   return x;
