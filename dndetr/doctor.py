@@ -45,7 +45,7 @@ def examine() -> dict:
 
 
 def _examine_gpu(backends, index: int) -> dict:
-    """One row: what a GPU is, why the compiled CUDA code does not run there if so, and what Triton's products can be."""
+    """One row: what a GPU is, why compiled CUDA code does not run there if so, and what Triton's products can be."""
     import torch
 
     from .ops import _attention

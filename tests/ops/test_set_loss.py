@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from architectures import on_architectures
 
 from dndetr.batch import Targets
 from dndetr.ops import PARTS, GroupLayout, LossWeights, Matches, _backend, set_loss
@@ -316,7 +317,7 @@ def test_gpu_is_as_precise_as_the_reference(name):
         assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@on_architectures(80, 90)
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["forward", "reduce", "backward"])
 def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_path, monkeypatch):
