@@ -24,9 +24,8 @@ class Tile(NamedTuple):
 class Class(NamedTuple):
     """What a tile is chosen by.
 
-    numbers: "half" (bfloat16, float16 where tensor cores take them), or the precision of products. width: 32, 64 or
-    128, the next to the widest head in play. load: "few" where tiles of 64 queries would give every processor less than
-    two programs.
+    numbers: "half" (bfloat16, float16), or the precision of float32 products. width: 32, 64 or 128, the next to the
+    widest head in play. load: "few" where tiles of 64 queries would give every processor less than two programs.
     """
 
     kernel: str
@@ -189,13 +188,49 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
+# For 8.6, 8.9 and 12.0.
 TABLES[86] = TABLES[80] | _table(
     {
         ("conditional_attention_backward", "tf32"): [
-            ((64, 32, 4, 2), (32, 32, 4, 1)),
+            ((32, 32, 4, 1), (32, 32, 4, 1)),
             ((32, 32, 4, 2), (32, 32, 4, 2)),
             ((16, 16, 8, 1), (16, 16, 8, 1)),
         ],
+        ("conditional_attention_backward", "tf32x3"): [
+            ((32, 16, 4, 1), (32, 16, 4, 1)),
+            ((32, 16, 8, 1), (32, 16, 8, 1)),
+        ],
+    }
+)
+
+
+def _same(rows: dict) -> dict[Class, Tile]:
+    """{kernel, numbers: tiles of widths 32, 64, 128} -> {class: tile}."""
+    return _table({names: [(tile, tile) for tile in tiles] for names, tiles in rows.items()})
+
+
+# Triton uses no tensor cores before 8.0: products are of float32 in registers, whatever the numbers.
+TABLES[75] = _same(
+    {
+        ("group_attention_forward", "half"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("group_attention_forward", "ieee"): [(32, 32, 8, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("group_attention_backward", "half"): [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
+        ("group_attention_backward", "ieee"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_forward", "half"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_forward", "ieee"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("conditional_attention_backward", "half"): [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_backward", "ieee"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    }
+)
+TABLES["amd"] = _same(
+    {
+        (f"{op}_attention_{direction}", numbers): tiles
+        for op in ("group", "conditional")
+        for direction in ("forward", "backward")
+        for numbers, tiles in (
+            ("half", [(64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)]),
+            ("ieee", [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)]),
+        )
     }
 )
 
@@ -222,8 +257,7 @@ def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> C
     batch, heads, queries, width = q.shape
     return Class(
         kernel,
-        # Triton has no tensor cores before 8.0: its products are plain float32 whatever the numbers.
-        "half" if q.dtype.itemsize == 2 and table_of(q.device) != 75 else precision,
+        "half" if q.dtype.itemsize == 2 else precision,
         next(bound for bound in WIDTHS if max(width, v.shape[3]) <= bound),
         "few" if batch * heads * triton.cdiv(queries, 64) < 2 * processors(q.device) else "many",
     )
