@@ -54,7 +54,8 @@ def _table(rows: dict) -> dict[Class, Tile]:
     }
 
 
-# Tables are named after the GPU they were made for; others take that of the most shared memory a program has there too.
+# Bytes of shared memory that a program may have on the GPU after which a table is named. Any GPU takes the first of
+# these tables that its own suffices for.
 SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
 # Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; not measured on a
@@ -188,7 +189,7 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
-# For 8.6, 8.9 and 12.0.
+# For 8.6, 8.9 and 12.x: what Ampere's tiles need too much shared memory for there, and two that spill on 12.0.
 TABLES[86] = TABLES[80] | _table(
     {
         ("conditional_attention_backward", "tf32"): [
