@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "none")
-# Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9.
-DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+# Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9. The kernels need 7.5.
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
 RECORD = "_build_info.json"
 # CUDA's compiler on PyPI. One version for all of it; what it links runs with drivers of that major version and later.
 TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
@@ -126,13 +126,15 @@ def choose_archs(env: Mapping[str, str], visible: Sequence[str], supported: Sequ
     """Architectures to compile for -> (archs, reason). ``visible`` GPUs and those the compiler has ``supported``."""
     if env.get("DNDETR_CUDA_ARCHS"):
         return parse_archs(env["DNDETR_CUDA_ARCHS"]), "DNDETR_CUDA_ARCHS"
-    known = [arch for arch in dict.fromkeys(visible) if arch in supported]
+    known = sorted({arch for arch in visible if arch in supported}, key=float)
+    left_out = sorted(set(visible) - set(known), key=float)
+    without = f"this nvcc does not compile for the visible GPU of {' and '.join(left_out)}" if left_out else ""
     if known:
-        return sorted(known, key=float), "the visible GPU"
+        return known, "the visible GPU" + (f"; {without}" if without else "")
     archs = [arch for arch in DEFAULT_ARCHS if arch in supported]
     if not archs:
         raise BuildError(f"nvcc compiles for none of {', '.join(DEFAULT_ARCHS)}: set DNDETR_CUDA_ARCHS")
-    return [*archs[:-1], f"{archs[-1]}+PTX"], "the default list (no GPU is visible)"
+    return [*archs[:-1], f"{archs[-1]}+PTX"], f"the default list ({without or 'no GPU is visible'})"
 
 
 def arch_flags(archs: Sequence[str]) -> list[str]:

@@ -36,11 +36,26 @@ def examine() -> dict:
             "threads": torch.get_num_threads(),
             "simd": simd,
         },
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": [_examine_gpu(_backend, index) for index in range(torch.cuda.device_count())],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("DNDETR_")},
         "build": _backend.build_info(),
         "ops": ops,
         "healthy": all(op["error"] is None and not op["failed"] for op in ops),
+    }
+
+
+def _examine_gpu(backends, index: int) -> dict:
+    """One row: what a GPU is, why compiled CUDA code does not run there if so, and what Triton's products can be."""
+    import torch
+
+    from .ops import _attention
+
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "architecture": properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}",
+        "no_cuda": backends.cuda_obstacle("ms_deform_attn_cuda", index=index),
+        "tf32": _attention.has_tf32(torch.device("cuda", index)),
     }
 
 
@@ -78,7 +93,12 @@ def lines(report: dict) -> list[tuple[str, str]]:
     cpu = report["cpu"]
     vectors = cpu["simd"] or "unknown (nothing compiled)"
     out.append(("cpu", f"{cpu['machine']}, {cpu['cores']} cores, torch uses {cpu['threads']}, vectors {vectors}"))
-    out.append(("gpu", ", ".join(report["gpus"]) or "torch sees none"))
+    for index, gpu in enumerate(report["gpus"]):
+        native = f"no CUDA ops: {gpu['no_cuda']}" if gpu["no_cuda"] else "CUDA ops run on it"
+        products = "" if gpu["tf32"] else "; Triton has no TF32 for it, attention multiplies plain float32"
+        out.append((f"gpu {index}", f"{gpu['name']}, {gpu['architecture']}: {native}{products}"))
+    if not report["gpus"]:
+        out.append(("gpu", "torch sees none"))
     out += [(name, value) for name, value in report["environment"].items()]
     if build:
         out.append(("build", f"{'built' if build['built'] else 'NOT built'}: {build['reason']}"))

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels per architecture, number format and shape class, and their measurement.
+"""Tile sizes of the attention kernels per kind of GPU, number format and shape class, and their measurement.
 
 Training never tunes: it looks tiles up here. ``DNDETR_AUTOTUNE=1`` measures every candidate at the first call of each
 class instead and prints lines for these tables.
@@ -53,6 +53,10 @@ def _table(rows: dict) -> dict[Class, Tile]:
         for load, tile in zip(("many", "few"), pair, strict=True)
     }
 
+
+# Bytes of shared memory that a program may have on the GPU after which a table is named. Any GPU takes the first of
+# these tables that its own suffices for.
+SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
 # Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; not measured on a
 # GPU yet. Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
@@ -185,6 +189,52 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
+# For 8.6, 8.9 and 12.x: what Ampere's tiles need too much shared memory for there, and two that spill on 12.0.
+TABLES[86] = TABLES[80] | _table(
+    {
+        ("conditional_attention_backward", "tf32"): [
+            ((32, 32, 4, 1), (32, 32, 4, 1)),
+            ((32, 32, 4, 2), (32, 32, 4, 2)),
+            ((16, 16, 8, 1), (16, 16, 8, 1)),
+        ],
+        ("conditional_attention_backward", "tf32x3"): [
+            ((32, 16, 4, 1), (32, 16, 4, 1)),
+            ((32, 16, 8, 1), (32, 16, 8, 1)),
+        ],
+    }
+)
+
+
+def _same(rows: dict) -> dict[Class, Tile]:
+    """{kernel, numbers: tiles of widths 32, 64, 128} -> {class: tile}."""
+    return _table({names: [(tile, tile) for tile in tiles] for names, tiles in rows.items()})
+
+
+# Triton uses no tensor cores before 8.0: products are of float32 in registers, whatever the numbers.
+TABLES[75] = _same(
+    {
+        ("group_attention_forward", "half"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("group_attention_forward", "ieee"): [(32, 32, 8, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("group_attention_backward", "half"): [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
+        ("group_attention_backward", "ieee"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_forward", "half"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_forward", "ieee"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 8, 1)],
+        ("conditional_attention_backward", "half"): [(32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)],
+        ("conditional_attention_backward", "ieee"): [(32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    }
+)
+TABLES["amd"] = _same(
+    {
+        (f"{op}_attention_{direction}", numbers): tiles
+        for op in ("group", "conditional")
+        for direction in ("forward", "backward")
+        for numbers, tiles in (
+            ("half", [(64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)]),
+            ("ieee", [(32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)]),
+        )
+    }
+)
+
 
 @cache
 def processors(device: torch.device) -> int:
@@ -193,9 +243,14 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def _architecture(device: torch.device) -> int:
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return 80 if major < 9 else 90
+def table_of(device: torch.device) -> int | str:
+    """The key in TABLES for a GPU: Hopper's where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    if torch.version.hip:
+        return "amd"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return next((arch for arch, needed in SHARED.items() if needed <= shared), 75)
 
 
 def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> Class:
@@ -218,7 +273,7 @@ def attention_tile(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str
     tunable = os.environ.get("DNDETR_AUTOTUNE") == "1" and q.device.type == "cuda"
     if found not in _tuned:
         if not tunable or torch.cuda.is_current_stream_capturing():
-            return TABLES[_architecture(q.device)][found]
+            return TABLES[table_of(q.device)][found]
         _tuned[found] = fastest(launch, triton.testing.do_bench)
         print(f"    {found}: {_tuned[found]},", flush=True)
     return _tuned[found]

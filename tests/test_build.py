@@ -62,9 +62,22 @@ def test_archs_are_chosen_with_a_reason(build):
     supported = ["7.5", "8.0", "9.0", "12.0"]
     assert build.choose_archs({"DNDETR_CUDA_ARCHS": "8.6"}, ["9.0"], supported) == (["8.6"], "DNDETR_CUDA_ARCHS")
     assert build.choose_archs({}, ["9.0", "9.0"], supported) == (["9.0"], "the visible GPU")
-    assert build.choose_archs({}, ["13.0"], supported)[0] == ["8.0", "9.0", "12.0+PTX"]
+    assert build.choose_archs({}, [], supported) == (
+        ["7.5", "8.0", "9.0", "12.0+PTX"],
+        "the default list (no GPU is visible)",
+    )
+    assert build.choose_archs({}, ["8.0", "7.5"], supported) == (["7.5", "8.0"], "the visible GPU")
     with pytest.raises(build.BuildError, match="DNDETR_CUDA_ARCHS"):
         build.choose_archs({}, [], ["5.0"])
+
+
+def test_a_gpu_that_nvcc_does_not_know_is_left_out_and_named(build):
+    supported = ["7.5", "8.0", "9.0", "12.0"]
+    without = "this nvcc does not compile for the visible GPU of 7.0"
+    assert build.choose_archs({}, ["7.0", "8.0"], supported) == (["8.0"], f"the visible GPU; {without}")
+    archs, reason = build.choose_archs({}, ["7.0"], supported)
+    assert archs[-1] == "12.0+PTX" and reason == f"the default list ({without})"
+    assert build.choose_archs({}, ["7.0", "13.0"], supported)[1].endswith(" of 7.0 and 13.0)")
 
 
 def test_arch_flags(build):

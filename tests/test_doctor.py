@@ -2,8 +2,10 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dndetr import __main__ as cli
 from dndetr import doctor
@@ -24,6 +26,39 @@ def test_plain_report(capsys):
     assert re.search(r"^assign on cpu +\w+: ", out, re.M)
     assert re.search(r"^build cuda? .+: .+", out, re.M) or "no record" in out
     assert out.rstrip().endswith("all self-tests passed")
+
+
+V100, T4, A100, H200, RTX5090 = (
+    SimpleNamespace(name=name, major=major, minor=minor)
+    for name, major, minor in (
+        ("Tesla V100", 7, 0), ("Tesla T4", 7, 5), ("NVIDIA A100", 8, 0), ("NVIDIA H200", 9, 0), ("RTX 5090", 12, 0)
+    )
+)  # fmt: skip
+MI300 = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, gcnArchName="gfx942")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (V100, "Tesla V100, 7.0: no CUDA ops: compiled for 7.5 9.0a 9.0 10.0+PTX, of which a GPU of 7.0 runs none; "),
+        (T4, "Tesla T4, 7.5: CUDA ops run on it; Triton has no TF32 for it, attention multiplies plain float32"),
+        (A100, "NVIDIA A100, 8.0: no CUDA ops: compiled for 7.5 9.0a 9.0 10.0+PTX, of which a GPU of 8.0 runs none"),
+        (H200, "NVIDIA H200, 9.0: CUDA ops run on it"),
+        (RTX5090, "RTX 5090, 12.0: CUDA ops run on it"),
+        (MI300, "AMD Instinct MI300X, gfx942: no CUDA ops: CUDA code does not run on AMD's GPUs; Triton has no TF32 "),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_each_gpu_is_named_with_what_it_takes(gpu, said, monkeypatch):
+    report = doctor.examine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (gpu.major, gpu.minor))
+    monkeypatch.setattr(torch.version, "hip", "7.0" if gpu is MI300 else None)
+    monkeypatch.setattr(_backend, "extension_obstacle", lambda *functions: None)
+    monkeypatch.setattr(_backend, "build_info", lambda: {"archs": ["7.5", "9.0a", "9.0", "10.0+PTX"]})
+    report["gpus"] = [doctor._examine_gpu(_backend, 0)]
+    assert dict(doctor.lines(report))["gpu 0"].startswith(said)
 
 
 def test_a_wrong_backend_is_an_exit_status(fresh_backends, monkeypatch, capsys):

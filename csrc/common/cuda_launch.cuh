@@ -32,6 +32,13 @@ class Launch {
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   // Bytes of shared memory that a block may ask for.
   std::int64_t most_shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  // The architecture that a kernel's code, as it runs here, was compiled for, such as 80.
+  template <class Kernel>
+  int compiled_for(Kernel* kernel) const {
+    cudaFuncAttributes found{};
+    raise(cudaFuncGetAttributes(&found, kernel));
+    return found.ptxVersion;
+  }
 
   // After each launch, and around each call of the runtime.
   void check() const { raise(cudaGetLastError()); }

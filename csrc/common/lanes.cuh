@@ -65,6 +65,20 @@ __device__ __forceinline__ unsigned max_over(unsigned x) {
   return x;
 }
 
+// The smallest number of a warp, on every lane: one instruction from sm_80 on (REDUX), five shuffles before.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define WITHOUT_REDUX
+#endif
+__device__ __forceinline__ unsigned min_of_warp(unsigned x) {
+#ifdef WITHOUT_REDUX
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kWarp, x, step));
+  return x;
+#else
+  return __reduce_min_sync(kWarp, x);
+#endif
+}
+
 // Sums of N values over a team, scattered: afterwards x[0..] of lane i are the sums numbered i * N / Team and up. Half
 // of what a lane holds changes hands at each step, so N - 1 shuffles do what N butterflies would.
 template <int Team, int N>

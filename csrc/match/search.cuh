@@ -1,8 +1,8 @@
 // The columns of one matching problem, held by threads that search for augmenting paths (assign.h) together.
 //
 // Prices and path lengths are in registers, the matching so far and the rows before columns in shared memory. A minimum over
-// lanes is a minimum of unsigned numbers that are ordered as the floats are, then of the columns where it was found: REDUX,
-// and no order of threads that could matter.
+// lanes is a minimum of unsigned numbers that are ordered as the floats are, then of the columns where it was found: REDUX
+// where there is one, and no order of threads that could matter.
 #pragma once
 
 #include <climits>
@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/floats.h"
+#include "common/lanes.cuh"
 
 #define DNDETR_INLINE __device__ __forceinline__
 
@@ -37,15 +38,15 @@ __device__ __forceinline__ double value_of(std::uint64_t key) {
 
 // The smallest key of a warp and the smallest rank that has it.
 __device__ __forceinline__ void least_of_warp(std::uint32_t& key, unsigned& rank) {
-  const std::uint32_t low = __reduce_min_sync(kAll, key);
-  rank = __reduce_min_sync(kAll, key == low ? rank : kAll);
+  const std::uint32_t low = min_of_warp(key);
+  rank = min_of_warp(key == low ? rank : kAll);
   key = low;
 }
 __device__ __forceinline__ void least_of_warp(std::uint64_t& key, unsigned& rank) {
   const auto high = static_cast<std::uint32_t>(key >> 32), low = static_cast<std::uint32_t>(key);
-  const std::uint32_t least_high = __reduce_min_sync(kAll, high);
-  const std::uint32_t least_low = __reduce_min_sync(kAll, high == least_high ? low : kAll);
-  rank = __reduce_min_sync(kAll, high == least_high && low == least_low ? rank : kAll);
+  const std::uint32_t least_high = min_of_warp(high);
+  const std::uint32_t least_low = min_of_warp(high == least_high ? low : kAll);
+  rank = min_of_warp(high == least_high && low == least_low ? rank : kAll);
   key = std::uint64_t(least_high) << 32 | least_low;
 }
 

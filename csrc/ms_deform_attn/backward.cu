@@ -31,8 +31,8 @@ void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const Def
       }
       if constexpr (deform::has_value_gradient<Element, width.value>) {
         const deform::Plan plan = deform::value_plan_for<Element, width.value>(p);
-        if (deform::has_tiles(p) && plan.shared <= launch.most_shared()) {
-          const auto kernel = deform::value_gradient<Element, width.value>;
+        const auto kernel = deform::value_gradient<Element, width.value>;
+        if (deform::has_tiles(p) && plan.shared <= launch.most_shared() && launch.compiled_for(kernel) >= 80) {
           launch.raise(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
           kernel<<<plan.blocks, plan.threads, plan.shared, launch.stream()>>>(
               plan.problem, static_cast<const Element*>(grad_out.data), static_cast<float*>(grads.value.data));

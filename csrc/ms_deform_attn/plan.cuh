@@ -105,7 +105,7 @@ Plan value_plan_for(const DeformAttn& p) {
   plan.problem.tiles.heads = 1;
   plan.threads = kValueThreads;
   plan.blocks = blocks_of(plan.problem);
-  plan.shared = tile_bytes<Element, Width>(plan.problem);
+  plan.shared = tile_bytes<Element, Width>(p.levels * p.points);
   return plan;
 }
 

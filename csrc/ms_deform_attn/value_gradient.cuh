@@ -52,12 +52,13 @@ struct TileMemory {
   int sums[kMaxLevels][3];    // over a level's samples: x, y, one
   unsigned rows[kMaxLevels];  // of the window that a level's samples lie in, a bit each
 };
-__host__ __device__ inline int samples_apart(const Problem& p) { return p.samples | 1; }
+__host__ __device__ constexpr int samples_apart(int samples) { return samples | 1; }
 
 template <class Element, int Width>
-std::size_t tile_bytes(const Problem& p) {
-  return sizeof(TileMemory<Element, Width>) + std::size_t(kQueries) * samples_apart(p) * (sizeof(float4) + sizeof(Corner));
+constexpr std::size_t tile_bytes(int samples) {
+  return sizeof(TileMemory<Element, Width>) + std::size_t(kQueries) * samples_apart(samples) * (sizeof(float4) + sizeof(Corner));
 }
+static_assert(tile_bytes<BFloat16, 32>(16) <= 99 * 1024, "the models' samples fit where a block has least, on sm_86 and sm_120");
 
 // Along one axis: where a window around the mean of the samples starts.
 __device__ __forceinline__ int window_start(int sum, int count, int size) {
@@ -93,14 +94,15 @@ __device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, 
   }
 }
 
-// to: float [B, S, H, Width].
+// to: float [B, S, H, Width]. Launched only as compiled for sm_80 or later: before, there are no such products.
 template <class Element, int Width>
 __global__ void __launch_bounds__(kValueThreads, 2)
     value_gradient(const Problem p, const Element* __restrict__ grad_out, float* __restrict__ to) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kParts = Width / 8, kSteps = kQueries / 16, kWarps = kValueThreads / 32;
   using Channels = Vector<Element, 8>;
   auto& tile = *reinterpret_cast<TileMemory<Element, Width>*>(shared);
-  const int apart = samples_apart(p);
+  const int apart = samples_apart(p.samples);
   float4* const weights = reinterpret_cast<float4*>(&tile + 1);
   Corner* const corners = reinterpret_cast<Corner*>(weights + kQueries * apart);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, query = thread / kTeam, member = thread % kTeam;
@@ -253,6 +255,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
     }
     __syncthreads();
   }
+#endif
 }
 
 }  // namespace dndetr::deform

@@ -54,12 +54,22 @@ def checked_precision(precision: str | None) -> str:
     return precision or PRECISIONS[0]
 
 
-def float32_products(precision: str, *widths: int) -> str:
-    """How the kernels multiply float32: "torch" follows ``torch.set_float32_matmul_precision``.
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton's products can be of TF32: not on AMD's GPUs, and on NVIDIA's from 8.0 on."""
+    if device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def products(precision: str, q: Tensor, *widths: int) -> str:
+    """How the kernels multiply. Half precision knows one way; of float32 "torch" follows
+    ``torch.set_float32_matmul_precision``.
 
     Its default, "highest", becomes three TF32 products (plain float32 for heads over 64 wide, where those do not fit
-    in registers), anything less a single one.
+    in registers), anything less a single one. GPUs without TF32 multiply plain float32, whatever is asked for.
     """
+    if q.dtype.itemsize == 2 or not has_tf32(q.device):
+        return "ieee"
     if precision == "torch":
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "ieee" if precision == "tf32x3" and max(widths) > 64 else precision

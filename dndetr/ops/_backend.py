@@ -246,9 +246,28 @@ def triton_obstacle(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
-def cuda_obstacle(*functions: str) -> str | None:
-    """Why compiled CUDA code cannot serve these functions, or None."""
-    return extension_obstacle(*functions) or (None if torch.cuda.is_available() else "torch sees no GPU")
+def cuda_obstacle(*functions: str, index: int | None = None) -> str | None:
+    """Why compiled CUDA code cannot serve these functions, on the current GPU if none is named, or None."""
+    if obstacle := extension_obstacle(*functions):
+        return obstacle
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.version.hip:
+        return "CUDA code does not run on AMD's GPUs"
+    capability, archs = torch.cuda.get_device_capability(index), build_info()["archs"]
+    if any(_runs(arch, capability) for arch in archs):
+        return None
+    return f"compiled for {' '.join(archs)}, of which a GPU of {'.'.join(map(str, capability))} runs none"
+
+
+def _runs(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for an architecture such as 8.0, 9.0a or 12.0+PTX runs on a GPU of this capability."""
+    number, ptx, _ = arch.partition("+PTX")
+    major, minor = (int(part.rstrip("af")) for part in number.split("."))
+    if number.endswith("a"):
+        return (major, minor) == capability
+    later = ptx and not number.endswith("f")
+    return (major, minor) <= capability if later else major == capability[0] and minor <= capability[1]
 
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -20,12 +20,12 @@ from ._attention import (
     choose,
     cpp_obstacle,
     empty_heads,
-    float32_products,
     forward_cpp,
     gradients,
     hidden_softmax,
     one_dtype,
     precise,
+    products,
     self_test_error,
 )
 
@@ -63,7 +63,7 @@ def _forward(q_content, q_position, k_content, k_position, v, valid, scale, prec
     else:
         from ..kernels.conditional_attention import conditional_attention_forward
 
-        precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+        precision = products(precision, q_content, q_content.shape[3], q_position.shape[3], v.shape[3])
         inputs = q_content, q_position, k_content, k_position, v, valid, scale, precision
         with torch.cuda.device_of(v):
             conditional_attention_forward(*inputs, out, lse)
@@ -79,7 +79,7 @@ def _backward(grad_out, q_content, q_position, k_content, k_position, v, valid, 
     else:
         from ..kernels.conditional_attention import conditional_attention_backward
 
-        precision = float32_products(precision, q_content.shape[3], q_position.shape[3], v.shape[3])
+        precision = products(precision, q_content, q_content.shape[3], q_position.shape[3], v.shape[3])
         inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
         with torch.cuda.device_of(v):
             conditional_attention_backward(*inputs, grads)

@@ -25,11 +25,11 @@ from ._attention import (
     choose,
     cpp_obstacle,
     empty_heads,
-    float32_products,
     forward_cpp,
     gradients,
     one_dtype,
     precise,
+    products,
     self_test_error,
 )
 
@@ -107,7 +107,7 @@ def _forward(q, k, v, active, groups, slots, matching, scale, precision, backend
     else:
         from ..kernels.group_attention import group_attention_forward
 
-        precision = float32_products(precision, q.shape[3], v.shape[3])
+        precision = products(precision, q, q.shape[3], v.shape[3])
         with torch.cuda.device_of(q):
             group_attention_forward(q, k, v, active, groups, slots, matching, scale, precision, out, lse)
     return out, lse
@@ -121,7 +121,7 @@ def _backward(grad_out, q, k, v, active, out, lse, groups, slots, matching, scal
     else:
         from ..kernels.group_attention import group_attention_backward
 
-        precision = float32_products(precision, q.shape[3], v.shape[3])
+        precision = products(precision, q, q.shape[3], v.shape[3])
         given = grad_out, q, k, v, active, out, lse, groups, slots, matching, scale, precision
         with torch.cuda.device_of(q):
             group_attention_backward(*given, *grads)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import on_architectures
 
 from dndetr.ops import add_norm
 
@@ -219,7 +220,7 @@ def test_gpu_repeats_every_bit_in_a_graph_too():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@on_architectures(80, 90)
 @pytest.mark.parametrize("columns", [256, 1000])
 @pytest.mark.parametrize("kernel", ["forward", "backward", "reduce"])
 def test_triton_compiles_for_gpus_without_spilling(kernel, columns, arch, tmp_path, monkeypatch):

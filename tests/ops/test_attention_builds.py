@@ -7,20 +7,34 @@ change of the kernels or of their tables.
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
+from triton.backends import backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dndetr.kernels import conditional_attention, group_attention  # noqa: E402
-from dndetr.kernels.attention_tiles import TABLES, Class, Tile  # noqa: E402
+from dndetr.kernels.attention_tiles import TABLES, Class, Tile, table_of  # noqa: E402
+from dndetr.ops import _attention  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_BUDGET = {80: 163 * 1024, 90: 227 * 1024}
+# Bytes that a block may ask for, as GPUs say.
+SHARED_BUDGET = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
 TRAINING = [
     (90, Class("group_attention_forward", "half", 32, "many")),
     (80, Class("group_attention_backward", "half", 32, "many")),
@@ -29,6 +43,8 @@ TRAINING = [
     (90, Class("conditional_attention_forward", "tf32x3", 32, "few")),
     (80, Class("conditional_attention_backward", "half", 32, "many")),
     (90, Class("conditional_attention_backward", "half", 32, "many")),
+    (75, Class("group_attention_forward", "ieee", 32, "many")),
+    (86, Class("conditional_attention_backward", "tf32", 128, "many")),
 ]
 
 
@@ -86,6 +102,13 @@ def fits(usage: Usage, arch: int) -> bool:
     return usage.stack == usage.local == 0 and usage.shared <= SHARED_BUDGET[arch]
 
 
+def table(arch: int) -> dict[Class, Tile]:
+    """What a GPU of this architecture takes."""
+    gpu = SimpleNamespace(shared_memory_per_block_optin=SHARED_BUDGET[arch])
+    with mock.patch("torch.cuda.get_device_properties", return_value=gpu):
+        return TABLES[table_of.__wrapped__(torch.device("cuda"))]
+
+
 def kernel_of(name: str):
     """The jit function of a kernel named in the tables."""
     return getattr(group_attention if name.startswith("group") else conditional_attention, f"{name}_kernel")
@@ -99,15 +122,15 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize(("arch", "found"), TRAINING, ids=_name)
 def test_kernels_of_training_do_not_spill(arch, found, tmp_path):
-    tile = TABLES[arch][found]
+    tile = table(arch)[found]
     usage = weigh(kernel_of(found.kernel), arch, found.numbers, found.width, tile, tmp_path)
     assert fits(usage, arch), f"{found} {tile}: {usage}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TABLES)
+@pytest.mark.parametrize("arch", SHARED_BUDGET)
 def test_no_kernel_spills(arch, tmp_path):
-    variants = {(*found._replace(load=""), tile) for found, tile in TABLES[arch].items()}
+    variants = {(*found._replace(load=""), tile) for found, tile in table(arch).items()}
     misfits = []
     for name, numbers, width, _, tile in sorted(variants):
         for floats in ("*bf16", "*fp16") if numbers == "half" else ("*fp32",):
@@ -115,6 +138,56 @@ def test_no_kernel_spills(arch, tmp_path):
             if not fits(usage, arch):
                 misfits.append(f"{name} {numbers} {floats} {width} {tile}: {usage}")
     assert not misfits, "\n".join(misfits)
+
+
+def test_every_gpu_has_tiles_of_its_size(monkeypatch):
+    owners = {id(tiles): name for name, tiles in TABLES.items()}
+    named = {arch: owners[id(table(arch))] for arch in SHARED_BUDGET}
+    assert named == {75: 75, 80: 80, 86: 86, 89: 86, 90: 90, 100: 90, 120: 86}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert table(90) is TABLES["amd"]
+
+
+def test_gpus_multiply_in_precisions_that_they_have(monkeypatch):
+    def asked(dtype, precision, capability, width=32):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        q = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
+        return _attention.products(precision, q, width)
+
+    for precision in ("tf32", "tf32x3", "ieee"):
+        assert asked(torch.float32, precision, (8, 0)) == precision
+        assert asked(torch.float32, precision, (7, 5)) == "ieee"
+        assert asked(torch.bfloat16, precision, (9, 0)) == "ieee"
+    assert asked(torch.float32, "torch", (9, 0)) == "tf32x3" and asked(torch.float32, "torch", (9, 0), 65) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert asked(torch.float32, "tf32x3", (9, 4)) == "ieee"
+
+
+def build_for_amd(kernel, numbers, width, tile):
+    """Spilled registers, and bytes of shared memory, of an MI300."""
+    if "amd" not in backends:
+        pytest.skip("this Triton has no compiler for AMD's GPUs")
+    source = source_of(kernel, numbers, width, tile, "*bf16" if numbers == "half" else "*fp32")
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+    return int(re.search(r"\.vgpr_spill_count: +(\d+)", compiled.asm["amdgcn"])[1]), compiled.metadata.shared
+
+
+ON_AMD = Class("group_attention_forward", "ieee", 32, "many")
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        pytest.param(found, marks=() if found == ON_AMD else pytest.mark.slow)
+        for found in TABLES["amd"]
+        if found.load == "many"
+    ],
+    ids=_name,
+)
+def test_no_kernel_spills_on_amd(found):
+    spilled, shared = build_for_amd(kernel_of(found.kernel), found.numbers, found.width, TABLES["amd"][found])
+    assert spilled == 0 and shared <= 64 * 1024
 
 
 def test_the_gate_sees_spills_and_shared_memory(tmp_path):

@@ -162,6 +162,21 @@ def test_missing_extension_is_explained(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("arch", "runs", "fails"),
+    [
+        ("8.0", ["8.0", "8.6", "8.9"], ["7.5", "9.0"]),
+        ("8.6", ["8.6", "8.9"], ["8.0"]),
+        ("9.0a", ["9.0"], ["10.0"]),
+        ("10.0f", ["10.0", "10.3"], ["12.0"]),
+        ("12.0+PTX", ["12.0", "12.1", "13.0"], ["10.0"]),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(arch, runs, fails):
+    for gpu in (*runs, *fails):
+        assert _backend._runs(arch, tuple(map(int, gpu.split(".")))) == (gpu in runs), gpu
+
+
+@pytest.mark.parametrize(
     "waits",
     [
         lambda x: x.item(),

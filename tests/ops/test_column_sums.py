@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from architectures import on_architectures
 
 from dndetr.ops import column_sums, relu_column_sums
 from dndetr.ops.column_sums import CASES, column_sums_reference, make_case, relu_column_sums_reference
@@ -131,7 +132,7 @@ def test_gpu_cases(name):
     compare(*make_case(name, "cuda"))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@on_architectures(80, 90)
 @pytest.mark.parametrize(
     ("size", "grad", "relu"),
     [((2100, 256), "*bf16", True), ((26_600, 256), "*bf16", True), ((2100, 256), "*fp32", False)],

@@ -1,10 +1,15 @@
 """Machine code of the CUDA kernels, read without a GPU: what made them fast must not get lost."""
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import sass
+from architectures import ARCHITECTURES
 
+from dndetr import _build
 from dndetr.ops import _backend
 
 MATCH = r"dndetr8matching12match_kernel"
@@ -30,6 +35,32 @@ def on_hopper(binary):
     if "sm_90" not in sass.architectures(*binary):
         pytest.skip(f"the extension was built for {', '.join(_backend.build_info()['archs'])} only")
     return lambda pattern: sass.kernels(*binary, "sm_90", pattern)
+
+
+SOURCES = ("match/cuda.cu", "ms_deform_attn/forward.cu", "ms_deform_attn/backward.cu")
+
+
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [
+        pytest.param(source, arch, marks=() if (source, arch) == ("match/cuda.cu", 75) else pytest.mark.slow)
+        for source in SOURCES
+        for arch in ARCHITECTURES
+    ],
+)
+def test_every_card_has_kernels_without_spills(root, tmp_path, source, arch):
+    nvcc = _build.find_nvcc(os.environ)
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    if f"{arch // 10}.{arch % 10}" not in _build.supported_archs(nvcc):
+        pytest.skip(f"this nvcc does not compile for sm_{arch}")
+    csrc = root / "csrc"
+    flags = ["-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas=-v", f"-I{csrc}", "-cubin"]
+    command = [nvcc, *flags, "-o", str(tmp_path / "kernels.cubin"), str(csrc / source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert used and set(used) == {("0", "0", "0")}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from architectures import on_architectures
 
 from dndetr.ops import frozen_norm
 
@@ -249,7 +250,7 @@ def test_gpu_replays_in_a_graph():
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@on_architectures(80, 90)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("channels", [24, 91, 256])
 def test_triton_compiles_for_gpus_without_spilling(channels, dtype, arch, tmp_path, monkeypatch):

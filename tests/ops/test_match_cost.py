@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from architectures import on_architectures
 
 from dndetr.batch import Targets
 from dndetr.ops import CostWeights, match_cost
@@ -215,7 +216,7 @@ def test_triton_in_the_interpreter(root, interpreter):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@on_architectures(80, 90)
 @pytest.mark.parametrize(("logits", "precise"), [("*bf16", "fp32"), ("*fp32", "fp32"), ("*fp64", "fp64")])
 def test_triton_compiles_for_gpus(arch, logits, precise, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")

@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib
+import itertools
+import random
 import shutil
 import subprocess
 
@@ -79,27 +81,44 @@ class Emulated:
         assert not problem, problem.decode()
 
 
-@pytest.fixture(scope="module")
-def library(root, tmp_path_factory):
+def compiled(root, source, target, *flags):
+    """A library of a file that includes the emulator."""
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("emulator") / "match.so"
-    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", f"-I{root / 'csrc'}"]
-    source = root / "tests" / "ops" / "emulator" / "match.cpp"
-    subprocess.run(["g++", *flags, str(source), "-o", str(target)], check=True)
+    emulator = root / "tests" / "ops" / "emulator"
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        f"-I{root / 'csrc'}",
+        f"-I{emulator}",
+        *flags,
+    ]
+    subprocess.run(["g++", *flags, str(emulator / source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    library.emulate_assign.restype = library.emulate_match.restype = ctypes.c_char_p
+    if source == "match.cpp":
+        library.emulate_assign.restype = library.emulate_match.restype = ctypes.c_char_p
     return library
+
+
+@pytest.fixture(scope="module")
+def library(root, tmp_path_factory):
+    return compiled(root, "match.cpp", tmp_path_factory.mktemp("emulator") / "match.so")
 
 
 @pytest.fixture
 def emulated(library, monkeypatch):
     """The ops' CUDA code on CPU tensors."""
+    return emulate(library, monkeypatch)
+
+
+def emulate(library, monkeypatch):
     module = Emulated(library)
-    compiled = _backend.compiled
+    module.real = _backend.compiled
     monkeypatch.setattr(assign_op._backend, "compiled", lambda: module)
     monkeypatch.setattr(_backend, "cuda_stream", lambda tensor: (0, 0))
-    module.real = compiled
     return module
 
 
@@ -155,6 +174,27 @@ def test_emulated_solver_answers_as_the_one_in_cpp(
     cost, counts = costs(kind, 2, queries, slots, seed)
     cost = cost.double() if double else cost
     assert torch.equal(assign_there(cost, counts), assign_here(emulated, cost, counts))
+
+
+@pytest.mark.parametrize("flags", [[], ["-DWITHOUT_REDUX"]], ids=["one-instruction", "shuffles"])
+def test_emulated_minimum_of_a_warp(root, tmp_path, flags):
+    library = compiled(root, "minimum.cpp", tmp_path / "minimum.so", *flags)
+    draw = random.Random(0)
+    for most in (1, 40, 2**32 - 1):
+        words, found = ([draw.randint(0, most) for _ in range(32)], (ctypes.c_uint * 32)())
+        library.minima((ctypes.c_uint * 32)(*words), found)
+        assert set(found) == {min(words)}
+
+
+@pytest.mark.slow
+def test_emulated_solver_with_minima_by_shuffles(extension, root, tmp_path, monkeypatch):
+    """As compiled for sm_75, which has no instruction for the minimum of a warp."""
+    emulated = emulate(compiled(root, "match.cpp", tmp_path / "match.so", "-DWITHOUT_REDUX"), monkeypatch)
+    for kind, dtype, block in itertools.product(KINDS, (torch.float32, torch.float64), BLOCKS.values()):
+        emulated.block = block
+        cost, counts = costs(kind, 2, 37, 23, 5)
+        cost = cost.to(dtype)
+        assert torch.equal(assign_there(cost, counts), assign_here(emulated, cost, counts)), (kind, dtype, block)
 
 
 @pytest.mark.parametrize("kind", KINDS)
