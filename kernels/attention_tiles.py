@@ -189,9 +189,19 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
-# For 8.6, 8.9 and 12.x: what Ampere's tiles need too much shared memory for there, and two that spill on 12.0.
+# For 8.6, 8.9 and 12.x: other tiles where an A100's need too much shared memory, or spill on 12.0.
 TABLES[86] = TABLES[80] | _table(
     {
+        ("group_attention_forward", "tf32"): [
+            ((64, 64, 4, 2), (32, 32, 2, 2)),
+            ((64, 32, 4, 2), (64, 32, 4, 2)),
+            ((64, 32, 8, 2), (64, 32, 8, 2)),
+        ],
+        ("group_attention_backward", "tf32"): [
+            ((32, 32, 4, 1), (32, 32, 4, 1)),
+            ((64, 16, 8, 1), (32, 32, 8, 1)),
+            ((32, 32, 8, 1), (32, 32, 8, 1)),
+        ],
         ("conditional_attention_backward", "tf32"): [
             ((32, 32, 4, 1), (32, 32, 4, 1)),
             ((32, 32, 4, 2), (32, 32, 4, 2)),
