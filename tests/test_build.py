@@ -63,7 +63,7 @@ def test_archs_are_chosen_with_a_reason(build):
     assert build.choose_archs({"DNDETR_CUDA_ARCHS": "8.6"}, ["9.0"], supported) == (["8.6"], "DNDETR_CUDA_ARCHS")
     assert build.choose_archs({}, ["9.0", "9.0"], supported) == (["9.0"], "the visible GPU")
     assert build.choose_archs({}, [], supported) == (
-        ["7.5", "8.0", "9.0", "12.0+PTX"],
+        ["8.0", "9.0", "12.0+PTX"],
         "the default list (no GPU is visible)",
     )
     assert build.choose_archs({}, ["8.0", "7.5"], supported) == (["7.5", "8.0"], "the visible GPU")
