@@ -28,7 +28,9 @@ class Noise(NamedTuple):
     box: Tensor
 
 
-def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None, drawn: int | None = None) -> Noise:
+def draw_noise(
+    targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None, drawn: int | None = None
+) -> Noise:
     """Fresh random numbers for every slot, on the targets' device (where the generator must be, too).
 
     drawn: for so many slots only, and zeros for the others, so that more slots do not move what is drawn after them.

@@ -159,6 +159,15 @@ def test_noise_is_what_the_paper_says():
     assert noised.active.tolist() == [8] * 64 and noised.live.all()
 
 
+def test_more_slots_do_not_move_the_noise():
+    narrow, wide = (detectors.make_step(detectors.build("dn-detr")) for _ in range(2))
+    for counts in ([3, 8], [0, 1]):
+        few, many = (detectors.make_batch(counts, slots) for slots in (8, 32))
+        for a, b in zip(narrow.draw(few), wide.draw(many), strict=True):
+            assert b.shape[2] == 32 and torch.equal(a, b[:, :, :8]) and not b[:, :, 8:].any()
+    assert torch.equal(narrow.noise_generator.get_state(), wide.noise_generator.get_state())
+
+
 def test_without_noise_the_targets_come_back():
     targets = detectors.make_targets([2, 0], 8)
     noised = noised_queries(targets, draw_noise(targets, 2, detectors.CLASSES), 0.0, 0.0)

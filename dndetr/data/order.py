@@ -1,4 +1,4 @@
-"""Which images make which batch of an epoch: by (seed, epoch) alone, landscape with landscape, portrait with portrait."""
+"""Which images make which batch of an epoch: by (seed, epoch) alone, tall images with tall ones."""
 
 from collections.abc import Sequence
 
