@@ -28,15 +28,13 @@ class Noise(NamedTuple):
     box: Tensor
 
 
-def draw_noise(
-    targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None, drawn: int | None = None
-) -> Noise:
+def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None) -> Noise:
     """Fresh random numbers for every slot, on the targets' device (where the generator must be, too).
 
-    drawn: for so many slots only, and zeros for the others, so that more slots do not move what is drawn after them.
+    Slots that no image of the batch needs get zeros, so that the noise does not depend on how many of them there are.
     """
     slots = targets.labels.shape[1]
-    drawn = slots if drawn is None else min(drawn, slots)
+    drawn = slots if targets.needed is None else targets.needed
     shape = (targets.labels.shape[0], groups, drawn)
     options = {"device": targets.boxes.device, "generator": generator}
     noise = Noise(

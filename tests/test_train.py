@@ -20,7 +20,6 @@ from dndetr.config import Config, from_dict, to_dict
 from dndetr.presets import PRESETS
 from dndetr.runs.folder import hold
 from dndetr.shapes import write_shapes
-from dndetr.training import build, trainer
 from dndetr.training.criterion import Criterion
 from dndetr.training.loss_window import Diverged
 from dndetr.training.step import TrainStep
@@ -275,8 +274,8 @@ def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeyp
     flags += ["--images.sizes", "48", "96", "--images.max-size", "120", "--images.eval-size", "64", "--images.augment"]
     assert train.main([*flags, "--output", "eager"]) == 0
     assert "shapes of batches" not in capsys.readouterr().out
-    monkeypatch.setattr(trainer, "pick_mode", lambda name, device, world: "graph")
-    monkeypatch.setattr(build, "GraphedStep", TrainStep)  # there is no GPU
+    monkeypatch.setattr("dndetr.training.trainer.pick_mode", lambda name, device, world: "graph")
+    monkeypatch.setattr("dndetr.training.build.GraphedStep", TrainStep)  # there is no GPU
     trained = []
     call = TrainStep.__call__
     monkeypatch.setattr(

@@ -19,7 +19,7 @@ MOST_SHAPES = 64
 """CUDA graphs of one run."""
 _MORE_PIXELS = 0.1  # as a share of all; beyond, rare shapes are better left without a graph
 _FAR = 1.5  # nor does a batch go onto a canvas of more than so many times its own pixels
-_QUERY = 100  # pixels that cost about as much as a denoising query
+_QUERY = 100  # pixels that cost about as much as a denoising query: 20 MFLOP of a decoder against 0.2 of a backbone
 _CAPTURE = 20  # steps that cost about as much as a shape's first step and its capture
 _DRAWN = 3072  # images
 _BATCHES = 8192  # made of those

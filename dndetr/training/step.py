@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch
-from ..data.collate import target_bucket
 from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
 from .criterion import Criterion, Losses
 from .distributed import Processes
@@ -88,11 +87,7 @@ class TrainStep:
                 f"a batch with room for {batch.targets.labels.shape[1]} objects per image gets {groups} denoising "
                 f"groups instead of {self.groups} (--denoising.max-queries {self.max_queries})"
             )
-        if not groups:
-            return None
-        # As many numbers as the batch needs, so that noise is the same whatever shape the batch was given.
-        needed = target_bucket(int(batch.targets.counts.max()))
-        return draw_noise(batch.targets, groups, self.classes, self.noise_generator, drawn=needed)
+        return draw_noise(batch.targets, groups, self.classes, self.noise_generator) if groups else None
 
     def preview(self, batch: Batch) -> NoisedQueries | None:
         """The denoising queries that the next step is about to make of its first batch."""
