@@ -38,7 +38,7 @@ def test_shapes_of_batches_are_told_for_training_on_a_gpu(folder, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batches of ")]
     # All shapes are 128x128, but for crops; five images make few batches.
     assert len(lines) == 2 and lines[1] == "batches of 16: more than the 5 training images"
-    told = r"batches of 2 \(dn-detr-r50\): \d+ shapes of batches \(heights .* to \d+, room for [\d, ]+ objects\): "
+    told = r"batches of 2 \(dn-detr-r50\): \d+ shapes? of batches \(heights .* to \d+, room for [\d, ]+ objects\): "
     assert re.fullmatch(told + r"\d\.\d% more pixels, \d+\.\d% of the steps replay a CUDA graph", lines[0])
     assert check_data.main([str(folder), "--preset", "small"]) == 0
     assert "batches of small: one canvas of 240x320\n" in capsys.readouterr().out

@@ -273,7 +273,7 @@ def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeyp
     flags = ["--data", str(tmp_path / "data"), "--epochs", "1", "--batch-size", "2", "--images.recipe", "official"]
     flags += ["--images.sizes", "48", "96", "--images.max-size", "120", "--images.eval-size", "64", "--images.augment"]
     assert train.main([*flags, "--output", "eager"]) == 0
-    assert "shapes of batches" not in capsys.readouterr().out
+    assert "of batches (heights" not in capsys.readouterr().out
     monkeypatch.setattr("dndetr.training.trainer.pick_mode", lambda name, device, world: "graph")
     monkeypatch.setattr("dndetr.training.build.GraphedStep", TrainStep)  # there is no GPU
     trained = []
@@ -282,7 +282,7 @@ def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeyp
         TrainStep, "__call__", lambda self, *batches: trained.append((self, batches)) or call(self, *batches)
     )
     assert train.main([*flags, "--output", "graph"]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "shapes of batches" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "of batches (heights" in line]
     assert len(told) == 1 and told[0].startswith("CUDA graphs: ")
     assert len(trained) == 3
     for step, (batch,) in trained:

@@ -67,8 +67,9 @@ class BatchShapes(NamedTuple):
     def __str__(self) -> str:
         heights, widths, slots = zip(*self.shapes, strict=True)
         room = ", ".join(str(number) for number in sorted(set(slots)))
+        count = "1 shape" if len(self.shapes) == 1 else f"{len(self.shapes)} shapes"
         return (
-            f"{len(self.shapes)} shapes of batches (heights {min(heights)} to {max(heights)}, widths {min(widths)} to "
+            f"{count} of batches (heights {min(heights)} to {max(heights)}, widths {min(widths)} to "
             f"{max(widths)}, room for {room} objects): {self.pixels_added:.1%} more pixels, "
             f"{self.replayed:.1%} of the steps replay a CUDA graph"
         )
@@ -98,13 +99,14 @@ def choose_shapes(dataset: Drawn, config: Config, steps: int) -> BatchShapes:
 def _draw_batches(dataset: Drawn, batch_size: int, seed: int) -> np.ndarray:
     """Batches as the loader makes them, of a share of a large data set -> their images' extents [n, batch_size, 3]."""
     images = np.arange(len(dataset))
-    if sampled := len(images) > _DRAWN:
-        images = np.sort(np.random.default_rng((seed, len(images))).choice(images, _DRAWN, replace=False))
+    wanted = max(_DRAWN, 8 * batch_size)
+    if sampled := len(images) > wanted:
+        images = np.sort(np.random.default_rng((seed, len(images))).choice(images, wanted, replace=False))
     portrait = np.array(portraits(dataset.sizes, None))[images]
     order = Order(portrait.tolist(), batch_size, training=True, seed=seed)
     drawn = [
         np.array([dataset.extent(image, epoch) for image in images.tolist()])
-        for epoch in range(max(1, _DRAWN // len(images)))
+        for epoch in range(max(1, wanted // len(images)))
     ]
     found = []
     for epoch in range(-(-_BATCHES // len(order))):

@@ -193,6 +193,13 @@ def test_few_sizes_stay_as_they_are_and_short_runs_take_fewer_shapes(coco):
     assert choose_shapes(coco, official(2), 200).pixels_added <= 0.1
 
 
+@pytest.mark.parametrize(("images", "batch_size"), [(2, 2), (40, 40), (5000, 1), (5000, 600)])
+def test_any_size_of_data_and_batch(images, batch_size):
+    shapes = choose(coco_like(images), official(batch_size))
+    assert 1 <= len(shapes.shapes) <= MOST_SHAPES and 0 <= shapes.replayed < 1
+    assert f"{shapes}".startswith("1 shape of" if len(shapes.shapes) == 1 else f"{len(shapes.shapes)} shapes of")
+
+
 def test_more_kinds_of_shapes_than_can_be_merged(monkeypatch):
     dataset = coco_like(4000)
     fine = choose(dataset, official(2))
