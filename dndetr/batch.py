@@ -41,12 +41,13 @@ class Targets(_Movable):
     """Ground truth of a batch, padded to T slots per image (T is a bucket size, never the data's maximum).
 
     labels [B, T] int64 in [0, K), 0 where padded; boxes [B, T, 4] cxcywh in [0, 1] of the valid image, 0 where padded;
-    counts [B] int32.
+    counts [B] int32; needed: slots that the batch would do with (None: all), for the host to know.
     """
 
     labels: Tensor
     boxes: Tensor
     counts: Tensor
+    needed: int | None = None
 
     @property
     def valid(self) -> Tensor:

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -13,6 +13,7 @@ import rich.progress
 import tyro
 
 from .commandline import program
+from .config import Config, demand
 from .data.annotations import (
     NOTHING_TO_LEARN,
     Classes,
@@ -25,11 +26,14 @@ from .data.annotations import (
     read_document,
     sound_images,
 )
+from .data.batch_shapes import choose_shapes
 from .data.checks import MISSING, file_problems
 from .data.coco import CocoDataset
 from .data.errors import DataError
+from .data.training import training_transform
 from .data.transforms import Unresized
 from .pictures.samples import draw_samples
+from .presets import preset_named
 from .runs.console import Console
 
 _SAMPLES = 12  # images on the contact sheet
@@ -45,6 +49,10 @@ class Arguments:
     """Splits to check (default: train, val, and test where there is one)."""
     output: Path | None = None
     """PNG to write, with samples and their boxes drawn."""
+    preset: str = "dn-detr-r50"
+    """Preset whose image sizes and denoising the shapes of batches are told for."""
+    batch_size: tuple[int, ...] = (2, 16)
+    """Sizes of batches to tell them for."""
 
 
 class Report(NamedTuple):
@@ -161,11 +169,34 @@ def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
             print(f"problem: {report.split.json}: {problem.message}")
 
 
+def batch_lines(dataset: CocoDataset, config: Config, batch_sizes: Sequence[int]) -> list[str]:
+    """For each size of a batch one line: the shapes that training on a GPU would choose, and how far they carry."""
+    transform = training_transform(config)
+    if transform.canvas is not None:
+        height, width = transform.canvas
+        return [f"batches of {config.preset}: one canvas of {height}x{width}"]
+    lines, seen = [], dataset.with_transform(transform, config.seed)
+    for size in batch_sizes:
+        if size > len(seen):
+            lines.append(f"batches of {size}: more than the {len(seen):,} training images")
+            continue
+        steps = config.epochs * (len(seen) // size)
+        shapes = choose_shapes(seen, replace(config, batch_size=size), steps)
+        lines.append(f"batches of {size} ({config.preset}): {shapes}")
+    return lines
+
+
 def run(arguments: Arguments) -> None:
     """Check the folder and print what was found; DataError, with the number of problems, if anything is wrong."""
     folder, output = arguments.folder, arguments.output
+    config = preset_named(arguments.preset)
+    for size in arguments.batch_size:
+        demand(size >= 1, "batch-size", size, "1 or more")
     reports, obstacles = check_folder(folder, arguments.splits)
     print_reports(reports, obstacles)
+    for report in reports:
+        if report.split.name == "train" and report.dataset is not None and any(report.dataset.counts):
+            print("\n".join(batch_lines(report.dataset, config, arguments.batch_size)))
     if output is not None:
         drawn = draw_sheet(output, reports, str(folder))
         print(f"{drawn} images drawn in {output}" if drawn else f"{output} not written: no split can be drawn")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Targets
@@ -28,14 +29,23 @@ class Noise(NamedTuple):
 
 
 def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Generator | None = None) -> Noise:
-    """Fresh random numbers for every slot, on the targets' device (where the generator must be, too)."""
-    shape = (targets.labels.shape[0], groups, targets.labels.shape[1])
+    """Fresh random numbers for every slot, on the targets' device (where the generator must be, too).
+
+    Slots that no image of the batch needs get zeros, so that the noise does not depend on how many of them there are.
+    """
+    slots = targets.labels.shape[1]
+    drawn = slots if targets.needed is None else targets.needed
+    shape = (targets.labels.shape[0], groups, drawn)
     options = {"device": targets.boxes.device, "generator": generator}
-    return Noise(
+    noise = Noise(
         torch.rand(shape, **options),
         torch.randint(classes, shape, **options),
         torch.rand(*shape, 4, **options),
     )
+    if drawn == slots:
+        return noise
+    more = slots - drawn
+    return Noise(F.pad(noise.flip, (0, more)), F.pad(noise.label, (0, more)), F.pad(noise.box, (0, 0, 0, more)))
 
 
 @dataclass(frozen=True)

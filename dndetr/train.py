@@ -110,7 +110,8 @@ def _train(
     everyone = all_listeners(config, console, listeners)
     data = TrainingData(config, processes.rank, processes.world)
     trainer = Trainer(config, data, processes, checkpoint)
-    notes = [_summary(trainer), *data.warnings]
+    chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
+    notes = [_summary(trainer), *chosen, *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")

@@ -1,6 +1,7 @@
 """``python -m dndetr.check_data DIR``."""
 
 import json
+import re
 
 import pytest
 from goldens import SHARED
@@ -30,6 +31,28 @@ def test_a_sound_folder_is_counted_and_drawn(folder, tmp_path, capsys):
     assert "8 images drawn" in out and out.endswith("no problems\n") and error == ""
     with Image.open(sheet) as picture:
         assert min(picture.size) > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+def test_shapes_of_batches_are_told_for_training_on_a_gpu(folder, capsys):
+    assert check_data.main([str(folder), "--batch-size", "2", "16"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batches of ")]
+    # All shapes are 128x128, but for crops; five images make few batches.
+    assert len(lines) == 2 and lines[1] == "batches of 16: more than the 5 training images"
+    told = r"batches of 2 \(dn-detr-r50\): \d+ shapes? of batches \(heights .* to \d+, room for [\d, ]+ objects\): "
+    assert re.fullmatch(told + r"\d\.\d% more pixels, \d+\.\d% of the steps replay a CUDA graph", lines[0])
+    assert check_data.main([str(folder), "--preset", "small"]) == 0
+    assert "batches of small: one canvas of 240x320\n" in capsys.readouterr().out
+    assert check_data.main([str(folder), "--splits", "val"]) == 0
+    assert "batches of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--preset", "huge"], "--preset huge: choose one"), (["--batch-size", "0"], "1 or more")]
+)
+def test_wrong_flags_are_told_before_anything_is_decoded(folder, capsys, flags, message):
+    assert check_data.main([str(folder), *flags]) == 1
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and not out
 
 
 def test_all_problems_are_listed_and_the_rest_is_still_drawn(folder, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The method: what a denoising query may depend on, and what must never depend on it."""
 
+from dataclasses import replace
+
 import detectors
 import pytest
 import torch
@@ -157,6 +159,16 @@ def test_noise_is_what_the_paper_says():
     assert shift.abs().max() <= 0.4 + 1e-5 and shift.abs().max() > 0.39
     assert scale.min() >= 0.6 - 1e-5 and scale.max() <= 1.4 + 1e-5
     assert noised.active.tolist() == [8] * 64 and noised.live.all()
+
+
+def test_more_slots_do_not_move_the_noise():
+    narrow, wide = (detectors.make_step(detectors.build("dn-detr")) for _ in range(2))
+    for counts in ([3, 8], [0, 1]):
+        few, many = (detectors.make_batch(counts, slots) for slots in (8, 32))
+        many = replace(many, targets=replace(many.targets, needed=8))
+        for a, b in zip(narrow.draw(few), wide.draw(many), strict=True):
+            assert b.shape[2] == 32 and torch.equal(a, b[:, :, :8]) and not b[:, :, 8:].any()
+    assert torch.equal(narrow.noise_generator.get_state(), wide.noise_generator.get_state())
 
 
 def test_without_noise_the_targets_come_back():

@@ -22,6 +22,7 @@ from dndetr.runs.folder import hold
 from dndetr.shapes import write_shapes
 from dndetr.training.criterion import Criterion
 from dndetr.training.loss_window import Diverged
+from dndetr.training.step import TrainStep
 
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2", "--quiet"]
 FILES = {
@@ -265,6 +266,27 @@ def test_a_run_of_captured_steps_goes_on_where_nothing_can_be_captured(capsys):
     assert "use --mode eager" in capsys.readouterr().err
     assert train.main(["--resume", "run", "--device", "cpu", "--mode", "eager", "--quiet"]) == 0
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeypatch, tmp_path, capsys):
+    write_shapes(tmp_path / "data", train=6, val=2)
+    flags = ["--data", str(tmp_path / "data"), "--epochs", "1", "--batch-size", "2", "--images.recipe", "official"]
+    flags += ["--images.sizes", "48", "96", "--images.max-size", "120", "--images.eval-size", "64", "--images.augment"]
+    assert train.main([*flags, "--output", "eager"]) == 0
+    assert "of batches (heights" not in capsys.readouterr().out
+    monkeypatch.setattr("dndetr.training.trainer.pick_mode", lambda name, device, world: "graph")
+    monkeypatch.setattr("dndetr.training.build.GraphedStep", TrainStep)  # there is no GPU
+    trained = []
+    call = TrainStep.__call__
+    monkeypatch.setattr(
+        TrainStep, "__call__", lambda self, *batches: trained.append((self, batches)) or call(self, *batches)
+    )
+    assert train.main([*flags, "--output", "graph"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "of batches (heights" in line]
+    assert len(told) == 1 and told[0].startswith("CUDA graphs: ")
+    assert len(trained) == 3
+    for step, (batch,) in trained:
+        assert (*batch.images.shape[2:], batch.targets.labels.shape[1]) in step.expected
 
 
 def test_resume_refuses_to_change_the_run(capsys):

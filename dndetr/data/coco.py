@@ -1,5 +1,6 @@
 """COCO-format data sets: annotation file and image folder in, samples out."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .annotations import (
 from .errors import DataError
 from .image import read_image
 from .sample import Sample
-from .transforms import Transform
+from .transforms import Transform, View
 
 
 class CocoDataset:
@@ -92,13 +93,22 @@ class CocoDataset:
 
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Image ``index`` as epoch ``epoch`` sees it."""
-        rng = np.random.default_rng((self.seed, epoch, index))
-        size = self.sizes[index]
-        view = self.transform.view(size, rng)
+        view, rng = self._view(index, epoch)
         image = self.transform.tensor(view.picture(self.picture(index, view.shrink)), rng)
         boxes_xyxy, kept = view.boxes(self._boxes[index])
         labels = torch.from_numpy(self._labels[index][kept])
-        return Sample(image, torch.from_numpy(boxes_xyxy), labels, self.ids[index], size)
+        return Sample(image, torch.from_numpy(boxes_xyxy), labels, self.ids[index], self.sizes[index])
+
+    def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
+        """Height, width and number of objects of ``sample(index, epoch)``, without reading its file."""
+        view, _ = self._view(index, epoch)
+        return *view.size, int(view.boxes(self._boxes[index])[1].sum())
+
+    def with_transform(self, transform: Transform, seed: int) -> "CocoDataset":
+        """The same split seen in another way."""
+        other = copy.copy(self)
+        other.transform, other.seed = transform, seed
+        return other
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
@@ -131,6 +141,11 @@ class CocoDataset:
             entry.setdefault("iscrowd", 0)
             entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
         return document
+
+    def _view(self, index: int, epoch: int) -> tuple[View, np.random.Generator]:
+        """The geometry of a sample, and where the rest of its randomness comes from."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.transform.view(self.sizes[index], rng), rng
 
     def _objects(self, annotations: list[dict]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Boxes [n, 4] float64 xyxy pixels and labels [n] int64 of every image."""

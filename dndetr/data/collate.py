@@ -40,8 +40,8 @@ def collate(
     sizes = [tuple(sample.image.shape[1:]) for sample in samples]
     if canvas is None:
         canvas = canvas_bucket(sizes, multiple)
-    if slots is None:
-        slots = target_bucket(max(len(sample.labels) for sample in samples))
+    needed = target_bucket(max(len(sample.labels) for sample in samples))
+    slots = needed if slots is None else slots
 
     if all(size == canvas for size in sizes):
         images = torch.stack([sample.image for sample in samples])
@@ -64,7 +64,7 @@ def collate(
     return Batch(
         images=images,
         sizes=torch.tensor(sizes),
-        targets=Targets(labels, boxes, counts),
+        targets=Targets(labels, boxes, counts, min(needed, slots)),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         ids=torch.tensor([sample.image_id for sample in samples]),
     )

@@ -4,12 +4,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
-import numpy as np
 from torch.utils.data import DataLoader
 
 from ..batch import Batch
+from .batch_shapes import BatchShapes
 from .collate import TARGET_BUCKETS, collate
 from .errors import DataError
+from .order import Order, portraits
 from .sample import Sample
 
 
@@ -37,7 +38,7 @@ class Dataset(Protocol):
 class Loader:
     """Batches of a data set, epoch by epoch; made by ``build_loader``."""
 
-    def __init__(self, dataset: Dataset, order: "_Order", workers: int, multiple: int, slots: int | None):
+    def __init__(self, dataset: Dataset, order: Order, workers: int, multiple: int, slots: int | None):
         self._order = order
         self._reader = _Reader(dataset, multiple, slots)
         self._plan = _Plan()
@@ -54,6 +55,10 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def take(self, shapes: BatchShapes) -> None:
+        """Batches take these shapes; to be said before the first epoch."""
+        self._reader.shapes = shapes
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from number ``start`` on; the images of those before it are not read."""
@@ -82,7 +87,7 @@ def build_loader(
     few. multiple, slots: as in ``collate``. rank, world: this process reads every ``world``-th batch; in training all
     processes get equally many. Nothing depends on the number of workers.
     """
-    order = _Order(dataset, batch_size, training, seed, rank, world)
+    order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world)
     if training and len(order) == 0:
         wanted = f" on each of {world} processes" if world > 1 else ""
         raise DataError(
@@ -100,44 +105,12 @@ def build_loader(
     return Loader(dataset, order, workers, multiple, slots)
 
 
-class _Order:
-    """Which images make which batch."""
-
-    def __init__(self, dataset: Dataset, batch_size: int, training: bool, seed: int, rank: int, world: int):
-        self._count, self._batch_size, self._training, self._seed = len(dataset), batch_size, training, seed
-        self._rank, self._world = rank, world
-        self._portrait = [dataset.canvas is None and height > width for height, width in dataset.sizes]
-
-    def __len__(self) -> int:
-        if self._training:
-            return self._count // self._batch_size // self._world
-        return len(self.batches(0))
-
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Image numbers of each batch of this process."""
-        images = np.arange(self._count)
-        if self._training:
-            # The third number keeps this stream apart from those of the samples, which have their index there.
-            images = np.random.default_rng((self._seed, epoch, self._count)).permutation(images)
-        batches, waiting = [], ([], [])
-        for image in images.tolist():
-            group = waiting[self._portrait[image]]
-            group.append(image)
-            if len(group) == self._batch_size:
-                batches.append(group.copy())
-                group.clear()
-        rest = waiting[0] + waiting[1]
-        batches += [rest[at : at + self._batch_size] for at in range(0, len(rest), self._batch_size)]
-        if self._training:
-            batches = batches[: self._count // self._batch_size // self._world * self._world]
-        return batches[self._rank :: self._world]
-
-
 class _Reader:
     """Reads and collates the batch of a key; runs in the workers, where there are some."""
 
     def __init__(self, dataset: Dataset, multiple: int, slots: int | None):
         self._dataset, self._multiple, self._slots = dataset, multiple, slots
+        self.shapes: BatchShapes | None = None
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch | DataError:
         epoch, images = key
@@ -145,7 +118,11 @@ class _Reader:
             samples = [self._dataset.sample(image, epoch) for image in images]
         except DataError as error:
             return error  # raised across processes it would arrive wrapped in a worker's traceback
-        return collate(samples, self._multiple, self._dataset.canvas, self._slots)
+        if self.shapes is None:
+            return collate(samples, self._multiple, self._dataset.canvas, self._slots)
+        extents = [(*sample.image.shape[1:], len(sample.labels)) for sample in samples]
+        height, width, slots = self.shapes.shape_for(extents, self._multiple)
+        return collate(samples, canvas=(height, width), slots=slots)
 
 
 class _Plan:

@@ -34,6 +34,10 @@ class Subset:
         """Image ``index``, the same in every epoch."""
         return self._dataset.sample(self._indices[index])
 
+    def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
+        """Height, width and number of objects of ``sample(index)``."""
+        return self._dataset.extent(self._indices[index])
+
     def coco_dict(self) -> dict:
         """Ground truth of the chosen images."""
         document = self._dataset.coco_dict()

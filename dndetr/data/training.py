@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ..batch import Batch
 from ..config import Config
 from .annotations import NOTHING_TO_LEARN
+from .batch_shapes import BatchShapes, choose_shapes
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
@@ -34,7 +35,7 @@ class TrainingData:
             val = train if config.overfit else ShapesDataset("val", config.val_images)
             self.warnings = []
         else:
-            train_view, eval_view = _transforms(config)
+            train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
             train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
             val_split = "train" if config.overfit else "val"
@@ -49,6 +50,7 @@ class TrainingData:
             raise DataError(f"{config.data}: {NOTHING_TO_LEARN}")
         if not any(val.counts):
             self.warnings.append(f"{config.data}: the val split has no objects, so there will be no AP and no best.pt")
+        self._config, self._train_images = config, train
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
@@ -65,6 +67,18 @@ class TrainingData:
     def steps_per_epoch(self) -> int:
         """Whole training batches in an epoch."""
         return len(self._train)
+
+    def choose_shapes(self, steps: int) -> BatchShapes | None:
+        """Give the training batches few shapes, for CUDA graphs, in a run of so many steps -> those that were chosen.
+
+        To be called before the first epoch. None, and nothing changes, where images have one canvas anyway, and where
+        a step is of several batches, whose shapes would all have to be the same.
+        """
+        if self._train_images.canvas is not None or self._config.accumulate > 1:
+            return None
+        shapes = choose_shapes(self._train_images, self._config, steps)
+        self._train.take(shapes)
+        return shapes
 
     def training(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch, from number ``first`` on."""
@@ -89,6 +103,11 @@ def evaluation_transform(config: Config) -> Transform:
     return _transforms(config)[1]
 
 
+def training_transform(config: Config) -> Transform:
+    """How a run's training prepares the images of a folder."""
+    return _transforms(config)[0]
+
+
 def _from_scratch(config: Config, images: int) -> list[str]:
     """A warning where a detector is to start from random weights and is unlikely to get anywhere."""
     if config.init is not None or config.resume is not None:
@@ -106,7 +125,7 @@ def _from_scratch(config: Config, images: int) -> list[str]:
     return [f"training from scratch: {' and '.join(reasons)}; {advice}"]
 
 
-def _transforms(config: Config):
+def _transforms(config: Config) -> tuple[Transform, Transform]:
     images = config.images
     if images.recipe == "fixed":
         evaluation = FixedEvaluation(images.canvas)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..data.batch_shapes import MOST_SHAPES, BatchShape
 from .criterion import Losses
 from .memory import is_out_of_memory
 from .rehearsal import Rehearsal
 from .step import TrainStep
 from .transfer import Layout, layout_of, unpack
 
-_MOST = 64  # graphs; rarer shapes than these run eagerly
+_MOST = MOST_SHAPES  # graphs; rarer shapes than these run eagerly
 _CLASHES = 4  # dropped graphs cost an eager step and a capture each
 
 
@@ -30,8 +31,12 @@ class GraphedStep(TrainStep):
     The first step of a shape runs eagerly, beside the main stream as capturing wants it, and makes whatever is made at
     first use; the second is captured and replayed. All graphs share one pool of memory, and one buffer of inputs that
     grows to the largest batch. A shape that cannot be captured runs eagerly, and if a capture broke, or the very first
-    replay is not the step that it was captured from, so do all from then on; ``say`` is told why, once.
+    replay is not the step that it was captured from, so do all from then on; ``say`` is told why, once. Too rare for a
+    graph is whatever comes when there are as many as there may be, and all but the ``expected`` shapes where those are
+    set.
     """
+
+    expected: frozenset[BatchShape] | None = None
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -40,6 +45,9 @@ class GraphedStep(TrainStep):
         self._captured: dict[Layout, _Captured] = {}
         self._warm: set[Layout] = set()  # ran eagerly, to be captured when they come again
         self._eager: set[Layout] = set()  # will not be captured
+        self._rare: set[Layout] = set()  # shapes that get no graph
+        self._steps, self._rare_steps, self._said_rare = 0, 0, False
+        self._reasons: set[str] = set()  # that were said
         self._given_up = False
         self._trusted = False  # a replay was compared with an eager step
         self._clashes = 0  # captures for which other graphs were dropped
@@ -48,6 +56,7 @@ class GraphedStep(TrainStep):
     def run(self, tensors: list[Tensor], batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         """A step on the device; tensors on the host: the step's numbers, then each batch's and its noise."""
         shape = layout_of(tensors)
+        self._steps += 1
         arrived = self._making_room(lambda: self.transfer(tensors))
         rehearsal = None
         if shape in self._warm:
@@ -66,15 +75,31 @@ class GraphedStep(TrainStep):
             rehearsal.undo()
             self._give_up(f"the first replay of one is not the step that was captured: {reason}")
         if not self._given_up and shape not in self._eager | self._warm:
-            if len(self._captured) + len(self._warm) < _MOST:
+            if self._is_expected(batches) and len(self._captured) + len(self._warm) < _MOST:
                 self._warm.add(shape)
             else:
-                self._run_eagerly(shape, f"there are {_MOST} shapes already")
+                self._rare.add(shape)
+                self._rare_steps += 1
         graphs = len(self._captured)
         result = self._eagerly(arrived, shape, batches)
-        if len(self._captured) < graphs and shape in self._eager:
+        if len(self._captured) < graphs and shape in self._eager | self._rare:
             self._give_up("beside captured steps there is no memory for others")
         return result
+
+    def epoch_ended(self) -> None:
+        """Say once what share of the steps was too rare for a graph."""
+        if self._rare and not self._said_rare:
+            self._said_rare = True
+            shapes = "1 shape" if len(self._rare) == 1 else f"{len(self._rare)} shapes"
+            share = self._rare_steps / self._steps
+            self.say(f"{share:.1%} of the steps so far ran without a CUDA graph: {shapes} of batches too rare for one")
+
+    def _is_expected(self, batches: Sequence[Batch]) -> bool:
+        if self.expected is None:
+            return True
+        return self.expected.issuperset(
+            BatchShape(*batch.images.shape[2:], batch.targets.labels.shape[1]) for batch in batches
+        )
 
     def _eagerly(self, arrived: Tensor, shape: Layout, batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         return self._beside(
@@ -153,7 +178,9 @@ class GraphedStep(TrainStep):
     def _run_eagerly(self, shape: Layout, reason: str) -> None:
         self._warm.discard(shape)
         self._eager.add(shape)
-        self.say(f"batches of {_images(shape)} run without a CUDA graph: {reason}")
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            self.say(f"batches of {_images(shape)} run without a CUDA graph: {reason}")
 
     def _give_up(self, reason: str) -> None:
         self._drop_graphs()

@@ -169,6 +169,9 @@ class TrainStep:
         tensors += self.record.tensors()
         return tensors if self.noise_meter is None else [*tensors, self.noise_meter.sums]
 
+    def epoch_ended(self) -> None:
+        """Say what users should know of how the steps so far ran."""
+
     def state(self) -> dict:
         """What a checkpoint keeps of the optimiser; the same in every mode and on every device."""
         optimizer = self.optimizer.state_dict()

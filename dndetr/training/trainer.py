@@ -60,6 +60,7 @@ class Trainer:
         self._listeners = Listeners()
         if checkpoint is not None:
             demand_continuable(checkpoint, processes.world, self.steps_per_epoch, config.data, data.images["train"])
+        self.batch_shapes = data.choose_shapes(self.total_steps) if self.mode == "graph" else None
 
     def prepare(self) -> None:
         """Move the model to the device and make what surrounds it; restore all of it from the checkpoint, if any."""
@@ -69,6 +70,8 @@ class Trainer:
         self.step = build_step(
             config, model, classes, self.steps_per_epoch, self.precision, self.mode, processes, say=self._warn
         )
+        if self.batch_shapes is not None:
+            self.step.expected = frozenset(self.batch_shapes.shapes)
         criterion, self.average = self.step.criterion, self.step.average
         evaluated = model if self.average is None else self.average.model
         self.evaluator = Evaluator(evaluated, self.data, config, self.precision, processes, criterion.cost)
@@ -172,6 +175,7 @@ class Trainer:
                 if stop is not None:
                     raise Stopped(stop, self.done)
         self._log_losses(wait=True)
+        self.step.epoch_ended()
         return stop
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:

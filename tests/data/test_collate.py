@@ -44,6 +44,8 @@ def test_shapes_come_from_small_sets():
     assert collate([sample(30, 40, 2)], multiple=32).images.shape[2:] == (32, 64)
     fixed = collate([sample(30, 40, 2)], canvas=(30, 40), slots=5)
     assert fixed.images.shape[2:] == (30, 40) and fixed.targets.labels.shape[1] == 5
+    for slots, needed in ((None, 16), (64, 16), (4, 4)):
+        assert collate([sample(30, 40, 9)], slots=slots).targets.needed == needed
 
 
 def test_the_largest_objects_stay_where_there_are_too_many():
