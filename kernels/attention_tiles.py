@@ -189,6 +189,15 @@ TABLES[80] = TABLES[90] | _table(
     }
 )
 
+# For 10.x: other tiles where an H100's spill.
+TABLES[100] = TABLES[90] | _table(
+    {
+        ("conditional_attention_backward", "tf32x3"): [
+            ((32, 16, 4, 1), (32, 16, 4, 1)),
+            ((16, 16, 8, 1), (16, 16, 8, 1)),
+        ],
+    }
+)
 # For 8.6, 8.9 and 12.x: other tiles where an A100's need too much shared memory, or spill on 12.0.
 TABLES[86] = TABLES[80] | _table(
     {
@@ -259,8 +268,10 @@ def table_of(device: torch.device) -> int | str:
         return 90
     if torch.version.hip:
         return "amd"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return next((arch for arch, needed in SHARED.items() if needed <= shared), 75)
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major == 10:
+        return 100
+    return next((arch for arch, needed in SHARED.items() if needed <= gpu.shared_memory_per_block_optin), 75)
 
 
 def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> Class:

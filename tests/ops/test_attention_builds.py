@@ -104,7 +104,7 @@ def fits(usage: Usage, arch: int) -> bool:
 
 def table(arch: int) -> dict[Class, Tile]:
     """What a GPU of this architecture takes."""
-    gpu = SimpleNamespace(shared_memory_per_block_optin=SHARED_BUDGET[arch])
+    gpu = SimpleNamespace(major=arch // 10, shared_memory_per_block_optin=SHARED_BUDGET[arch])
     with mock.patch("torch.cuda.get_device_properties", return_value=gpu):
         return TABLES[table_of.__wrapped__(torch.device("cuda"))]
 
@@ -143,7 +143,7 @@ def test_no_kernel_spills(arch, tmp_path):
 def test_every_gpu_has_tiles_of_its_size(monkeypatch):
     owners = {id(tiles): name for name, tiles in TABLES.items()}
     named = {arch: owners[id(table(arch))] for arch in SHARED_BUDGET}
-    assert named == {75: 75, 80: 80, 86: 86, 89: 86, 90: 90, 100: 90, 120: 86}
+    assert named == {75: 75, 80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert table(90) is TABLES["amd"]
 
