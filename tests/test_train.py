@@ -243,7 +243,7 @@ def test_training_goes_on_when_nobody_reads_along():
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: assign has no backend 'quick'"),
+        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: add_norm has no backend 'quick'"),
         ("DNDETR_BACKEND_MATCH", "triton", "DNDETR_BACKEND_MATCH: match has no backend 'triton'"),
         ("DNDETR_BACKEND_ASIGN", "cpp", "DNDETR_BACKEND_ASIGN: there is no such op, only "),
     ],
