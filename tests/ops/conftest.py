@@ -38,7 +38,10 @@ def simd(request, extension, monkeypatch):
 def interpreter() -> dict:
     """The environment of a process in which Triton interprets kernels on the CPU, or a skip where it cannot."""
     pytest.importorskip("triton")
+    root = Path(__file__).parents[2]
+    folders = (root, root / "tests" / "ops", root / "tests" / "support")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     probe = [sys.executable, Path(__file__).with_name("loop_in_the_interpreter.py")]
     done = subprocess.run(probe, env=environment, capture_output=True, text=True, check=False)
     if done.stdout.split() != ["3"]:
