@@ -141,7 +141,7 @@ def test_fake_tensors(fake_cuda):
     assert grad_x.stride() == y.stride() and grad_shortcut.shape == (0,)
 
 
-def interpreted(root, interpreter, program):
+def interpreted(interpreter, program):
     """Run a program's text in Triton's interpreter, beside this file."""
     program = "from test_frozen_norm import *\n" + program
     done = subprocess.run([sys.executable, "-c", program], env=interpreter, capture_output=True, text=True, check=False)
@@ -197,7 +197,7 @@ torch.testing.assert_close(found, expected, rtol=0, atol=0)
     ],
 )
 def test_triton_in_the_interpreter(interpreter, program):
-    interpreted(root, interpreter, program)
+    interpreted(interpreter, program)
 
 
 @pytest.mark.gpu
