@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MODES = ("auto", "cpu", "cuda", "none")
-# Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9. The kernels need 7.5, for which they are
-# compiled where such a GPU is visible: each architecture makes an install longer.
+# Binaries run on later GPUs of the same generation: 8.0 also serves 8.6 and 8.9. The kernels need 7.5, which is taken
+# where such a GPU is visible: each architecture makes an install longer.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 RECORD = "_build_info.json"
 # CUDA's compiler on PyPI. One version for all of it; what it links runs with drivers of that major version and later.
