@@ -26,7 +26,7 @@ DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 RECORD = "_build_info.json"
 # CUDA's compiler on PyPI. One version for all of it; what it links runs with drivers of that major version and later.
 TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
-TOOLKIT_VERSION, TOOLKIT_DRIVER = "13.0.*", 580
+TOOLKIT_VERSION, TOOLKIT_DRIVER, TOOLKIT_ARCH = "13.0.*", 580, 7.5
 
 
 class BuildError(RuntimeError):
@@ -80,8 +80,13 @@ def find_toolkit(search: Sequence[str] | None = None) -> str | None:
     return next((found for place in places if (found := shutil.which("nvcc", path=str(place)))), None)
 
 
-def decide_toolkit(mode: str, nvcc: str | None, driver: str | None, compiler: str | None) -> tuple[bool, str]:
-    """Whether CUDA's compiler comes from PyPI -> (yes, reason); driver: the version of NVIDIA's, None without one."""
+def decide_toolkit(
+    mode: str, nvcc: str | None, driver: str | None, archs: Sequence[str], compiler: str | None
+) -> tuple[bool, str]:
+    """Whether CUDA's compiler comes from PyPI -> (yes, reason).
+
+    driver: the version of NVIDIA's, None without one; archs: of the visible GPUs.
+    """
     if mode not in ("auto", "cuda"):
         return False, f"DNDETR_BUILD={mode}"
     if nvcc is not None:
@@ -94,12 +99,19 @@ def decide_toolkit(mode: str, nvcc: str | None, driver: str | None, compiler: st
         return False, f"{platform.system()} has no packages of it"
     if int(driver.partition(".")[0]) < TOOLKIT_DRIVER:
         return False, f"PyPI has it for drivers from {TOOLKIT_DRIVER} on, this is {driver}"
+    if not any(float(arch) >= TOOLKIT_ARCH for arch in archs):
+        return False, f"PyPI's compiles for GPUs from {TOOLKIT_ARCH} on, here are {' '.join(archs) or 'none'}"
     return True, f"from PyPI, since a driver ({driver}) is here and no nvcc"
+
+
+def toolkit_decision(env: Mapping[str, str]) -> tuple[bool, str]:
+    """``decide_toolkit`` for this machine."""
+    return decide_toolkit(build_mode(env), find_nvcc(env), driver_version(), visible_archs(), find_compiler(env))
 
 
 def requirements(env: Mapping[str, str]) -> list[str]:
     """What a build here needs beside pyproject.toml's list."""
-    wanted, _ = decide_toolkit(build_mode(env), find_nvcc(env), driver_version(), find_compiler(env))
+    wanted, _ = toolkit_decision(env)
     return [f"{name}=={TOOLKIT_VERSION}" for name in TOOLKIT] if wanted else []
 
 
@@ -278,7 +290,11 @@ def build(csrc: Path, target: Path, work: Path, env: Mapping[str, str] = os.envi
 
 def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> None:
     compiler, nvcc = find_compiler(env), find_nvcc(env)
-    fetched = find_toolkit() if nvcc is None else None
+    wanted, toolkit = toolkit_decision(env)
+    # One that is there although it was not to be taken would make what this driver does not run.
+    fetched = find_toolkit() if wanted else None
+    if wanted and fetched is None:
+        toolkit = f"this build has no environment of its own; type: pip install {' '.join(requirements(env))}"
     if compiler is None:
         raise BuildError("no C++ compiler was found (install g++, or set CXX)")
     work.mkdir(parents=True, exist_ok=True)
@@ -287,7 +303,6 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
     record.flags = compile_flags(record.openmp)
     record.sources = _sources(csrc, "*.cpp")
     cuda_sources = _sources(csrc, "*.cu")
-    _, toolkit = decide_toolkit(record.mode, nvcc, driver_version(), compiler)
     record.cuda, record.cuda_reason = decide_cuda(record.mode, nvcc or fetched, cuda_sources, toolkit)
     if record.cuda:
         nvcc = record.nvcc = nvcc or fetched

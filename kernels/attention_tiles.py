@@ -58,8 +58,8 @@ def _table(rows: dict) -> dict[Class, Tile]:
 # these tables that its own suffices for.
 SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
-# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; not measured on a
-# GPU yet. Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
+# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory; never tuned on a
+# GPU. Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
 TABLES = {
     90: _table(
         {

@@ -109,23 +109,25 @@ def test_cuda_asked_for_and_not_there_is_an_error(build):
 
 
 @pytest.mark.parametrize(
-    ("mode", "nvcc", "driver", "compiler", "yes", "reason"),
+    ("mode", "nvcc", "driver", "archs", "compiler", "yes", "reason"),
     [
-        ("auto", None, "580.159.04", "g++", True, "a driver (580.159.04) is here and no nvcc"),
-        ("cuda", None, "610.2", "g++", True, "610.2"),
-        ("auto", "/bin/nvcc", "580.159.04", "g++", False, "nvcc is here: /bin/nvcc"),
-        ("auto", None, None, "g++", False, "no NVIDIA driver"),
-        ("cuda", None, None, "g++", False, "no NVIDIA driver"),
-        ("auto", None, "550.54.15", "g++", False, "from 580 on, this is 550.54.15"),
-        ("auto", None, "580.159.04", None, False, "no C++ compiler"),
-        ("cpu", None, "580.159.04", "g++", False, "DNDETR_BUILD=cpu"),
-        ("none", None, "580.159.04", "g++", False, "DNDETR_BUILD=none"),
+        ("auto", None, "580.159.04", ["9.0"], "g++", True, "a driver (580.159.04) is here and no nvcc"),
+        ("cuda", None, "610.2", ["9.0"], "g++", True, "610.2"),
+        ("auto", "/bin/nvcc", "580.159.04", ["9.0"], "g++", False, "nvcc is here: /bin/nvcc"),
+        ("auto", None, None, [], "g++", False, "no NVIDIA driver"),
+        ("cuda", None, None, [], "g++", False, "no NVIDIA driver"),
+        ("auto", None, "550.54.15", ["9.0"], "g++", False, "from 580 on, this is 550.54.15"),
+        ("auto", None, "580.159.04", ["9.0"], None, False, "no C++ compiler"),
+        ("auto", None, "580.159.04", ["7.0"], "g++", False, "for GPUs from 7.5 on, here are 7.0"),
+        ("auto", None, "580.159.04", ["7.0", "8.6"], "g++", True, "from PyPI"),
+        ("cpu", None, "580.159.04", ["9.0"], "g++", False, "DNDETR_BUILD=cpu"),
+        ("none", None, "580.159.04", ["9.0"], "g++", False, "DNDETR_BUILD=none"),
     ],
 )
 def test_the_compiler_comes_from_pypi_only_where_a_driver_is_and_no_nvcc(
-    build, mode, nvcc, driver, compiler, yes, reason
+    build, mode, nvcc, driver, archs, compiler, yes, reason
 ):
-    decision, why = build.decide_toolkit(mode, nvcc, driver, compiler)
+    decision, why = build.decide_toolkit(mode, nvcc, driver, archs, compiler)
     assert decision is yes and reason in why
 
 
@@ -157,6 +159,21 @@ def test_a_fetched_compiler_is_found_and_its_libraries_are_named(build, tmp_path
     for record.toolkit in (True, False):
         text = build.ninja_file(record, tmp_path, tmp_path / "_C.so", [], tmp_path)
         assert (f"-L{tmp_path / 'nvidia' / 'cu13' / 'lib'}" in text) == record.toolkit
+
+
+@needs_compiler
+def test_a_build_without_an_environment_says_what_to_install(build, tmp_path, monkeypatch):
+    program(tmp_path / "bin", "nvidia-smi", DRIVER)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(build, "find_toolkit", lambda: None)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "nowhere")}
+    record = build.build(small_cuda_sources(tmp_path), tmp_path / "_C.so", tmp_path / "work", env)
+    assert not record.cuda and "type: pip install nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.*" in record.cuda_reason
+    # One that lies around is not taken where the driver is too old for what it makes.
+    program(tmp_path / "bin", "nvidia-smi", DRIVER.replace("580.159.04", "550.54.15"))
+    monkeypatch.setattr(build, "find_toolkit", lambda: "/nowhere/nvcc")
+    record = build.build(tmp_path / "csrc", tmp_path / "_C.so", tmp_path / "work", env)
+    assert not record.cuda and "drivers from 580 on, this is 550.54.15" in record.cuda_reason
 
 
 @pytest.mark.slow

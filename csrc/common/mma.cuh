@@ -32,7 +32,8 @@ DNDETR_CONVERT std::uint32_t narrow_pair(float first, float second) {
 #endif
 }
 
-// Two floats as a pair, rounded, and what rounding left of them as another: together twice as many digits.
+// Two floats as a pair, rounded, and what rounding left of them as another: together twice as many digits, as far as the
+// type's smallest numbers let them be.
 struct SplitPair {
   std::uint32_t high, low;
 };

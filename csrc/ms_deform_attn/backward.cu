@@ -30,14 +30,16 @@ void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const Def
         return run(deform::backward<Element, width.value, true, false, true>, M{}, M::split, 1);
       }
       if constexpr (deform::has_value_gradient<Element, width.value>) {
-        const deform::Plan plan = deform::value_plan_for<Element, width.value>(p);
         const auto kernel = deform::value_gradient<Element, width.value>;
-        if (deform::has_tiles(p) && plan.shared <= launch.most_shared() && launch.compiled_for(kernel) >= 80) {
-          launch.raise(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
-          kernel<<<plan.blocks, plan.threads, plan.shared, launch.stream()>>>(
-              plan.problem, static_cast<const Element*>(grad_out.data), static_cast<float*>(grads.value.data));
-          launch.check();
-          return run(deform::backward<Element, width.value, false, false, false>, M{}, 1, 1);
+        if (deform::has_tiles(p) && launch.compiled_for(kernel) >= 80) {
+          const deform::Plan plan = deform::value_plan_for<Element, width.value>(p);
+          if (plan.shared <= launch.most_shared()) {
+            launch.raise(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
+            kernel<<<plan.blocks, plan.threads, plan.shared, launch.stream()>>>(
+                plan.problem, static_cast<const Element*>(grad_out.data), static_cast<float*>(grads.value.data));
+            launch.check();
+            return run(deform::backward<Element, width.value, false, false, false>, M{}, 1, 1);
+          }
         }
       }
       run(deform::backward<Element, width.value, false, false, true>, M{}, 1, 1);

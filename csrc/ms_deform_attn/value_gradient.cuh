@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
 #pragma unroll 1
     for (int y = warp; y < kWindow; y += kWarps) {
       if ((rows >> y & 1u) == 0) continue;
+      __syncwarp();  // lanes went different ways at the end of the row before, and the products are of all of them
       float product[kParts][4] = {};
       float* const matrix = tile.matrix + (y * kWindow + line) * kColumns + place * 2;
 #pragma unroll

@@ -80,7 +80,9 @@ def choose_shapes(dataset: Drawn, config: Config, steps: int) -> BatchShapes:
     groups, full = config.denoising.groups, config.denoising.max_queries // max(config.denoising.groups, 1)
     batches = _draw_batches(dataset, config.batch_size, config.seed)
     own = np.array([_own_shape(extents, config.images.multiple) for extents in batches])
-    merged, weights = _merge(*_counted(own, config.images.multiple), groups, full, len(own) / steps)
+    largest = int((own[:, 0] * own[:, 1]).max())
+    kinds = _counted(own, config.images.multiple, largest)
+    merged, weights = _merge(*kinds, largest, groups, full, len(own) / steps)
     frequent = np.sort(np.argsort(-weights, kind="stable")[:MOST_SHAPES])
     # The cheapest first: a batch takes the first that holds it.
     shapes = merged[frequent[np.argsort(_cost(merged[frequent], groups), kind="stable")]]
@@ -124,8 +126,11 @@ def _own_shape(extents: np.ndarray, multiple: int) -> BatchShape:
     return BatchShape(*canvas_bucket([(height, width)], multiple), target_bucket(objects))
 
 
-def _counted(own: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Different shapes among those of batches [n, 3], and how many batches each stands for."""
+def _counted(own: np.ndarray, multiple: int, largest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Different shapes among those of batches [n, 3], how many batches each stands for, and the pixels of these.
+
+    Where there are too many, neighbours are one shape; none of them has more than ``largest`` pixels.
+    """
     cells, step = own, multiple
     while True:
         kinds, kind, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
@@ -133,9 +138,12 @@ def _counted(own: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
             break
         step *= 2
         cells = np.concatenate((-(-own[:, :2] // step), own[:, 2:]), axis=1)
-    shapes = np.zeros_like(kinds)
-    np.maximum.at(shapes, kind.reshape(-1), own)
-    return shapes, counts
+    shapes, kind = np.zeros_like(kinds), kind.reshape(-1)
+    np.maximum.at(shapes, kind, own)
+    pixels = np.bincount(kind, weights=own[:, 0] * own[:, 1])
+    areas = shapes[:, 0] * shapes[:, 1]
+    fits = (areas <= largest) | (areas == areas.min())
+    return shapes[fits], counts[fits], pixels[fits]
 
 
 def _cost(shapes: np.ndarray, groups: int) -> np.ndarray:
@@ -152,16 +160,17 @@ def _places(own: np.ndarray, shapes: np.ndarray, full: int) -> np.ndarray:
 
 
 def _merge(
-    shapes: np.ndarray, weights: np.ndarray, groups: int, full: int, scale: float
+    shapes: np.ndarray, weights: np.ndarray, pixels: np.ndarray, largest: int, groups: int, full: int, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Joins shapes [n, 3] that ``weights`` [n] batches take, until there are few and another join does not pay.
 
-    scale: batches for a step of the run. No canvas becomes larger than the largest, which is what memory must hold.
+    pixels [n]: of these batches as they are; scale: batches for a step of the run. No canvas becomes larger than the
+    largest of a batch, which is what memory must hold.
     """
     shapes, weights, everyone = shapes.copy(), weights.copy(), np.arange(len(shapes))
-    largest, pixels = (shapes[:, 0] * shapes[:, 1]).max(), weights @ (shapes[:, 0] * shapes[:, 1])
+    pixels, taken = pixels.sum(), weights @ (shapes[:, 0] * shapes[:, 1])
     capture = _CAPTURE * scale * np.average(_cost(shapes, groups), weights=weights)
-    alive, left, added = np.ones(len(shapes), bool), len(shapes), 0
+    alive, left, added = np.ones(len(shapes), bool), len(shapes), taken - pixels
 
     def price(chosen: np.ndarray) -> np.ndarray:
         """What joining each of the ``chosen`` [m] with every shape costs [m, n]."""

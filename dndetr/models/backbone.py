@@ -32,7 +32,8 @@ class FrozenBatchNorm2d(nn.Module):
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The same map as ``x * scale + shift``, two tensors [C], kept until a buffer changes.
 
-        They are then made anew in place, for CUDA graphs that read them. What a graph does to buffers goes unnoticed.
+        They are then made anew in place, for CUDA graphs that read them. What a graph does to buffers, or who writes to
+        a buffer's ``data``, goes unnoticed.
         """
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
         if not _can_be_kept(buffers):

@@ -206,3 +206,18 @@ def test_more_kinds_of_shapes_than_can_be_merged(monkeypatch):
     monkeypatch.setattr(batch_shapes, "_UNMERGED", 300)
     coarse = choose(dataset, official(2))
     assert coarse.replayed > 0.97 and fine.pixels_added < coarse.pixels_added < 0.1
+
+
+def test_neighbours_of_too_many_kinds_stay_within_the_limits():
+    draw = np.random.default_rng(0)
+    own = np.stack((*(64 * draw.integers(1, 60, (2, 20000))), np.full(20000, 8)), axis=1)
+    own = own[own[:, 0] * own[:, 1] <= 3_000_000]
+    largest = int((own[:, 0] * own[:, 1]).max())
+    shapes, counts, pixels = batch_shapes._counted(own, 64, largest)
+    areas = shapes[:, 0] * shapes[:, 1]
+    assert len(np.unique(own, axis=0)) > 1024 >= len(shapes) and areas.max() <= largest
+    assert (pixels <= counts * areas).all() and (pixels < counts * areas).any()
+    merged, weights = batch_shapes._merge(shapes, counts, pixels, largest, 5, 100, 1.0)
+    areas = merged[:, 0] * merged[:, 1]
+    # More than a tenth was added by the neighbours already: nothing is merged any more.
+    assert areas.max() <= largest and weights @ areas <= max(1.1 * pixels.sum(), counts @ (shapes[:, 0] * shapes[:, 1]))

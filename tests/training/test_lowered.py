@@ -190,6 +190,7 @@ def test_captured_steps_on_a_gpu_are_the_eager_ones(name):
         step = detectors.make_step(build(name).to("cuda", memory_format=torch.channels_last), precision=BF16, kind=kind)
         batch = detectors.make_batch([3, 5], 8)
         ends.append(torch.stack([step(batch)[0].total.clone() for _ in range(4)]))
+    assert step._captured and step._trusted
     torch.testing.assert_close(*ends, rtol=2e-2, atol=0)
 
 
