@@ -83,7 +83,10 @@ class GraphedStep(TrainStep):
         graphs = len(self._captured)
         result = self._eagerly(arrived, shape, batches)
         if len(self._captured) < graphs and shape in self._eager | self._rare:
-            self._give_up("beside captured steps there is no memory for others")
+            # A rare shape may drop the graphs a few times: they are captured anew.
+            self._clashes += shape in self._rare
+            if shape in self._eager or self._clashes >= _CLASHES:
+                self._give_up("beside captured steps there is no memory for others")
         return result
 
     def epoch_ended(self) -> None:

@@ -294,6 +294,21 @@ def test_graphs_give_way_to_a_shape_that_cannot_be_captured(python_graphs):
     ]
 
 
+def test_rare_shapes_may_drop_graphs_a_few_times(python_graphs, monkeypatch):
+    monkeypatch.setattr(graphs, "_MOST", 1)
+    said = []
+    step, eager = make("graph", said), make("eager", said)
+    python_graphs.append("memory")
+    often, rare = detectors.make_batch([1, 2], 8), detectors.make_batch([1, 2], 8, canvas=(64, 64))
+    for _ in range(graphs._CLASHES):
+        assert not said
+        for batch in (often, often, rare):
+            assert torch.equal(step(batch)[1], eager(batch)[1])
+    assert said == [
+        "all batches run without CUDA graphs from here on: beside captured steps there is no memory for others"
+    ]
+
+
 def test_there_are_only_so_many_graphs(python_graphs, monkeypatch):
     monkeypatch.setattr(graphs, "_MOST", 1)
     said = []
