@@ -192,24 +192,37 @@ TABLES[80] = TABLES[90] | _table(
 # For 10.x: other tiles where an H100's spill.
 TABLES[100] = TABLES[90] | _table(
     {
+        ("group_attention_forward", "tf32x3"): [
+            ((64, 32, 4, 2), (32, 32, 2, 2)),
+            ((64, 32, 8, 2), (32, 32, 8, 2)),
+        ],
+        ("group_attention_forward", "ieee"): [
+            ((32, 32, 8, 1), (32, 32, 8, 1)),
+            ((32, 32, 4, 1), (32, 32, 4, 1)),
+            ((32, 16, 8, 1), (32, 16, 8, 1)),
+        ],
+        ("conditional_attention_forward", "tf32x3"): [
+            ((64, 32, 4, 2), (32, 32, 4, 2)),
+            ((32, 32, 8, 2), (32, 32, 8, 2)),
+        ],
         ("conditional_attention_backward", "tf32x3"): [
             ((32, 16, 4, 1), (32, 16, 4, 1)),
             ((16, 16, 8, 1), (16, 16, 8, 1)),
         ],
     }
 )
-# For 8.6, 8.9 and 12.x: other tiles where an A100's need too much shared memory, or spill on 12.0.
+# For 8.6, 8.9 and 12.x: other tiles where an A100's need too much shared memory, or spill.
 TABLES[86] = TABLES[80] | _table(
     {
         ("group_attention_forward", "tf32"): [
-            ((64, 64, 4, 2), (32, 32, 2, 2)),
+            ((64, 64, 4, 2), (32, 32, 4, 2)),
             ((64, 32, 4, 2), (64, 32, 4, 2)),
             ((64, 32, 8, 2), (64, 32, 8, 2)),
         ],
         ("group_attention_backward", "tf32"): [
             ((32, 32, 4, 1), (32, 32, 4, 1)),
             ((64, 16, 8, 1), (32, 32, 8, 1)),
-            ((32, 32, 8, 1), (32, 32, 8, 1)),
+            ((16, 16, 8, 1), (16, 16, 8, 1)),
         ],
         ("conditional_attention_backward", "tf32"): [
             ((32, 32, 4, 1), (32, 32, 4, 1)),

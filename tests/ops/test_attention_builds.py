@@ -131,6 +131,8 @@ def test_kernels_of_training_do_not_spill(arch, found, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_BUDGET)
 def test_no_kernel_spills(arch, tmp_path):
     variants = {(*found._replace(load=""), tile) for found, tile in table(arch).items()}
+    if arch == 89:  # what every preset runs: code and table are those of 8.6
+        variants = {variant for variant in variants if variant[2] == 32}
     misfits = []
     for name, numbers, width, _, tile in sorted(variants):
         for floats in ("*bf16", "*fp16") if numbers == "half" else ("*fp32",):
