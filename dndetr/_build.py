@@ -314,8 +314,14 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
 
 
 def _sources(csrc: Path, pattern: str) -> list[str]:
-    """Files below ``csrc``, a folder per op, by their paths in it."""
-    return sorted(path.relative_to(csrc).as_posix() for path in csrc.rglob(pattern))
+    """Files below ``csrc``, a folder per op, by their paths in it; what takes longest, the largest op, comes first."""
+
+    def size(path: Path) -> int:
+        parts = path.parent.iterdir() if path.parent != csrc else [path]
+        return sum(part.stat().st_size for part in parts)
+
+    found = sorted(csrc.rglob(pattern), key=lambda path: (-size(path), path))
+    return [path.relative_to(csrc).as_posix() for path in found]
 
 
 def _compile(record: Record, csrc: Path, target: Path, work: Path) -> None:
