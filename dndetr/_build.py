@@ -294,7 +294,8 @@ def _plan(record: Record, csrc: Path, work: Path, env: Mapping[str, str]) -> Non
     # One that is there although it was not to be taken would make what this driver does not run.
     fetched = find_toolkit() if wanted else None
     if wanted and fetched is None:
-        toolkit = f"this build has no environment of its own; type: pip install {' '.join(requirements(env))}"
+        packages = " ".join(f"{name}=={TOOLKIT_VERSION}" for name in TOOLKIT)
+        toolkit = f"this build has no environment of its own; type: pip install {packages}"
     if compiler is None:
         raise BuildError("no C++ compiler was found (install g++, or set CXX)")
     work.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,15 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     return Finding(backend.name, problem, error)
 
 
+def differentiable_once(op: str) -> None:
+    """Second derivatives of ``dndetr::<op>``, which has no formula for them, are an error that names the way out."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op} can be differentiated once; with backend='reference' as often as you like")
+
+    torch.library.register_autograd(f"dndetr::{op}_backward", refuse)
+
+
 def worst(errors: Iterable[float]) -> float:
     """The largest of them, NaN if one is: Python's max loses a NaN that does not come first."""
     return torch.tensor(list(errors), dtype=torch.float64).max().item()

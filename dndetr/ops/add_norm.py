@@ -122,12 +122,8 @@ def _differentiate(ctx, grad_out, grad_low, grad_positioned, _grad_normalized, _
     return grad_x, grad_x if y_dtype == x_dtype else grad_y, *grads, grad_position, None, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("add_norm can be differentiated once; with backend='reference' as often as you like")
-
-
 torch.library.register_autograd("dndetr::add_norm", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("dndetr::add_norm_backward", _refuse)
+_backend.differentiable_once("add_norm")
 
 
 def add_norm(

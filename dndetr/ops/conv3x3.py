@@ -96,12 +96,8 @@ def _differentiate(ctx, grad_out):
     return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("conv3x3 can be differentiated once; with backend='reference' as often as torch's convolution")
-
-
 torch.library.register_autograd("dndetr::conv3x3", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("dndetr::conv3x3_backward", _refuse)
+_backend.differentiable_once("conv3x3")
 
 
 def _empty_map(like: Tensor, *shape: int) -> Tensor:

@@ -91,12 +91,8 @@ def _differentiate(ctx, grad_y):
     return grad_x, None, None, grad_shortcut, None
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError("frozen_norm can be differentiated once; with backend='reference' as often as you like")
-
-
 torch.library.register_autograd("dndetr::frozen_norm", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("dndetr::frozen_norm_backward", _refuse)
+_backend.differentiable_once("frozen_norm")
 
 
 def frozen_norm(
