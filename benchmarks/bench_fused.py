@@ -1,4 +1,4 @@
-"""One kernel of ours where torch needs several: frozen_norm, add_norm, column_sums, as bfloat16 training has them.
+"""Few kernels of ours where torch needs many: stem, frozen_norm, add_norm, column_sums, as bfloat16 training has them.
 
 ``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own time, forward and both passes,
 with the bytes that have to move and the share of a copy's rate at which ours moves them.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dndetr.ops import add_norm, column_sums, frozen_norm, relu_column_sums
+from dndetr.ops import add_norm, column_sums, frozen_norm, relu_column_sums, stem
 
 BF16 = torch.bfloat16
 EPS = 1e-5
@@ -41,6 +41,25 @@ def of_frozen_norm(shape, device="cuda", backend="triton") -> Contest:
         "torch": lambda: (x + bias).add_(shortcut).relu_(),
     }
     return Contest(functions, [x, shortcut], forward=3 * x.nbytes, backward=4 * x.nbytes)
+
+
+def of_stem(shape, channels=64, dtype=BF16, device="cuda", backend="triton") -> Contest:
+    """Images, which get no gradient, as a batch has them."""
+    images = torch.randn(shape, device=device)
+    weight = torch.randn(channels, 3, 7, 7, device=device).to(dtype) / 12
+    scale, shift = torch.ones(channels, device=device), torch.randn(channels, device=device)
+    bias, like_maps = shift.to(dtype)[:, None, None], weight.contiguous(memory_format=torch.channels_last)
+
+    def plain():
+        x = images.contiguous(memory_format=torch.channels_last).to(dtype)
+        return F.max_pool2d(F.conv2d(x, like_maps, stride=2, padding=3).add_(bias).relu_(), 3, 2, 1)
+
+    functions = {"ours": lambda: stem(images, weight, scale, shift, backend), "torch": plain}
+    height, width = ((size + 1) // 2 for size in shape[2:])
+    squares, convolved = (height + 3) * (width + 3) * 16, height * width * channels
+    pooled = ((height + 1) // 2) * ((width + 1) // 2) * channels
+    # Between its three kernels, squares of pixels and what was convolved are written and read.
+    return Contest(functions, [], images.nbytes + shape[0] * dtype.itemsize * (2 * squares + 2 * convolved + pooled), 0)
 
 
 def of_add_norm(shape, with_position, device="cuda", backend="triton") -> Contest:
@@ -77,6 +96,7 @@ def of_column_sums(size, relu, device="cuda", backend="triton") -> Contest:
 
 
 CONTESTS = {
+    **{f"stem, {shape}": partial(of_stem, shape) for shape in ((2, 3, 800, 1333), (16, 3, 800, 1333))},
     **{
         f"frozen_norm, {layer} {shape}": partial(of_frozen_norm, shape)
         for layer, shape in (("layer1", (2, 256, 200, 334)), ("layer3", (16, 1024, 50, 84)))

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..ops import _backend
 from ..ops.conv3x3 import conv3x3
 from ..ops.frozen_norm import frozen_norm
+from ..ops.stem import stem
 from .layers import Recomputable
+from .linear import half_precision
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -219,11 +221,28 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""
-        x = _conv_norm(images, self.conv1, self.bn1, relu=True)
-        x = F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else _conv_norm(x, self.conv2, self.bn2, relu=True)
-        maps = []
+        maps, x = [], self._stem(images)
         for number in range(1, max(self.outputs) + 1):
             x = getattr(self, f"layer{number}")(x)
             if number in self.outputs:
                 maps.append(x)
         return maps
+
+    def _stem(self, images: Tensor) -> Tensor:
+        half = self._stem_precision(images)
+        if half is not None:
+            return stem(images, self.conv1.weight.to(half), *self.bn1.scale_shift())
+        x = _conv_norm(images.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1, relu=True)
+        return F.max_pool2d(x, 3, 2, 1) if self.conv2 is None else _conv_norm(x, self.conv2, self.bn2, relu=True)
+
+    def _stem_precision(self, images: Tensor) -> torch.dtype | None:
+        """The half precision in which the stem has kernels of its own for these images; None where it has not."""
+        weight = self.conv1.weight
+        if self.conv2 is not None or not isinstance(self.bn1, FrozenBatchNorm2d):
+            return None
+        if torch.is_grad_enabled() and (weight.requires_grad or images.requires_grad):
+            return None
+        half = half_precision(images, weight)
+        if half is None or _backend.choose("stem", device_type=images.device.type)[0] == "reference":
+            return None
+        return half

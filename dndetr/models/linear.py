@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    half = None if bias is None else _half(x, weight)
+    half = None if bias is None else half_precision(x, weight)
     if not onednn and half is None and not relu:
         return F.linear(x, weight, bias)
     # Rows, as a product makes them: what changes a view of it in place costs three copies of the gradient backwards.
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
     return out.view(*x.shape[:-1], len(weight))
 
 
-def _half(x: Tensor, weight: Tensor) -> torch.dtype | None:
+def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The half-precision type in which a GPU multiplies these, itself or under autocast; None for other products."""
     if not x.is_cuda or x.numel() == 0 or torch.compiler.is_compiling():
         return None

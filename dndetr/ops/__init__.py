@@ -11,6 +11,7 @@ from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .set_loss import PARTS, LossWeights, set_loss
+from .stem import stem
 from .weight_gradients import weight_gradients
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "ms_deform_attn_fused",
     "relu_column_sums",
     "set_loss",
+    "stem",
     "weight_gradients",
 ]

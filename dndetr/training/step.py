@@ -206,9 +206,8 @@ class TrainStep:
         return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
 
     def _backward(self, batch: Batch, noised: NoisedQueries | None, objects: Tensor) -> Losses:
-        images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
-            predictions = (self._shared or self._called)(images, batch.sizes, noised)
+            predictions = (self._shared or self._called)(batch.images, batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
         total = losses.total
         if noised is None and self._shared is not None:

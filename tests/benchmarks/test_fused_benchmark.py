@@ -6,6 +6,7 @@ import pytest
 import torch
 
 SMALL = {
+    "stem": lambda: bench_fused.of_stem((2, 3, 13, 18), 4, torch.float32, "cpu", "reference"),
     "frozen_norm": lambda: bench_fused.of_frozen_norm((2, 8, 3, 5), "cpu", "reference"),
     "add_norm": lambda: bench_fused.of_add_norm((2, 7, 16), False, "cpu", "reference"),
     "add_norm, with position": lambda: bench_fused.of_add_norm((2, 7, 16), True, "cpu", "reference"),
@@ -14,6 +15,7 @@ SMALL = {
 }
 # Bytes of each pass: numbers, times the sizes in which they are read or written.
 MOVED = {
+    "stem": [2 * 3 * 13 * 18 * 4 + 2 * 4 * (2 * 10 * 12 * 16 + 2 * 7 * 9 * 4 + 4 * 5 * 4)],
     "frozen_norm": [240 * 2 * 3, 240 * 2 * 7],
     "add_norm": [224 * (3 * 4 + 2 * 2), 224 * (6 * 4 + 4 * 2)],
     "add_norm, with position": [224 * (4 * 4 + 3 * 2), 224 * (7 * 4 + 6 * 2)],
@@ -55,4 +57,4 @@ def test_every_pass_is_recorded(name, monkeypatch):
 
 def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
-    assert kinds == {"frozen_norm", "add_norm", "column_sums"} and len(bench_fused.CONTESTS) == 12
+    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums"} and len(bench_fused.CONTESTS) == 14

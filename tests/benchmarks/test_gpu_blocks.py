@@ -70,8 +70,8 @@ def test_ops_are_switched_in_turn(on_a_cpu, call, monkeypatch, fresh_backends):
     found = {}
     with pytest.raises(RuntimeError):
         gpu_blocks.switched("preset", 16, gpu_blocks.FUSED, call, found)
-    assert list(found) == ["as it is", "frozen_norm on its reference", "add_norm on its reference"]
-    assert seen == [set(), {"DNDETR_BACKEND_FROZEN_NORM"}, {"DNDETR_BACKEND_ADD_NORM"}]
+    assert list(found) == ["as it is", "stem on its reference", "frozen_norm on its reference"]
+    assert seen == [set(), {"DNDETR_BACKEND_STEM"}, {"DNDETR_BACKEND_FROZEN_NORM"}]
     assert not {name for name in os.environ if name.startswith("DNDETR_BACKEND")}
 
 

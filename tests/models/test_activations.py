@@ -11,7 +11,7 @@ from dndetr.models.layers import MLP, FeedForward, Stream
 def gradients(module, x):
     x = x.detach().clone().requires_grad_()
     out = module(x)
-    weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+    weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
     return [out, *torch.autograd.grad(out, (x, *module.parameters()), weighting)]
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dndetr.models import backbone
 from dndetr.models.backbone import FrozenBatchNorm2d, ResNet
 from dndetr.ops import _backend
+from dndetr.ops.stem import stem_reference
 
 KINDS = {"basic": {"blocks": (1, 1), "expansion": 1, "stem": "small"}, "bottleneck": {"blocks": (1, 2), "expansion": 4}}
 
@@ -101,6 +103,53 @@ def test_in_the_interpreter_of_triton(root):
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+STEMS = {
+    "frozen": ({}, True),
+    "learns": ({"frozen": 0}, False),
+    "small": ({"stem": "small"}, False),
+    "batch": ({"norm": "batch"}, False),
+}
+
+
+@pytest.mark.parametrize("kind", STEMS)
+def test_stems_without_gradients_have_kernels_of_their_own(kind, monkeypatch):
+    """Of a plain one; on a CPU, told that it is a GPU in float16."""
+    options, taken = STEMS[kind]
+    model, x, calls = ResNet((1,), (8,), outputs=(1,), **options), images(), []
+    plain = [model.eval()(x)[0], model(x.requires_grad_())[0]]
+
+    def recorded(x, weight, *norm):
+        calls.append(weight.dtype)
+        return stem_reference(x, weight.float(), *norm)
+
+    monkeypatch.setattr(backbone, "half_precision", lambda *_: torch.float16)
+    monkeypatch.setattr(backbone, "stem", recorded)
+    on_the_reference = model(x.detach())
+    assert not calls and torch.equal(*on_the_reference, plain[0])
+    choose = _backend.choose
+    monkeypatch.setattr(_backend, "choose", lambda op, **on: ("triton", "") if op == "stem" else choose(op, **on))
+    (found,), (of_leaves,) = model(x.detach()), model(x)
+    assert calls == [torch.float16] * taken and torch.equal(of_leaves, plain[1])
+    torch.testing.assert_close(found, plain[0], rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == taken + (kind in ("frozen", "learns"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stems_under_autocast_on_a_gpu(dtype, fresh_backends, monkeypatch):
+    model, x, found = resnet("bottleneck", device="cuda"), images("cuda"), {}
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("DNDETR_BACKEND_STEM", backend)
+        _backend.forget()
+        with torch.autocast("cuda", dtype):
+            found[backend] = maps_and_gradients(model, x.contiguous())
+    for name, expected in found["reference"].items():
+        error = (found["triton"][name].double() - expected.double()).norm() / expected.double().norm()
+        assert error < 3e-2, name
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ def gradients(function, x, weight, bias):
     leaves = [value if value is None else value.detach().requires_grad_() for value in (x, weight, bias)]
     out = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf is not None]
-    weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+    weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
     return [out, *torch.autograd.grad(out, wanted, weighting)]
 
 
@@ -136,7 +136,11 @@ def test_only_wanted_gradients_are_computed(wanted, monkeypatch):
 @pytest.fixture
 def half_on_a_cpu(monkeypatch):
     """Half-precision layers with a bias take a GPU's way here."""
-    monkeypatch.setattr(module, "_half", lambda x, weight: x.dtype if x.dtype == torch.bfloat16 and x.numel() else None)
+
+    def half(x, weight):
+        return x.dtype if x.dtype == torch.bfloat16 and x.numel() else None
+
+    monkeypatch.setattr(module, "half_precision", half)
 
 
 SUBSETS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
@@ -201,7 +205,7 @@ def test_half_precision_falls_to_torch_without_bias(half_on_a_cpu):
 def test_half_precision_is_what_autocast_multiplies_in(fake_cuda, monkeypatch):
     def half(x, weight):
         tensors = (torch.empty(3, 4, dtype=dtype, device="cuda") for dtype in (x, weight))
-        return module._half(*tensors)
+        return module.half_precision(*tensors)
 
     full, double, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
     assert half(bf16, bf16) == bf16 and half(f16, f16) == f16
@@ -211,7 +215,7 @@ def test_half_precision_is_what_autocast_multiplies_in(fake_cuda, monkeypatch):
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: bf16)
     assert half(full, full) == half(f16, full) == half(bf16, bf16) == bf16
     assert half(double, double) is half(double, full) is None
-    assert module._half(torch.empty(3, 4, dtype=bf16), torch.empty(2, 4, dtype=bf16)) is None
+    assert module.half_precision(torch.empty(3, 4, dtype=bf16), torch.empty(2, 4, dtype=bf16)) is None
     for relu in (True, False):
         out = linear(*(torch.empty(*size, device="cuda") for size in ((2, 3, 4), (5, 4), (5,))), relu)
         assert out.shape == (2, 3, 5) and out.dtype == bf16

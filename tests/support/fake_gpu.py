@@ -33,8 +33,8 @@ class WithoutDevice(TorchFunctionMode):
             return part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
         if function is Tensor.__invert__:
             return torch.bitwise_not(*args)
-        if function is Tensor.nonzero:
-            return torch.ops.aten.nonzero(*args)
+        if function in (Tensor.nonzero, Tensor.contiguous):
+            return getattr(torch.ops.aten, function.__name__)(*args, **kwargs)
         if function is Tensor.to and not isinstance(args[1] if len(args) > 1 else None, Tensor):
             return self.to(*args, **kwargs)
         return function(*args, **kwargs)
