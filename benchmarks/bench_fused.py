@@ -29,16 +29,17 @@ class Contest(NamedTuple):
     backward: int
 
 
-def of_frozen_norm(shape, device="cuda", backend="triton") -> Contest:
-    """The end of a residual block; the scale is one, since torch's convolution has it in its weights."""
+def of_frozen_norm(shape, with_norm, device="cuda", backend="triton") -> Contest:
+    """The end of a residual block, its shortcut maybe with a norm; scales are one: torch has them in its weights."""
     x, shortcut = (
         torch.randn(shape, device=device).to(BF16, memory_format=torch.channels_last).requires_grad_() for _ in range(2)
     )
-    scale, shift = torch.ones(shape[1], device=device), torch.randn(shape[1], device=device)
-    bias = shift.to(BF16)[:, None, None]
+    scale, shifts = torch.ones(shape[1], device=device), torch.randn(2, shape[1], device=device)
+    own = (scale, shifts[1]) if with_norm else (None, None)
+    bias, other = shifts.to(BF16)[:, :, None, None]
     functions = {
-        "ours": lambda: frozen_norm(x, scale, shift, shortcut, True, backend),
-        "torch": lambda: (x + bias).add_(shortcut).relu_(),
+        "ours": lambda: frozen_norm(x, scale, shifts[0], shortcut, True, *own, backend),
+        "torch": lambda: (x + bias).add_(shortcut + other if with_norm else shortcut).relu_(),
     }
     return Contest(functions, [x, shortcut], forward=3 * x.nbytes, backward=4 * x.nbytes)
 
@@ -98,8 +99,12 @@ def of_column_sums(size, relu, device="cuda", backend="triton") -> Contest:
 CONTESTS = {
     **{f"stem, {shape}": partial(of_stem, shape) for shape in ((2, 3, 800, 1333), (16, 3, 800, 1333))},
     **{
-        f"frozen_norm, {layer} {shape}": partial(of_frozen_norm, shape)
-        for layer, shape in (("layer1", (2, 256, 200, 334)), ("layer3", (16, 1024, 50, 84)))
+        f"frozen_norm{', of the shortcut, too' * normed}, {layer} {shape}": partial(of_frozen_norm, shape, normed)
+        for layer, shape, normed in (
+            ("layer1", (2, 256, 200, 334), False),
+            ("layer3", (16, 1024, 50, 84), False),
+            ("layer3", (16, 1024, 50, 84), True),
+        )
     },
     **{
         f"add_norm{', with position' * position}, {shape}": partial(of_add_norm, shape, position)

@@ -19,12 +19,20 @@ def _place(rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     return first * channels, r[:, None] * channels + c[None, :], c, inside
 
 
+@triton.jit
+def _row(values, c, channels, PRECISE: tl.constexpr):
+    """Values of the program's channels, for every pixel."""
+    return tl.load(values + c, mask=c < channels, other=0.0).to(PRECISE)[None, :]
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def frozen_norm_forward_kernel(
     x,  # [rows, channels], as all maps
     scale,  # [channels]
     shift,  # [channels]
     shortcut,  # or None
+    shortcut_scale,  # [channels], or None: the shortcut has no norm
+    shortcut_shift,  # the same
     y,
     rows,
     packs,  # channels / PACK
@@ -40,9 +48,11 @@ def frozen_norm_forward_kernel(
     added = 0.0
     if shortcut is not None:
         added = tl.load(shortcut + start + place, mask=inside, other=0.0).to(PRECISE)
-    by = tl.load(scale + c, mask=c < channels, other=0.0).to(PRECISE)
-    plus = tl.load(shift + c, mask=c < channels, other=0.0).to(PRECISE)
-    value = value * by[None, :] + plus[None, :] + added
+    plus = _row(shift, c, channels, PRECISE)
+    if shortcut_scale is not None:
+        added *= _row(shortcut_scale, c, channels, PRECISE)
+        plus += _row(shortcut_shift, c, channels, PRECISE)  # both in one row: two of them spilled on 8.0
+    value = value * _row(scale, c, channels, PRECISE) + plus + added
     if RELU:
         value = tl.where(value < 0.0, 0.0, value)  # what is not a number stays so
     tl.store(y + start + place, value.to(y.dtype.element_ty), mask=inside)
@@ -53,6 +63,7 @@ def frozen_norm_backward_kernel(
     grad_y,  # [rows, channels], as all maps
     y,  # or None: there was no ReLU
     scale,  # [channels]
+    shortcut_scale,  # [channels], or None: the shortcut has no norm
     grad_x,  # or None
     grad_shortcut,  # or None
     rows,
@@ -69,9 +80,11 @@ def frozen_norm_backward_kernel(
         result = tl.load(y + start + place, mask=inside, other=0.0).to(PRECISE)
         grad = tl.where(result <= 0.0, 0.0, grad)  # as torch's: none at zero, all of it at what is not a number
     if grad_x is not None:
-        by = tl.load(scale + c, mask=c < channels, other=0.0).to(PRECISE)
-        tl.store(grad_x + start + place, (grad * by[None, :]).to(grad_x.dtype.element_ty), mask=inside)
+        scaled = grad * _row(scale, c, channels, PRECISE)
+        tl.store(grad_x + start + place, scaled.to(grad_x.dtype.element_ty), mask=inside)
     if grad_shortcut is not None:
+        if shortcut_scale is not None:
+            grad = grad * _row(shortcut_scale, c, channels, PRECISE)
         tl.store(grad_shortcut + start + place, grad.to(grad_shortcut.dtype.element_ty), mask=inside)
 
 
@@ -89,17 +102,21 @@ def _launch(kernel, like: torch.Tensor, *tensors, **constants) -> None:
 def tile(channels: int) -> dict[str, int]:
     """How channels are read: in whole vectors where they divide by eight, and up to 64 of a pixel by one program.
 
-    With more, scale and shift would reach their threads by way of shared memory; 64 are a cache line or two.
+    With more, scales and shifts would reach their threads by way of shared memory; 64 are a cache line or two.
     """
     block_c = min(triton.next_power_of_2(channels), 64)
     return {"PACK": min(channels & -channels, 16), "BLOCK_R": _TILE // block_c, "BLOCK_C": block_c}
 
 
-def frozen_norm_forward(x, scale, shift, shortcut, relu, y) -> None:
-    """Write y; maps [B, C, H, W] have their channels last in memory, shortcut may be None."""
-    _launch(frozen_norm_forward_kernel, x, x, scale, shift, shortcut, y, RELU=relu)
+def frozen_norm_forward(x, scale, shift, shortcut, shortcut_scale, shortcut_shift, relu, y) -> None:
+    """Write y; maps [B, C, H, W] have their channels last in memory, the shortcut and its norm may be None."""
+    of_shortcut = shortcut, shortcut_scale, shortcut_shift
+    _launch(frozen_norm_forward_kernel, x, x, scale, shift, *of_shortcut, y, RELU=relu)
 
 
-def frozen_norm_backward(grad_y, y, scale, grad_x, grad_shortcut) -> None:
-    """Write grad_x and grad_shortcut, or the one that is not None; y is None where there was no ReLU."""
-    _launch(frozen_norm_backward_kernel, grad_y, grad_y, y, scale, grad_x, grad_shortcut)
+def frozen_norm_backward(grad_y, y, scale, shortcut_scale, grad_x, grad_shortcut) -> None:
+    """Write grad_x and grad_shortcut, or the one that is not None.
+
+    y is None where there was no ReLU, shortcut_scale where the shortcut has no norm.
+    """
+    _launch(frozen_norm_backward_kernel, grad_y, grad_y, y, scale, shortcut_scale, grad_x, grad_shortcut)

@@ -94,17 +94,33 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"unknown norm {kind!r}: choose frozen, batch or group")
 
 
+def _in_one_pass(x: Tensor, *norms: nn.Module) -> bool:
+    """Whether these norms are applied by one kernel, after convolutions of ``x``."""
+    frozen = all(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
+    return frozen and _backend.choose("frozen_norm", device_type=x.device.type)[0] != "reference"
+
+
 def _conv_norm(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = False, shortcut: Tensor | None = None
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    relu: bool = False,
+    shortcut: Tensor | None = None,
+    shortcut_norm: FrozenBatchNorm2d | None = None,
 ) -> Tensor:
-    """norm(conv(x)) plus the shortcut, its positive part with ``relu``."""
+    """norm(conv(x)) plus the shortcut, its positive part with ``relu``.
+
+    ``shortcut_norm`` is still to be applied to the shortcut, in the same pass: only where ``_in_one_pass`` says so.
+    """
+    if _in_one_pass(x, norm):
+        x = _convolve(x, conv, conv.weight, None)
+        own = () if shortcut_norm is None else shortcut_norm.scale_shift()
+        return frozen_norm(x, *norm.scale_shift(), shortcut, relu, *own)
     if not isinstance(norm, FrozenBatchNorm2d):
         x = norm(_convolve(x, conv, conv.weight, None))
     else:
-        scale, shift = norm.scale_shift()
-        if _backend.choose("frozen_norm", device_type=x.device.type)[0] != "reference":
-            return frozen_norm(_convolve(x, conv, conv.weight, None), scale, shift, shortcut, relu)
         # Folding into the kernel costs a pass over the weights instead of one over the activations.
+        scale, shift = norm.scale_shift()
         x = _convolve(x, conv, conv.weight * scale[:, None, None, None], shift)
     # No gradient asks for what goes into these sums and ReLUs, so they may overwrite it.
     if shortcut is not None:
@@ -142,12 +158,18 @@ class _Block(Recomputable):
             self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), _norm(norm, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else _conv_norm(x, *self.downsample)
+        last = (self.conv2, self.bn2) if self.conv3 is None else (self.conv3, self.bn3)
+        shortcut, shortcut_norm = x, None
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            if _in_one_pass(x, norm, last[1]):
+                shortcut, shortcut_norm = _convolve(x, conv, conv.weight, None), norm
+            else:
+                shortcut = _conv_norm(x, conv, norm)
         x = _conv_norm(x, self.conv1, self.bn1, relu=True)
-        if self.conv3 is None:
-            return _conv_norm(x, self.conv2, self.bn2, relu=True, shortcut=shortcut)
-        x = _conv_norm(x, self.conv2, self.bn2, relu=True)
-        return _conv_norm(x, self.conv3, self.bn3, relu=True, shortcut=shortcut)
+        if self.conv3 is not None:
+            x = _conv_norm(x, self.conv2, self.bn2, relu=True)
+        return _conv_norm(x, *last, relu=True, shortcut=shortcut, shortcut_norm=shortcut_norm)
 
 
 class ResNet(nn.Module):

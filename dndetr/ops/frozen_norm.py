@@ -1,12 +1,13 @@
 """What follows a convolution under a frozen batch norm, in one pass: scale, shift, shortcut and ReLU.
 
-    y = x scale + shift + shortcut        with ``relu`` its positive part
+    y = x scale + shift + shortcut shortcut_scale + shortcut_shift        with ``relu`` its positive part
 
     g = grad y, with ``relu`` where y > 0
-    grad x = g scale        grad shortcut = g
+    grad x = g scale        grad shortcut = g shortcut_scale
 
-Scale and shift are fixed and get no gradient. Both passes compute in at least float32 and round once. Backward keeps of
-the maps y alone, and that only for a ReLU: the convolution that reads y keeps it, too.
+A shortcut has a norm of its own where a convolution made it, otherwise it is added as it is. Scales and shifts are
+fixed and get no gradient. Both passes compute in at least float32 and round once. Backward keeps of the maps y alone,
+and that only for a ReLU: the convolution that reads y keeps it, too.
 """
 
 import torch
@@ -16,44 +17,62 @@ from . import _backend
 
 
 def frozen_norm_reference(
-    x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor | None = None, relu: bool = False
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
+    shortcut_scale: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
 ) -> Tensor:
     """The specification in plain torch; arguments and result as :func:`frozen_norm`."""
-    scale, shift = (each.detach()[:, None, None] for each in (scale, shift))
-    y = x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift
+    y = _normed(x, scale, shift)
     if shortcut is not None:
-        y = y + shortcut
+        y = y + (shortcut if shortcut_scale is None else _normed(shortcut, shortcut_scale, shortcut_shift))
     return (y.relu() if relu else y).to(x.dtype)
 
 
+def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    scale, shift = (each.detach()[:, None, None] for each in (scale, shift))
+    return x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift
+
+
 torch.library.define(
-    "dndetr::frozen_norm", "(Tensor x, Tensor scale, Tensor shift, Tensor? shortcut, bool relu) -> Tensor"
+    "dndetr::frozen_norm",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? shortcut, bool relu,"
+    " Tensor? shortcut_scale, Tensor? shortcut_shift) -> Tensor",
 )
 torch.library.define(
     "dndetr::frozen_norm_backward",
-    "(Tensor grad_y, Tensor? y, Tensor scale, bool needs_x, bool needs_shortcut) -> (Tensor, Tensor)",
+    "(Tensor grad_y, Tensor? y, Tensor scale, Tensor? shortcut_scale, bool needs_x, bool needs_shortcut)"
+    " -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("dndetr::frozen_norm", ("cpu", "cuda"))
-def _forward(x, scale, shift, shortcut, relu):
+def _forward(x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift):
     from ..kernels.frozen_norm import frozen_norm_forward
 
-    y = _forward_fake(x, scale, shift, shortcut, relu)
+    y = _forward_fake(x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift)
+    scale, shift, *of_shortcut = map(_dense, (scale, shift, shortcut_scale, shortcut_shift))
     with torch.cuda.device_of(x):
-        frozen_norm_forward(_packed(x), scale.contiguous(), shift.contiguous(), _packed(shortcut), relu, y)
+        frozen_norm_forward(_packed(x), scale, shift, _packed(shortcut), *of_shortcut, relu, y)
     return y
 
 
 @torch.library.impl("dndetr::frozen_norm_backward", ("cpu", "cuda"))
-def _backward(grad_y, y, scale, needs_x, needs_shortcut):
+def _backward(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut):
     from ..kernels.frozen_norm import frozen_norm_backward
 
-    grads = grad_x, grad_shortcut = _backward_fake(grad_y, y, scale, needs_x, needs_shortcut)
+    grads = grad_x, grad_shortcut = _backward_fake(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut)
     asked = grad_x if needs_x else None, grad_shortcut if needs_shortcut else None
     with torch.cuda.device_of(grad_y):
-        frozen_norm_backward(_packed(grad_y), _packed(y), scale.contiguous(), *asked)
+        frozen_norm_backward(_packed(grad_y), _packed(y), _dense(scale), _dense(shortcut_scale), *asked)
     return grads
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
 
 
 def _packed(x: Tensor | None) -> Tensor | None:
@@ -62,12 +81,12 @@ def _packed(x: Tensor | None) -> Tensor | None:
 
 
 @torch.library.register_fake("dndetr::frozen_norm")
-def _forward_fake(x, scale, shift, shortcut, relu):
+def _forward_fake(x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("dndetr::frozen_norm_backward")
-def _backward_fake(grad_y, y, scale, needs_x, needs_shortcut):
+def _backward_fake(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut):
     return tuple(
         torch.empty_like(grad_y, memory_format=torch.channels_last) if needed else grad_y.new_empty(0)
         for needed in (needs_x, needs_shortcut)
@@ -75,20 +94,21 @@ def _backward_fake(grad_y, y, scale, needs_x, needs_shortcut):
 
 
 def _setup_context(ctx, inputs, output):
-    _, scale, _, _, ctx.relu = inputs
-    ctx.save_for_backward(scale, output if ctx.relu else None)
+    _, scale, _, _, ctx.relu, shortcut_scale, _ = inputs
+    ctx.save_for_backward(scale, shortcut_scale, output if ctx.relu else None)
 
 
 def _differentiate(ctx, grad_y):
-    scale, y = ctx.saved_tensors
-    needs_x, _, _, needs_shortcut, _ = ctx.needs_input_grad
-    writes_shortcut = needs_shortcut and ctx.relu  # otherwise its gradient is there already
+    scale, shortcut_scale, y = ctx.saved_tensors
+    needs_x, _, _, needs_shortcut, *_ = ctx.needs_input_grad
+    changes = ctx.relu or shortcut_scale is not None  # otherwise the shortcut's gradient is there already
+    writes_shortcut = needs_shortcut and changes
     grad_x, grad_shortcut = None, grad_y if needs_shortcut else None
     if needs_x or writes_shortcut:
-        written = torch.ops.dndetr.frozen_norm_backward(grad_y, y, scale, needs_x, writes_shortcut)
+        written = torch.ops.dndetr.frozen_norm_backward(grad_y, y, scale, shortcut_scale, needs_x, writes_shortcut)
         grad_x = written[0] if needs_x else None
         grad_shortcut = written[1] if writes_shortcut else grad_shortcut
-    return grad_x, None, None, grad_shortcut, None
+    return grad_x, None, None, grad_shortcut, None, None, None
 
 
 torch.library.register_autograd("dndetr::frozen_norm", _differentiate, setup_context=_setup_context)
@@ -101,12 +121,15 @@ def frozen_norm(
     shift: Tensor,
     shortcut: Tensor | None = None,
     relu: bool = False,
+    shortcut_scale: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Scale and shift of each channel, the sum with a shortcut, and its positive part.
+    """Scale and shift of each channel, the sum with a shortcut, which may have its own, and its positive part.
 
-    x [B, C, H, W], scale, shift [C], which get no gradient, shortcut like x -> [B, C, H, W] of x's dtype. The kernel's
-    results have their channels last in memory and can be differentiated once.
+    x [B, C, H, W], scale, shift, shortcut_scale, shortcut_shift [C], which get no gradient, shortcut like x ->
+    [B, C, H, W] of x's dtype. The kernel's results have their channels last in memory and can be differentiated once.
+    ValueError for other shapes, and for one of shortcut_scale and shortcut_shift without the other or a shortcut.
     """
     if x.dim() != 4 or not scale.shape == shift.shape == x.shape[1:2]:
         shapes = f"{list(x.shape)}, {list(scale.shape)}, {list(shift.shape)}"
@@ -114,9 +137,14 @@ def frozen_norm(
     if shortcut is not None and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
         wanted, given = (f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (x, shortcut))
         raise ValueError(f"frozen_norm: shortcut must be {wanted} as x is, got {given}")
+    norm = [None if each is None else list(each.shape) for each in (shortcut_scale, shortcut_shift)]
+    if norm != [None, None] and (shortcut is None or norm != [[x.shape[1]]] * 2):
+        wanted = "shortcut_scale and shortcut_shift must be [C] and come together, with a shortcut"
+        raise ValueError(f"frozen_norm: {wanted}; got {norm[0]}, {norm[1]}{' without one' * (shortcut is None)}")
+    given = x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift
     if _backend.choose("frozen_norm", backend, x.device.type)[0] == "reference":
-        return frozen_norm_reference(x, scale, shift, shortcut, relu)
-    return torch.ops.dndetr.frozen_norm(x, scale, shift, shortcut, relu)
+        return frozen_norm_reference(*given)
+    return torch.ops.dndetr.frozen_norm(*given)
 
 
 # name: (B, C, H, W, dtype)
@@ -137,8 +165,8 @@ CASES = {
 }
 
 
-def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, scale, shift, shortcut) of a case, maps with their channels last in memory."""
+def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:
+    """(x, scale, shift, shortcut, shortcut_scale, shortcut_shift), maps with their channels last in memory."""
     *shape, dtype = CASES[name]
     draw = torch.Generator().manual_seed(seed)
     precise = torch.promote_types(dtype, torch.float32)
@@ -146,21 +174,24 @@ def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Te
         torch.randn(shape, generator=draw, dtype=precise).contiguous(memory_format=torch.channels_last)
         for _ in range(2)
     )
-    scale, shift = (torch.randn(shape[1], generator=draw, dtype=precise) for _ in range(2))
-    return x.to(device, dtype), scale.to(device), shift.to(device), shortcut.to(device, dtype)
+    scale, shift, *norm = (torch.randn(shape[1], generator=draw, dtype=precise).to(device) for _ in range(4))
+    return x.to(device, dtype), scale, shift, shortcut.to(device, dtype), *norm
 
 
 def _self_test(device_type: str) -> float:
     # In bfloat16 and of 64 channels: the kernels that training compiles.
-    x, scale, shift, shortcut = make_case("bf16", device_type)
+    x, scale, shift, shortcut, *own = make_case("bf16", device_type)
     exact = [each.double().requires_grad_() for each in (x, shortcut)]
     weighting = torch.linspace(-1, 1, x.numel(), device=device_type).view(x.shape).to(x.dtype)
-    with torch.enable_grad():
-        expected = frozen_norm_reference(exact[0], scale.double(), shift.double(), exact[1], relu=True)
-    grads = torch.autograd.grad(expected, exact, weighting.double())
-    y = torch.ops.dndetr.frozen_norm(x, scale, shift, shortcut, True)
-    given = torch.ops.dndetr.frozen_norm_backward(weighting, y, scale, True, True)
-    return _backend.error_beyond_rounding((y, *given), (expected.detach(), *grads))
+    found, expected = [], []
+    for norm in ((None, None), own):
+        in_double = [None if each is None else each.double() for each in norm]
+        with torch.enable_grad():
+            result = frozen_norm_reference(exact[0], scale.double(), shift.double(), exact[1], True, *in_double)
+        expected += result.detach(), *torch.autograd.grad(result, exact, weighting.double())
+        y = torch.ops.dndetr.frozen_norm(x, scale, shift, shortcut, True, *norm)
+        found += y, *torch.ops.dndetr.frozen_norm_backward(weighting, y, scale, norm[0], True, True)
+    return _backend.error_beyond_rounding(found, expected)
 
 
 _backend.register(
