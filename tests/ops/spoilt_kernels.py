@@ -9,8 +9,8 @@ import torch
 from dndetr.ops import _backend
 
 
-def check_self_test(op: str, **written: tuple[int, ...]):
-    """The self-test of ``op`` finds nothing, and every result in bfloat16 that is a few roundings off.
+def check_self_test(op: str, dtype: torch.dtype = torch.bfloat16, **written: tuple[int, ...]):
+    """The self-test of ``op`` finds nothing, and every result in ``dtype`` that is a few roundings of bfloat16 off.
 
     written: of each launcher of the op's kernels, the places of the arguments that it writes.
     """
@@ -25,7 +25,7 @@ def check_self_test(op: str, **written: tuple[int, ...]):
 
             def launch(*given, own=own, place=place, spoilt=spoilt):
                 own(*given)
-                if given[place] is not None and given[place].dtype == torch.bfloat16:
+                if given[place] is not None and given[place].dtype == dtype:
                     spoilt.append(given[place].mul_(1.03))
 
             _backend.forget()
