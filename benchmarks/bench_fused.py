@@ -1,7 +1,7 @@
-"""Few kernels of ours where torch needs many: stem, frozen_norm, add_norm, column_sums, as bfloat16 training has them.
+"""Few kernels of ours where torch needs many, or slow ones: stem, frozen_norm, add_norm, column_sums, prelu.
 
-``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own time, forward and both passes,
-with the bytes that have to move and the share of a copy's rate at which ours moves them.
+As bfloat16 training has them. ``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own
+time, forward and both passes, with the bytes that have to move and the share of a copy's rate at which ours moves them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dndetr.ops import add_norm, column_sums, frozen_norm, relu_column_sums, stem
+from dndetr.ops import add_norm, column_sums, frozen_norm, prelu, prelu_column_sums, relu_column_sums, stem
 
 BF16 = torch.bfloat16
 EPS = 1e-5
@@ -81,19 +81,33 @@ def of_add_norm(shape, with_position, device="cuda", backend="triton") -> Contes
     return Contest(functions, [x, y, weight, bias], forward, backward)
 
 
-def of_column_sums(size, relu, device="cuda", backend="triton") -> Contest:
-    """The gradient of a bias, behind a ReLU: itself part of backward, and not differentiable."""
+def of_column_sums(size, activation=None, device="cuda", backend="triton") -> Contest:
+    """The gradient of a bias, behind an activation: itself part of backward, and not differentiable."""
     grad, out = (torch.randn(size, device=device).to(BF16) for _ in range(2))
+    slope = torch.full((1,), 0.25, device=device)
 
     def masked_sums():
         masked = torch.ops.aten.threshold_backward(grad, out, 0)
         return masked, masked.sum(0)
 
-    if relu:
-        functions = {"ours": lambda: relu_column_sums(grad, out, backend), "torch": masked_sums}
-    else:
-        functions = {"ours": lambda: column_sums(grad, backend), "torch": lambda: grad.sum(0)}
-    return Contest(functions, [], forward=(3 if relu else 1) * grad.nbytes, backward=0)
+    def sloped_sums():
+        # As autograd has it under autocast.
+        masked, of_slope = torch.ops.aten._prelu_kernel_backward(grad, out, slope.to(BF16).view(1, 1))
+        return masked, masked.sum(0), of_slope.sum_to_size(1, 1).view(1).float()
+
+    functions = {
+        None: {"ours": lambda: column_sums(grad, backend), "torch": lambda: grad.sum(0)},
+        "ReLU": {"ours": lambda: relu_column_sums(grad, out, backend), "torch": masked_sums},
+        "PReLU": {"ours": lambda: prelu_column_sums(grad, out, slope, backend), "torch": sloped_sums},
+    }
+    return Contest(functions[activation], [], forward=(3 if activation else 1) * grad.nbytes, backward=0)
+
+
+def of_prelu(size, device="cuda", backend="triton") -> Contest:
+    """The activation of a feed-forward block; its gradient is one of column_sums' contests."""
+    x, slope = torch.randn(size, device=device).to(BF16), torch.full((1,), 0.25, device=device)
+    functions = {"ours": lambda: prelu(x, slope, backend), "torch": lambda: F.prelu(x, slope.to(BF16))}
+    return Contest(functions, [], forward=2 * x.nbytes, backward=0)
 
 
 CONTESTS = {
@@ -112,9 +126,17 @@ CONTESTS = {
         for position in (False, True)
     },
     **{
-        f"column_sums{', behind a ReLU' * relu}, {size}": partial(of_column_sums, size, relu)
+        f"column_sums{', behind a ReLU' * bool(activation)}, {size}": partial(of_column_sums, size, activation)
         for size in ((2100, 256), (44446, 256), (44446, 2048))
-        for relu in (False, True)
+        for activation in (None, "ReLU")
+    },
+    **{
+        f"{name}, {size}": contest
+        for size in ((2100, 2048), (16800, 2048))
+        for name, contest in (
+            ("column_sums, behind a PReLU", partial(of_column_sums, size, "PReLU")),
+            ("prelu", partial(of_prelu, size)),
+        )
     },
 }
 

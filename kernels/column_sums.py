@@ -16,9 +16,11 @@ _SHARES = 512
 @triton.jit
 def column_sums_kernel(
     grad,  # [M, N]
-    out,  # [M, N], or None
-    masked,  # [M, N], or None: grad where out is above zero
+    x,  # [M, N], or None: result of a ReLU, or what a PReLU was given
+    slope,  # [1], a PReLU's, or None
+    masked,  # [M, N], or None: grad where x is above zero, elsewhere times the slope or zero
     sums,  # [shares, N]
+    slope_sums,  # [shares, blocks of columns], or None: of grad x where x is not above zero
     rows,
     columns,
     rows_per_share,  # a multiple of BLOCK_M
@@ -31,23 +33,35 @@ def column_sums_kernel(
     left = tl.minimum(rows - first, rows_per_share).to(tl.int32)
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if slope is not None:
+        factor = tl.load(slope).to(tl.float32)
+        by_slope = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for above in range(0, rows_per_share, BLOCK_M):
         inside = (above + m < left)[:, None] & (n < columns)[None, :]
         place = (above + m)[:, None] * columns + n[None, :]
         value = tl.load(grad + start + place, mask=inside, other=0.0)
-        if out is not None:
-            # As torch has it, a NaN lets the gradient pass.
-            closed = tl.load(out + start + place, mask=inside, other=0.0) <= 0.0
-            value = tl.where(closed, 0.0, value)
-            tl.store(masked + start + place, value, mask=inside)
+        if x is not None:
+            # Beyond the edges nothing is multiplied: factors may be infinite.
+            at = tl.load(x + start + place, mask=inside, other=1.0).to(tl.float32)
+            # As torch has it, a NaN lets the gradient pass a ReLU, but is not above zero for a PReLU.
+            if slope is None:
+                value = tl.where(at <= 0.0, 0.0, value)
+            else:
+                value = value.to(tl.float32)
+                by_slope += tl.where(at > 0.0, 0.0, value * at)
+                value = tl.where(at > 0.0, value, value * factor)
+            tl.store(masked + start + place, value.to(masked.dtype.element_ty), mask=inside)
         total += value.to(tl.float32)
+    if slope is not None:
+        tl.store(slope_sums + share * tl.num_programs(0) + tl.program_id(0), tl.sum(by_slope))
     tl.store(sums + share * columns + n, tl.sum(total, 0).to(sums.dtype.element_ty), mask=n < columns)
 
 
-def plan(rows: int, columns: int) -> tuple[int, int, int, int]:
+def plan(rows: int, columns: int, slope: bool = False) -> tuple[int, int, int, int]:
     """Rows and columns of a tile, its warps, and how many rows are a program's share."""
     if rows <= _FEW:
         block_m, block_n, warps = _TALL
+        block_m //= 2 if slope else 1  # sums of two kinds would not fit in the registers of so many warps
         shares = 1
     else:
         block_n = min(max(triton.next_power_of_2(columns), 16), 128)
@@ -56,17 +70,24 @@ def plan(rows: int, columns: int) -> tuple[int, int, int, int]:
     return block_m, block_n, warps, block_m * max(triton.cdiv(rows, block_m * shares), 1)
 
 
-def column_sums(grad, out, masked, sums) -> None:
-    """Write sums [N] of contiguous grad [M, N]; given out [M, N], also masked [M, N], whose sums they are then."""
+def column_sums(grad, x, slope, masked, sums, grad_slope) -> None:
+    """Write sums [N] of contiguous grad [M, N]; given x [M, N], also masked [M, N], whose sums they are then.
+
+    Given the slope [1] of a PReLU, also its gradient [1].
+    """
     rows, columns = grad.shape
-    block_m, block_n, warps, rows_per_share = plan(rows, columns)
+    block_m, block_n, warps, rows_per_share = plan(rows, columns, slope is not None)
     shares = max(triton.cdiv(rows, rows_per_share), 1)
     parts = sums if shares == 1 else sums.new_empty((shares, columns), dtype=torch.float32)
-    column_sums_kernel[(triton.cdiv(columns, block_n), shares)](
+    blocks = triton.cdiv(columns, block_n)
+    slope_parts = None if slope is None else sums.new_empty((shares * blocks, 1), dtype=torch.float32)
+    column_sums_kernel[(blocks, shares)](
         grad,
-        out,
+        x,
+        slope,
         masked,
         parts,
+        slope_parts,
         rows,
         columns,
         rows_per_share,
@@ -75,4 +96,6 @@ def column_sums(grad, out, masked, sums) -> None:
         num_warps=warps,
     )
     if shares > 1:
-        column_sums(parts, None, None, sums)
+        column_sums(parts, None, None, None, sums, None)
+    if slope is not None:
+        column_sums(slope_parts, None, None, None, grad_slope, None)

@@ -12,15 +12,20 @@ class PReLU(nn.PReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        ours = (
-            x.is_cpu
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.dim() > 0
-            and self.weight.numel() == 1
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
-        return _PReLU.apply(x, self.weight) if ours else F.prelu(x, self.weight)
+        return prelu(x, self.weight)
+
+
+def prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """x [...], slope [1] or one for each channel -> as ``F.prelu``; :class:`PReLU` as a function."""
+    ours = (
+        x.is_cpu
+        and x.dtype == slope.dtype == torch.float32
+        and x.dim() > 0
+        and slope.numel() == 1
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+    return _PReLU.apply(x, slope) if ours else F.prelu(x, slope)
 
 
 class _PReLU(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.add_norm import add_norm
 from ..ops.conditional_attention import conditional_attention
-from .activations import activation
+from .activations import PReLU, activation
 from .linear import Linear, linear
 
 
@@ -86,7 +86,12 @@ class FeedForward(nn.Module):
         self.norm = ResidualNorm(width)
 
     def forward(self, x: Stream, position: Tensor | None = None) -> Stream:
-        hidden = self.linear1(x.low, relu=True) if self.activation is None else self.activation(self.linear1(x.low))
+        if self.activation is None:
+            hidden = self.linear1(x.low, relu=True)
+        elif isinstance(self.activation, PReLU):
+            hidden = self.linear1(x.low, slope=self.activation.weight)
+        else:
+            hidden = self.activation(self.linear1(x.low))
         return self.norm(x, self.linear2(hidden), position)
 
 

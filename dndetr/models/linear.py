@@ -4,16 +4,18 @@ torch sends a float32 ``linear`` on a CPU to MKL, which on processors of other m
 oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. Only the
 order of summation differs. bfloat16 products are oneDNN's in torch as well.
 
-On a GPU in half precision, products are torch's; backward, one short kernel of ours masks the gradient of a ReLU and
-adds up that of the bias. Everything else takes torch's own way.
+On a GPU in half precision, products are torch's; backward, one short kernel of ours takes the gradient of a ReLU or of
+a PReLU with one slope, and adds up those of the bias and the slope. Everything else takes torch's own way.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.column_sums import column_sums, relu_column_sums
+from ..ops.column_sums import column_sums, prelu_column_sums, relu_column_sums
+from ..ops.prelu import prelu
 from ..ops.weight_gradients import weight_gradients
+from . import activations
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _NARROW = 16  # inputs or outputs; below, the product is over before what surrounds it
@@ -22,15 +24,20 @@ _NARROW = 16  # inputs or outputs; below, the product is over before what surrou
 class Linear(nn.Linear):
     """``nn.Linear`` with :func:`linear`."""
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        return linear(x, self.weight, self.bias, relu)
+    def forward(self, x: Tensor, relu: bool = False, slope: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, relu, slope)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, slope: Tensor | None = None
+) -> Tensor:
     """x [..., K], weight [N, K], bias [N] -> x weight^T + bias [..., N], its positive part with ``relu``.
 
-    Differentiable once in float32 on a CPU, and with a bias in half precision on a GPU.
+    With a ``slope`` [1] instead of ``relu`` what a PReLU makes of it. Differentiable once in float32 on a CPU, and with
+    a bias in half precision on a GPU. ValueError for both.
     """
+    if relu and slope is not None:
+        raise ValueError("linear: a ReLU or a slope may follow, not both")
     onednn = (
         x.dtype == torch.float32
         and x.is_cpu
@@ -42,6 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
         and not torch.compiler.is_compiling()
     )
     half = None if bias is None else half_precision(x, weight)
+    if slope is not None and half is None:
+        return activations.prelu(linear(x, weight, bias), slope)
     if not onednn and half is None and not relu:
         return F.linear(x, weight, bias)
     # Rows, as a product makes them: what changes a view of it in place costs three copies of the gradient backwards.
@@ -49,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = F
     if onednn:
         out = _Linear.apply(rows, weight, bias, relu)
     elif half is not None:
-        out = _HalfLinear.apply(rows.to(half), weight.to(half), bias.to(half), relu)
+        out = _HalfLinear.apply(rows.to(half), weight.to(half), bias.to(half), relu, slope)
     else:
         out = F.linear(rows, weight, bias).relu_()
     return out.view(*x.shape[:-1], len(weight))
@@ -96,28 +105,33 @@ class _Linear(torch.autograd.Function):
 
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, relu):
+    def forward(ctx, x, weight, bias, relu, slope):
         out = F.linear(x, weight, bias)
+        kept = None
         if relu:
             # Not as the product's epilogue (torch._addmm_activation): it may turn NaN into zero and hide it.
-            out.relu_()
-        ctx.save_for_backward(x, weight, out if relu else None)
+            kept = out.relu_()
+        elif slope is not None:
+            kept, out = out, prelu(out, slope)
+        ctx.save_for_backward(x, weight, kept, slope)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        x, weight, out = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad_bias = None
-        if out is None:
+        x, weight, kept, slope = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _, needs_slope = ctx.needs_input_grad
+        grad_bias = grad_slope = None
+        if slope is not None:
+            grad_out, grad_bias, grad_slope = prelu_column_sums(grad_out, kept, slope)
+        elif kept is None:
             grad_out = grad_out.contiguous()
             if needs_bias:
                 grad_bias = column_sums(grad_out)
         elif needs_bias:
-            grad_out, grad_bias = relu_column_sums(grad_out, out)
+            grad_out, grad_bias = relu_column_sums(grad_out, kept)
         else:
-            grad_out = torch.ops.aten.threshold_backward(grad_out, out, 0)
+            grad_out = torch.ops.aten.threshold_backward(grad_out, kept, 0)
         grad_x = grad_out @ weight if needs_x else None
         grad_weight = grad_out.t() @ x if needs_weight else None
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, None, grad_slope if needs_slope else None

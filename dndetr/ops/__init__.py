@@ -2,7 +2,7 @@
 
 from .add_norm import add_norm
 from .assign import assign
-from .column_sums import column_sums, relu_column_sums
+from .column_sums import column_sums, prelu_column_sums, relu_column_sums
 from .conditional_attention import conditional_attention
 from .conv3x3 import conv3x3
 from .frozen_norm import frozen_norm
@@ -10,6 +10,7 @@ from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from .prelu import prelu
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
 from .weight_gradients import weight_gradients
@@ -31,6 +32,8 @@ __all__ = [
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "prelu",
+    "prelu_column_sums",
     "relu_column_sums",
     "set_loss",
     "stem",

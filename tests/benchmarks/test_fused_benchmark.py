@@ -11,8 +11,10 @@ SMALL = {
     "frozen_norm, of the shortcut, too": lambda: bench_fused.of_frozen_norm((2, 8, 3, 5), True, "cpu", "reference"),
     "add_norm": lambda: bench_fused.of_add_norm((2, 7, 16), False, "cpu", "reference"),
     "add_norm, with position": lambda: bench_fused.of_add_norm((2, 7, 16), True, "cpu", "reference"),
-    "column_sums": lambda: bench_fused.of_column_sums((50, 16), False, "cpu", "reference"),
-    "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), True, "cpu", "reference"),
+    "column_sums": lambda: bench_fused.of_column_sums((50, 16), None, "cpu", "reference"),
+    "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), "ReLU", "cpu", "reference"),
+    "column_sums, behind a PReLU": lambda: bench_fused.of_column_sums((50, 16), "PReLU", "cpu", "reference"),
+    "prelu": lambda: bench_fused.of_prelu((50, 16), "cpu", "reference"),
 }
 # Bytes of each pass: numbers, times the sizes in which they are read or written.
 MOVED = {
@@ -23,6 +25,8 @@ MOVED = {
     "add_norm, with position": [224 * (4 * 4 + 3 * 2), 224 * (7 * 4 + 6 * 2)],
     "column_sums": [800 * 2],
     "column_sums, behind a ReLU": [800 * 2 * 3],
+    "column_sums, behind a PReLU": [800 * 2 * 3],
+    "prelu": [800 * 2 * 2],
 }
 
 
@@ -41,7 +45,10 @@ def test_contestants_agree(name):
         assert all(torch.equal(grad == 0, found[0] == 0) for grad in found[1:])
         assert all(torch.equal(grad == 0, expected[0] == 0) for grad in expected[1:])
     else:
-        torch.testing.assert_close(found, expected)
+        *found, last = found
+        torch.testing.assert_close(found, expected[:-1])
+        # torch rounds the products that it adds up to a slope's gradient.
+        torch.testing.assert_close(last, expected[-1], **({"rtol": 1e-3, "atol": 0} if name.endswith("PReLU") else {}))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -59,4 +66,4 @@ def test_every_pass_is_recorded(name, monkeypatch):
 
 def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
-    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums"} and len(bench_fused.CONTESTS) == 15
+    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} and len(bench_fused.CONTESTS) == 19

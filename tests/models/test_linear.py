@@ -1,4 +1,4 @@
-"""Linear layers: float32 products against torch's own in float64, and ReLUs that follow at once."""
+"""Linear layers: float32 products against torch's own in float64, and activations that follow at once."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dndetr.models import linear as module
+from dndetr.models.activations import PReLU
 from dndetr.models.linear import Linear, linear
 
 SHAPES = {"tokens": (2, 70, 24), "one-row": (24,), "nobody": (2, 0, 24), "wide-batch": (3, 2, 5, 24)}
@@ -92,6 +93,31 @@ def test_a_relu_may_follow_at_once(shape, with_bias, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prelu_that_follows_at_once_is_the_module(shape, with_bias, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(SHAPES[shape], dtype=dtype), torch.randn(40, 24, dtype=dtype)
+    bias = torch.randn(40, dtype=dtype) if with_bias else None
+    found, expected = PReLU().to(dtype), PReLU().to(dtype)
+    pairs = zip(
+        gradients(lambda *given: linear(*given, slope=found.weight), x, weight, bias),
+        gradients(lambda *given: expected(linear(*given)), x, weight, bias),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for activation in (found, expected):
+        out = linear(x, weight, bias, slope=found.weight) if activation is found else expected(linear(x, weight, bias))
+        out.sum().backward()
+    assert torch.equal(found.weight.grad, expected.weight.grad)
+
+
+def test_one_activation_follows_at_most():
+    with pytest.raises(ValueError, match="a ReLU or a slope may follow, not both"):
+        linear(torch.ones(2, 16), torch.ones(16, 16), None, True, torch.ones(1))
+
+
 def test_a_relu_hides_no_nan():
     x = torch.full((2, 16), float("nan"))
     for dtype in (torch.float32, torch.float64):
@@ -131,120 +157,3 @@ def test_only_wanted_gradients_are_computed(wanted, monkeypatch):
     linear(*leaves, relu=True).sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == [i in wanted for i in range(3)]
     assert len(calls) == (1 in wanted)
-
-
-@pytest.fixture
-def half_on_a_cpu(monkeypatch):
-    """Half-precision layers with a bias take a GPU's way here."""
-
-    def half(x, weight):
-        return x.dtype if x.dtype == torch.bfloat16 and x.numel() else None
-
-    monkeypatch.setattr(module, "half_precision", half)
-
-
-SUBSETS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
-
-
-def check_half(x, weight, bias, relu, wanted=(0, 1, 2), spread=None):
-    """Result and wanted gradients within bfloat16's rounding of float64 with the same ReLU's mask."""
-    leaves = [value.detach().requires_grad_(i in wanted) for i, value in enumerate((x, weight, bias))]
-    out = linear(*leaves, relu=relu)
-    exact = [value.detach().double().requires_grad_(i in wanted) for i, value in enumerate((x, weight, bias))]
-    plain = F.linear(*exact)
-    expected = plain.relu() if relu else plain
-    assert out.dtype == x.dtype and out.shape == expected.shape
-    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
-    grad = torch.randn_like(out) if spread is None else spread(torch.randn_like(out))
-    found = torch.autograd.grad(out, [leaves[i] for i in wanted], grad)
-    masked = grad.double().where(out.double() > 0, 0.0) if relu else grad.double()
-    for a, b in zip(found, torch.autograd.grad(plain, [exact[i] for i in wanted], masked), strict=True):
-        assert a.dtype == x.dtype
-        torch.testing.assert_close(
-            a.double(), b, rtol=2e-2, atol=2e-2 * max(b.abs().max().item(), 1) if b.numel() else 0
-        )
-
-
-def half_inputs(shape, outputs=40, device="cpu", dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    sizes = (shape, (outputs, 24), (outputs,))
-    return [torch.randn(*size, device=device).to(dtype) for size in sizes]
-
-
-@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
-@pytest.mark.parametrize("relu", [True, False])
-def test_half_precision(half_on_a_cpu, relu, wanted):
-    check_half(*half_inputs((2, 70, 24)), relu, wanted)
-
-
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_half_precision_of_any_shape(half_on_a_cpu, shape, relu):
-    check_half(*half_inputs(SHAPES[shape]), relu)
-
-
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize(
-    "spread", [lambda g: g[:1, :1].expand_as(g), lambda g: g.transpose(0, 1).contiguous().transpose(0, 1)]
-)
-def test_half_precision_takes_gradients_of_any_strides(half_on_a_cpu, spread, relu):
-    check_half(*half_inputs((5, 7, 24)), relu, spread=spread)
-
-
-def test_half_precision_behind_a_relu_hides_no_nan(half_on_a_cpu):
-    x, weight, bias = half_inputs((64, 24))
-    x[3, 5] = float("nan")
-    assert linear(x, weight, bias, relu=True).isnan().any(-1).nonzero().tolist() == [[3]]
-
-
-def test_half_precision_falls_to_torch_without_bias(half_on_a_cpu):
-    x, weight, _ = half_inputs((5, 24))
-    assert torch.equal(linear(x, weight, relu=True), F.linear(x, weight).relu())
-
-
-def test_half_precision_is_what_autocast_multiplies_in(fake_cuda, monkeypatch):
-    def half(x, weight):
-        tensors = (torch.empty(3, 4, dtype=dtype, device="cuda") for dtype in (x, weight))
-        return module.half_precision(*tensors)
-
-    full, double, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    assert half(bf16, bf16) == bf16 and half(f16, f16) == f16
-    assert half(full, full) is half(full, bf16) is half(double, double) is None
-    # torch.autocast itself asks for a GPU.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: bf16)
-    assert half(full, full) == half(f16, full) == half(bf16, bf16) == bf16
-    assert half(double, double) is half(double, full) is None
-    assert module.half_precision(torch.empty(3, 4, dtype=bf16), torch.empty(2, 4, dtype=bf16)) is None
-    for relu in (True, False):
-        out = linear(*(torch.empty(*size, device="cuda") for size in ((2, 3, 4), (5, 4), (5,))), relu)
-        assert out.shape == (2, 3, 5) and out.dtype == bf16
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shape", [(2, 70, 24), (24,), (2, 0, 24), (5000, 24)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_on_a_gpu(dtype, shape, relu, wanted):
-    for outputs in (4, 40, 256):
-        check_half(*half_inputs(shape, outputs, "cuda", dtype), relu, wanted)
-
-
-@pytest.mark.gpu
-def test_autocast_on_a_gpu_gives_gradients_of_the_leaves():
-    x, weight, bias = half_inputs((2, 70, 24), device="cuda", dtype=torch.float32)
-    with torch.autocast("cuda", torch.bfloat16):
-        found = gradients(lambda *given: linear(*given, relu=True), x, weight, bias)
-        expected = gradients(lambda *given: F.linear(*given).relu(), x, weight, bias)
-    assert [a.dtype for a in found] == [torch.bfloat16, *[torch.float32] * 3]
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_relu_on_a_gpu_hides_no_nan(dtype):
-    x, weight, bias = half_inputs((64, 24), device="cuda", dtype=dtype)
-    x[3, 5] = float("nan")
-    assert linear(x, weight, bias, relu=True).isnan().any(-1).nonzero().tolist() == [[3]]

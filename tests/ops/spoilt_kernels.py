@@ -6,12 +6,13 @@ from functools import partial
 from unittest import mock
 
 import pytest
+import torch
 
 from dndetr.ops import _backend
 
 
-def check_self_test(op: str, **written: tuple[int, ...]):
-    """The self-test of ``op`` finds nothing, and every result in half precision that is a few roundings off.
+def check_self_test(op: str, dtype: torch.dtype = torch.bfloat16, **written: tuple[int, ...]):
+    """The self-test of ``op`` finds nothing, and every result in ``dtype`` that is a few roundings of bfloat16 off.
 
     written: of each launcher of the op's kernels, the places of the arguments that it writes.
     """
@@ -24,7 +25,7 @@ def check_self_test(op: str, **written: tuple[int, ...]):
 
             def launch(own, *given, place=place, spoilt=spoilt):
                 own(*given)
-                if given[place] is not None and given[place].dtype.itemsize == 2:
+                if given[place] is not None and given[place].dtype == dtype:
                     spoilt.append(given[place].mul_(1.03))
 
             check_refused(op, name, launch)

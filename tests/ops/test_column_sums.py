@@ -1,37 +1,52 @@
-"""Sums over rows, with and without a ReLU before them: the kernel in Triton's interpreter and compiled for GPUs."""
+"""Sums over rows, with and without an activation before them: the kernel, interpreted and compiled for GPUs."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from architectures import on_architectures
 
-from dndetr.ops import column_sums, relu_column_sums
-from dndetr.ops.column_sums import CASES, column_sums_reference, make_case, relu_column_sums_reference
+from dndetr.ops import column_sums, prelu_column_sums, relu_column_sums
+from dndetr.ops.column_sums import (
+    CASES,
+    column_sums_reference,
+    make_case,
+    prelu_column_sums_reference,
+    relu_column_sums_reference,
+)
 
-NAMES = ("sums", "masked", "masked sums")
+NAMES = ("sums", "masked", "masked sums", "prelu's grad", "prelu's sums", "grad slope")
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def run(grad, out, backend):
-    return dict(zip(NAMES, (column_sums(grad, backend), *relu_column_sums(grad, out, backend)), strict=True))
+def run(grad, x, backend, slope=0.3):
+    slope = torch.full((1,), slope, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device)
+    results = column_sums(grad, backend), *relu_column_sums(grad, x, backend)
+    return dict(zip(NAMES, (*results, *prelu_column_sums(grad, x, slope, backend)), strict=True))
 
 
-def compare(grad, out, backend="triton"):
+def compare(grad, x, backend="triton", slope=0.3):
     """Against float64: within twice what torch is off in the same precision; what a ReLU masks is exact."""
-    found, again = run(grad, out, backend), run(grad, out, backend)
-    exact, plain = run(grad.double(), out.double(), "reference"), run(grad, out, "reference")
-    rounding = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[grad.dtype]
-    summed = grad.double().abs().sum(0)
+    found, again = (run(grad, x, backend, slope) for _ in range(2))
+    exact, plain = run(grad.double(), x.double(), "reference", slope), run(grad, x, "reference", slope)
+    size = grad.double().abs() * max(1, abs(slope))
+    summed = dict.fromkeys(NAMES, size.sum(0)) | {"grad slope": (grad.double() * x.double()).abs().sum()}
+    summed["prelu's grad"] = size
     for name in NAMES:
-        assert found[name].dtype == grad.dtype and found[name].shape == exact[name].shape
+        dtype = torch.float32 if name == "grad slope" else grad.dtype
+        assert found[name].dtype == dtype and found[name].shape == exact[name].shape
         assert torch.equal(found[name], again[name]), f"{name} differ from run to run"
         error, torchs = ((x[name].double() - exact[name]).abs() for x in (found, plain))
         # The interpreter truncates to bfloat16.
-        allowed = 2 * torchs + rounding * exact[name].abs() + 1e-6 * summed
+        allowed = 2 * torchs + ROUNDING[dtype] * exact[name].abs() + 1e-6 * summed[name]
         assert (error <= allowed).all(), name
     assert torch.equal(found["masked"], plain["masked"])
+    above = x > 0
+    assert torch.equal(found["prelu's grad"][above], grad[above])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,6 +60,19 @@ def test_the_reference_is_what_autograd_gives(name):
     torch.testing.assert_close(column_sums_reference(grad), grad.sum(0))
 
 
+@pytest.mark.parametrize("slope", [0.3, 0.0, -0.5, 3.0])
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_is_what_autograd_gives_of_a_prelu(name, slope):
+    grad, x = (each.double() for each in make_case(name))
+    if grad.numel():
+        x[-1, -1] = float("nan")
+    bias = torch.zeros(grad.shape[1], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([slope], dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(F.prelu(x.requires_grad_() + bias, slope), (x, bias, slope), grad)
+    found = prelu_column_sums_reference(grad, x.detach(), slope.detach())
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def test_nan_passes_a_relu_that_it_came_out_of():
     grad, out = torch.ones(3, 2), torch.tensor([[float("nan"), 1.0], [0.0, float("nan")], [1.0, 0.0]])
     masked, _ = relu_column_sums(grad, out, "reference")
@@ -56,6 +84,10 @@ def test_wrong_input_is_an_error():
         column_sums(torch.ones(3))
     with pytest.raises(ValueError, match=r"must be \[M, N\] of one dtype, got torch.float32 \[3, 2\], .* \[3, 1\]"):
         relu_column_sums(torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"prelu_column_sums: grad and x must be \[M, N\] of one dtype, got .*float64"):
+        prelu_column_sums(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.float64), torch.ones(1))
+    with pytest.raises(ValueError, match=r"prelu_column_sums: slope must be \[1\], got \[2\]"):
+        prelu_column_sums(torch.ones(3, 2), torch.ones(3, 2), torch.ones(2))
 
 
 def test_fake_tensors(fake_cuda):
@@ -64,6 +96,33 @@ def test_fake_tensors(fake_cuda):
     masked, masked_sums = torch.ops.dndetr.relu_column_sums(grad, grad)
     assert sums.shape == masked_sums.shape == (40,) and sums.dtype == torch.bfloat16
     assert masked.shape == (91, 40) and masked.is_contiguous()
+    slope = torch.empty(1, device="cuda")
+    masked, masked_sums, grad_slope = torch.ops.dndetr.prelu_column_sums(grad.t(), grad.t(), slope)
+    assert masked.shape == (40, 91) and masked.dtype == masked_sums.dtype == torch.bfloat16
+    assert masked_sums.shape == (91,) and grad_slope.shape == (1,) and grad_slope.dtype == torch.float32
+
+
+def check_awkward(device):
+    """Gradients of any strides, slopes of any size, and what is not a number."""
+    grad, x = make_case("boxes", device)
+    compare(grad[:1].expand(300, 4), x)
+    compare(*(each.t().contiguous().t() for each in (grad, x)))
+    compare(*(each[::2, 1:] for each in (grad, x)))
+    for slope in (0.0, -0.5, 3.0):
+        compare(grad, x, slope=slope)
+    grad[7, 1], x[7, 2], x[8, 3] = math.nan, math.nan, 0
+    # An infinite slope leaves columns alone that are all above zero.
+    x[:, 0] = 1
+    for slope in (0.3, 0.0, math.inf, math.nan):
+        found, wanted = (run(grad, x, backend, slope) for backend in ("triton", "reference"))
+        for name in found:
+            assert torch.equal(found[name].isnan(), wanted[name].isnan()), name
+        assert torch.equal(found["masked"].nan_to_num(), wanted["masked"].nan_to_num())
+        assert found["prelu's sums"][0].isfinite()
+    slope = torch.full((1,), 0.3, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        grad_slope = prelu_column_sums(grad, x, slope.to(dtype), "triton")[2]
+        assert grad_slope.dtype == dtype and grad_slope.shape == (1,)
 
 
 AS_TRAINED = """
@@ -78,29 +137,21 @@ kernels._FEW = 150
 CASES |= {"queries": (150, 64, torch.bfloat16), "pixels": (300, 128, torch.bfloat16)}
 for name in ("queries", "pixels"):
     compare(*make_case(name))
-check_self_test("column_sums", column_sums=(2, 3))
+check_self_test("column_sums", column_sums=(3, 4))
+check_self_test("column_sums", torch.float32, column_sums=(5,))
 """
 
 INTERPRETED = """
-import math
 import torch
 from dndetr.kernels import column_sums as kernels
 from dndetr.ops import column_sums
 from dndetr.ops.column_sums import CASES, make_case
-from test_column_sums import compare, run
+from test_column_sums import check_awkward, compare
 
 for name in CASES:
     compare(*make_case(name))
 
-grad, out = make_case("boxes")
-compare(grad[:1].expand(300, 4), out)
-compare(*(x.t().contiguous().t() for x in (grad, out)))
-compare(*(x[::2, 1:] for x in (grad, out)))
-grad[7, 1], out[7, 2], out[8, 3] = math.nan, math.nan, 0
-found, wanted = (run(grad, out, backend) for backend in ("triton", "reference"))
-for name in found:
-    assert torch.equal(found[name].isnan(), wanted[name].isnan()), name
-assert torch.equal(found["masked"].nan_to_num(), wanted["masked"].nan_to_num())
+check_awkward("cpu")
 
 kernels._PROGRAMS = 4  # two shares of each of two blocks, many tiles long
 assert kernels.plan(4100, 130)[0] < kernels.plan(4100, 130)[3] < 4100
@@ -131,13 +182,24 @@ def test_gpu_cases(name):
     compare(*make_case(name, "cuda"))
 
 
+@pytest.mark.gpu
+def test_gpu_in_awkward_cases():
+    check_awkward("cuda")
+
+
 @on_architectures(80, 90)
 @pytest.mark.parametrize(
-    ("size", "grad", "relu"),
-    [((2100, 256), "*bf16", True), ((26_600, 256), "*bf16", True), ((2100, 256), "*fp32", False)],
-    ids=["few-rows", "many-rows", "second-pass"],
+    ("size", "grad", "absent"),
+    [
+        ((2100, 256), "*bf16", ("slope", "slope_sums")),
+        ((26_600, 256), "*bf16", ("slope", "slope_sums")),
+        ((2100, 2048), "*bf16", ()),
+        ((16_800, 2048), "*bf16", ()),
+        ((2100, 256), "*fp32", ("x", "slope", "masked", "slope_sums")),
+    ],
+    ids=["few-rows", "many-rows", "prelu-few-rows", "prelu-many-rows", "second-pass"],
 )
-def test_triton_compiles_for_gpus_without_spilling(size, grad, relu, arch, tmp_path, monkeypatch):
+def test_triton_compiles_for_gpus_without_spilling(size, grad, absent, arch, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
@@ -146,9 +208,9 @@ def test_triton_compiles_for_gpus_without_spilling(size, grad, relu, arch, tmp_p
     from dndetr.kernels.column_sums import column_sums_kernel, plan
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    block_m, block_n, warps, _ = plan(*size)
-    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n} | ({} if relu else {"out": None, "masked": None})
-    types = dict.fromkeys(("grad", "out", "masked"), grad) | {"sums": "*fp32"}
+    block_m, block_n, warps, _ = plan(*size, "slope" not in absent)
+    constants = {"BLOCK_M": block_m, "BLOCK_N": block_n} | dict.fromkeys(absent)
+    types = dict.fromkeys(("grad", "x", "masked"), grad) | dict.fromkeys(("slope", "sums", "slope_sums"), "*fp32")
     names = column_sums_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # As at a call: what 16 divides is known, and loads are as wide as that allows.
@@ -157,6 +219,7 @@ def test_triton_compiles_for_gpus_without_spilling(size, grad, relu, arch, tmp_p
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     assert compiled.metadata.shared <= 48 * 1024
     assert "ld.global.v4" in compiled.asm["ptx"]
+    assert "x" in absent or "st.global.v4" in compiled.asm["ptx"]
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
     inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
     command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]

@@ -121,7 +121,7 @@ from spoilt_kernels import check_self_test
 
 check_case("even", dtype=torch.float16)  # it has no products in bfloat16
 check_edges()
-check_self_test("stem", lay_out=(1,), convolve=(4,), pool=(1,))
+check_self_test("stem", torch.float16, lay_out=(1,), convolve=(4,), pool=(1,))
 """
 
 INTERPRETED = """
