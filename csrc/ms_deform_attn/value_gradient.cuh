@@ -19,7 +19,6 @@ constexpr int kTile = 8;                 // queries, both ways
 constexpr int kQueries = kTile * kTile;  // of a block
 constexpr int kTeam = 4;                 // lanes that place a query's samples
 constexpr int kValueThreads = kQueries * kTeam;
-constexpr int kColumns = kQueries + 8;  // of the matrix; eight more, so that rows read together do not share banks
 constexpr int kMostSide = 1 << 15;      // pixels of a level
 
 // Which kernels there are: of half precision, whose gradients the tensor cores take as they are, at the models' width.
@@ -40,12 +39,15 @@ DNDETR_CONVERT Corner corner_of(const Sample& s) {
           (s.y.step > 0 ? 1u << 31 : 0u)};
 }
 
+// Where the matrix has a query's weight in a pixel of the window: what is read together does not share banks.
+__host__ __device__ constexpr int place_of(int pixel, int query) { return pixel * kQueries + (query ^ pixel % 2 * 16); }
+
 // A block's shared memory; the samples' weights and corners follow, queries `samples_apart` from each other.
 template <class Element, int Width>
 struct TileMemory {
-  static constexpr int row = Width + 8;  // of the gradients, padded as the matrix is
+  static constexpr int row = Width + 8;  // of the gradients, padded as rows are read together
 
-  float matrix[kWindow * kWindow * kColumns];
+  alignas(16) float matrix[kWindow * kWindow * kQueries];
   alignas(16) Element gradients[kQueries * row];
   float inverse[kQueries];    // of the softmax's sum
   bool finite[kQueries];      // the gradient
@@ -99,7 +101,7 @@ template <class Element, int Width>
 __global__ void __launch_bounds__(kValueThreads, 2)
     value_gradient(const Problem p, const Element* __restrict__ grad_out, float* __restrict__ to) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  constexpr int kParts = Width / 8, kSteps = kQueries / 16, kWarps = kValueThreads / 32;
+  constexpr int kParts = Width / 8, kSlabs = kQueries / 16, kWarps = kValueThreads / 32;
   using Channels = Vector<Element, 8>;
   auto& tile = *reinterpret_cast<TileMemory<Element, Width>*>(shared);
   const int apart = samples_apart(p.samples);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   tile.inverse[query] = row.live ? 1.0f / sum : 0.0f;
   broken = max_over<kTeam>(broken);
   tile.finite[query] = broken == 0;
-  for (int i = thread; i < kWindow * kWindow * kColumns / 4; i += kValueThreads) {
+  for (int i = thread; i < kWindow * kWindow * kQueries / 4; i += kValueThreads) {
     reinterpret_cast<float4*>(tile.matrix)[i] = {0, 0, 0, 0};
   }
   if (thread < kMaxLevels * 3) tile.sums[thread / 3][thread % 3] = 0;
@@ -152,19 +154,18 @@ __global__ void __launch_bounds__(kValueThreads, 2)
     x = __reduce_add_sync(kWarp, x), y = __reduce_add_sync(kWarp, y), count = __reduce_add_sync(kWarp, count);
     if (lane == 0) atomicAdd(&tile.sums[l][0], x), atomicAdd(&tile.sums[l][1], y), atomicAdd(&tile.sums[l][2], count);
   }
-  // A lane's share of the gradients in all products.
+  // A lane's share of the gradients in all products: of a slab of sixteen queries, four side by side.
   const int line = lane / 4, place = lane % 4;
-  std::uint32_t gradients[kSteps][kParts][2];
+  float gradients[kSlabs][4][kParts];
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
+  for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int first = step * 16 + half * 8 + place * 2;
+    for (int i = 0; i < 4; ++i) {
+      const int query = slab * 16 + place * 4 + i;
+      const bool finite = tile.finite[query];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const Element* const from = tile.gradients + first * tile.row + channel_of(part, line);
-        gradients[step][part][half] =
-            pair(tile.finite[first] ? from[0] : Element{}, tile.finite[first + 1] ? from[tile.row] : Element{});
+        gradients[slab][i][part] = finite ? widen(tile.gradients[query * tile.row + channel_of(part, line)]) : 0.0f;
       }
     }
   }
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
           const int column = x + c % 2 * corner.right(), line = y + c / 2 * corner.down();
           const bool counts = weight[c] != 0.0f;
           const bool near = finite && unsigned(column) < unsigned(kWindow) && unsigned(line) < unsigned(kWindow);
-          at[c] = near && counts ? (line * kWindow + column) * kColumns + thread : -1;
+          at[c] = near && counts ? place_of(line * kWindow + column, thread) : -1;
           rows |= near && counts ? 1u << line : 0u;
           far |= !near && counts ? 1u << c : 0u;
         }
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
         for (int c = 0; c < 4; ++c) moved[c] = at[c] >= 0 ? tile.matrix[at[c]] + weight[c] : 0.0f;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          if (at[c] >= 0) tile.matrix[at[c]] = moved[c];
+          if (at[c] >= 0) tile.matrix[at[c]] = round_to_tf32(moved[c]);
         }
         if (__ballot_sync(kWarp, far != 0) == 0) continue;
 #pragma unroll
@@ -218,27 +219,28 @@ __global__ void __launch_bounds__(kValueThreads, 2)
       if (lane == 0) atomicOr(&tile.rows[l], rows);
     }
     __syncthreads();
-    const unsigned rows = tile.rows[l];
 #pragma unroll 1
     for (int y = warp; y < kWindow; y += kWarps) {
-      if ((rows >> y & 1u) == 0) continue;
+      if ((tile.rows[l] >> y & 1u) == 0) continue;
       __syncwarp();  // lanes went different ways at the end of the row before, and the products are of all of them
       float product[kParts][4] = {};
-      float* const matrix = tile.matrix + (y * kWindow + line) * kColumns + place * 2;
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        std::uint32_t high[4], low[4];
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        float4 weight[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float2* const from = reinterpret_cast<float2*>(matrix + i % 2 * 8 * kColumns + step * 16 + i / 2 * 8);
-          const SplitPair split = dndetr::split<Element>(from->x, from->y);
-          high[i] = split.high, low[i] = split.low;
-          *from = {0, 0};  // for the next level
+        for (int half = 0; half < 2; ++half) {
+          const int at = place_of(y * kWindow + half * 8 + line, slab * 16 + place * 4);
+          float4* const from = reinterpret_cast<float4*>(tile.matrix + at);
+          weight[half] = *from;
+          *from = {0, 0, 0, 0};  // for the next level
         }
+        // Of a lane's four queries the first two are its columns in one product, the others in the next.
+        const float first[4] = {weight[0].x, weight[1].x, weight[0].y, weight[1].y};
+        const float second[4] = {weight[0].z, weight[1].z, weight[0].w, weight[1].w};
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          multiply_add(product[part], high, gradients[step][part][0], gradients[step][part][1], Element{});
-          multiply_add(product[part], low, gradients[step][part][0], gradients[step][part][1], Element{});
+          multiply_add(product[part], first, gradients[slab][0][part], gradients[slab][1][part]);
+          multiply_add(product[part], second, gradients[slab][2][part], gradients[slab][3][part]);
         }
       }
 #pragma unroll

@@ -147,8 +147,8 @@ def test_value_gradients_are_products_of_tensor_cores(on_hopper):
         assert kernel.registers <= 128 and kernel.stack == 0, kernel.name
         assert kernel.count(r"(LDL|STL)\b.*") == 0, kernel.name
         products = kernel.loop_with(r"HMMA\..*")
-        assert kernel.count(r"HMMA\.16816\.F32.*", products) == kernel.count(r"HMMA.*") == 32, kernel.name
-        assert kernel.count(r"LDS\.64", products) == kernel.count(r"STS\.64", products) == 16, kernel.name
+        assert kernel.count(r"HMMA\.1688\.F32\.TF32", products) == kernel.count(r"HMMA.*") == 32, kernel.name
+        assert kernel.count(r"LDS\.128", products) == kernel.count(r"STS\.128", products) == 8, kernel.name
         assert kernel.count(r"F2F\..*") == 0, kernel.name  # conversions in pairs, which are four times as fast
         assert kernel.count(r"REDG\.E\.ADD\.F32x4.*") == kernel.count(r"REDG.*") == 8, kernel.name
         assert kernel.count(r"ATOMS\.CAST.*") == 0, kernel.name  # a loop
