@@ -92,15 +92,18 @@ def deformable_attention(call: Call, found: dict) -> None:
 
 
 def both_passes() -> None:
-    """Deformable attention of an encoder, forward and backward, for a tool that counts."""
+    """Deformable attention of an encoder, forward and backward, for a tool that counts; told when it is to start."""
     import bench_ms_deform_attn as bench
     import torch
 
     for dtype in (torch.bfloat16, torch.float32):
         run, inputs = bench.fused(bench.op.make_inputs(bench.ON_GPU["encoder, 2 images"], dtype, "cuda"), "cuda")
-        out = run()
-        torch.autograd.grad(out, inputs, torch.randn_like(out))
-    torch.cuda.synchronize()
+        grad_out = torch.randn_like(run())  # behind the self-test
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        torch.autograd.grad(run(), inputs, grad_out)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
 
 
 def trace(preset: str, images: int, call: Call, found: dict) -> None:

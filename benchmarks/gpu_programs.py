@@ -134,7 +134,8 @@ def counters(call: Call, found: dict) -> None:
         *("l1tex__data_bank_conflicts_pipe_lsu.sum", "lts__t_sectors.avg.pct_of_peak_sustained_elapsed"),
         *("lts__t_sectors_op_red.sum", "lts__t_requests_op_red.sum"),
     )
-    options = ("--clock-control", "none", "-k", "regex:forward|backward|value_gradient", "-c", "8")
+    kernels = ("--kernel-name-base", "demangled", "-k", "regex:dndetr::deform")
+    options = ("--clock-control", "none", "--profile-from-start", "off", *kernels, "--section", "WarpStateStats")
     code = "import sys; sys.path.insert(0, 'benchmarks'); import gpu_blocks; gpu_blocks.both_passes()"
     shown = ("--metrics", ",".join(metrics), "--csv", "--page", "raw")
     beside(call, found, {"counters": ("ncu", *options, *shown, sys.executable, "-c", code)})
