@@ -57,15 +57,20 @@ def column_sums_kernel(
     tl.store(sums + share * columns + n, tl.sum(total, 0).to(sums.dtype.element_ty), mask=n < columns)
 
 
-def plan(rows: int, columns: int, slope: bool = False) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, its warps, and how many rows are a program's share."""
+def plan(rows: int, columns: int, masks: bool, slope: bool = False) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, its warps, and how many rows are a program's share.
+
+    masks: whether the masked gradient is written, too; slope: whether its activation's is summed. Of many rows the tiles
+    were tried on an H200.
+    """
     if rows <= _FEW:
         block_m, block_n, warps = _TALL
         block_m //= 2 if slope else 1  # sums of two kinds would not fit in the registers of so many warps
         shares = 1
     else:
-        block_n = min(max(triton.next_power_of_2(columns), 16), 128)
-        block_m, warps = 4096 // block_n, 4
+        warps = 4 if masks else 2
+        block_n = min(max(triton.next_power_of_2(columns), 16), 32 * warps)
+        block_m = 1024 * warps // block_n
         shares = min(max(_PROGRAMS // triton.cdiv(columns, block_n), 1), _SHARES)
     return block_m, block_n, warps, block_m * max(triton.cdiv(rows, block_m * shares), 1)
 
@@ -76,7 +81,7 @@ def column_sums(grad, x, slope, masked, sums, grad_slope) -> None:
     Given the slope [1] of a PReLU, also its gradient [1].
     """
     rows, columns = grad.shape
-    block_m, block_n, warps, rows_per_share = plan(rows, columns, slope is not None)
+    block_m, block_n, warps, rows_per_share = plan(rows, columns, x is not None, slope is not None)
     shares = max(triton.cdiv(rows, rows_per_share), 1)
     parts = sums if shares == 1 else sums.new_empty((shares, columns), dtype=torch.float32)
     blocks = triton.cdiv(columns, block_n)

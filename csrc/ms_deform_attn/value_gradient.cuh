@@ -52,6 +52,7 @@ struct TileMemory {
   float inverse[kQueries];    // of the softmax's sum
   bool finite[kQueries];      // the gradient
   int sums[kMaxLevels][3];    // over a level's samples: x, y, one
+  int start[kMaxLevels][2];   // of its window: x, y
   unsigned rows[kMaxLevels];  // of the window that a level's samples lie in, a bit each
 };
 __host__ __device__ constexpr int samples_apart(int samples) { return samples | 1; }
@@ -74,24 +75,34 @@ __host__ __device__ constexpr int channel_of(int part, int column) {
   return part / 2 * 16 + column / 2 * 4 + part % 2 * 2 + column % 2;
 }
 
-// Adds corners that lanes of a warp have outside of the window to global memory: four at a time, by eight lanes each.
+// Adds what lanes of a warp have outside of the window to global memory: four samples at a time, by eight lanes each.
+// far: which of a sample's four corners, a bit each.
 template <class Element, int Width>
-__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, float* to, unsigned apart, bool far, int pixel,
-                                        float weight, int query) {
-  const int lane = threadIdx.x % 32;
-  for (unsigned left = __ballot_sync(kWarp, far); left != 0;) {
+__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, float* map, unsigned apart, int width,
+                                        unsigned far, Corner corner, const float (&weight)[4]) {
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (32 / kTeam);
+  for (unsigned left = __ballot_sync(kWarp, far != 0); left != 0;) {
     unsigned mine = left;
     for (int i = 0; i < lane / 8; ++i) mine &= mine - 1;
     for (int i = 0; i < 4; ++i) left &= left - 1;
     const int source = mine != 0 ? __ffs(int(mine)) - 1 : 0;
-    const int its_pixel = __shfl_sync(kWarp, pixel, source), its_query = __shfl_sync(kWarp, query, source);
-    const float its_weight = __shfl_sync(kWarp, weight, source);
+    const Corner its{__shfl_sync(kWarp, corner.bits, source)};
+    const unsigned its_far = __shfl_sync(kWarp, far, source);
+    float its_weight[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) its_weight[c] = __shfl_sync(kWarp, weight[c], source);
     if (mine == 0) continue;
 #pragma unroll
     for (int channel = lane % 8 * 4; channel < Width; channel += 32) {
-      const Element* const from = tile.gradients + its_query * tile.row + channel;
-      add_quad(to + std::int64_t(its_pixel) * apart + channel, its_weight * widen(from[0]), its_weight * widen(from[1]),
-               its_weight * widen(from[2]), its_weight * widen(from[3]));
+      const Element* const from = tile.gradients + (first + source / kTeam) * tile.row + channel;
+      const float a = widen(from[0]), b = widen(from[1]), d = widen(from[2]), e = widen(from[3]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if ((its_far >> c & 1u) == 0) continue;
+        const float w = its_weight[c];
+        const int pixel = (its.y() + c / 2 * its.down()) * width + its.x() + c % 2 * its.right();
+        add_quad(map + std::int64_t(pixel) * apart + channel, w * a, w * b, w * d, w * e);
+      }
     }
   }
 }
@@ -161,13 +172,19 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int query = slab * 16 + place * 4 + i;
-      const bool finite = tile.finite[query];
+      const int its = slab * 16 + place * 4 + i;
+      const bool finite = tile.finite[its];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        gradients[slab][i][part] = finite ? widen(tile.gradients[query * tile.row + channel_of(part, line)]) : 0.0f;
+        gradients[slab][i][part] = finite ? widen(tile.gradients[its * tile.row + channel_of(part, line)]) : 0.0f;
       }
     }
+  }
+  __syncthreads();
+  if (thread < p.levels * 2) {
+    const int l = thread / 2, axis = thread % 2;
+    const int size = axis == 0 ? p.level[l].width : p.level[l].height;
+    tile.start[l][axis] = window_start(tile.sums[l][axis], tile.sums[l][2], size);
   }
   __syncthreads();
 
@@ -176,48 +193,46 @@ __global__ void __launch_bounds__(kValueThreads, 2)
 #pragma unroll 1
   for (int l = 0; l < p.levels; ++l) {
     const Level level = p.level[l];
-    const int left = window_start(tile.sums[l][0], tile.sums[l][2], level.width);
-    const int top = window_start(tile.sums[l][1], tile.sums[l][2], level.height);
     float* const map = image + std::int64_t(level.first) * stride;
-    if (warp < kQueries / 32) {
-      const float inverse = tile.inverse[thread];
-      const bool finite = tile.finite[thread];
-      unsigned rows = 0;
+    unsigned rows = 0;
 #pragma unroll 1
-      for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
-        const float4 w = weights[thread * apart + k];
-        const Corner corner = corners[thread * apart + k];
-        const float weight[4] = {w.x * inverse, w.y * inverse, w.z * inverse, w.w * inverse};
-        const int x = corner.x() - left, y = corner.y() - top;
-        int at[4];
-        float moved[4];
-        unsigned far = 0;
+    for (int k = l * p.points + member; k - member < (l + 1) * p.points; k += kTeam) {
+      const bool there = k < (l + 1) * p.points;
+      const float4 w = there ? weights[query * apart + k] : float4{0, 0, 0, 0};
+      const Corner corner = there ? corners[query * apart + k] : Corner{0};
+      const float inverse = tile.inverse[query];
+      const float weight[4] = {w.x * inverse, w.y * inverse, w.z * inverse, w.w * inverse};
+      const bool finite = tile.finite[query];
+      const int x = corner.x() - tile.start[l][0], y = corner.y() - tile.start[l][1];
+      int at[4];
+      unsigned far = 0;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int column = x + c % 2 * corner.right(), line = y + c / 2 * corner.down();
-          const bool counts = weight[c] != 0.0f;
-          const bool near = finite && unsigned(column) < unsigned(kWindow) && unsigned(line) < unsigned(kWindow);
-          at[c] = near && counts ? place_of(line * kWindow + column, thread) : -1;
-          rows |= near && counts ? 1u << line : 0u;
-          far |= !near && counts ? 1u << c : 0u;
-        }
-        // Corners that weigh something are different pixels.
-#pragma unroll
-        for (int c = 0; c < 4; ++c) moved[c] = at[c] >= 0 ? tile.matrix[at[c]] + weight[c] : 0.0f;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (at[c] >= 0) tile.matrix[at[c]] = round_to_tf32(moved[c]);
-        }
-        if (__ballot_sync(kWarp, far != 0) == 0) continue;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int pixel = (corner.y() + c / 2 * corner.down()) * level.width + corner.x() + c % 2 * corner.right();
-          add_far(tile, map, stride, (far >> c & 1u) != 0, pixel, weight[c], thread);
-        }
+      for (int c = 0; c < 4; ++c) {
+        const int column = x + c % 2 * corner.right(), line = y + c / 2 * corner.down();
+        const bool counts = weight[c] != 0.0f;
+        const bool near = finite && unsigned(column) < unsigned(kWindow) && unsigned(line) < unsigned(kWindow);
+        at[c] = near && counts ? place_of(line * kWindow + column, query) : -1;
+        rows |= near && counts ? 1u << line : 0u;
+        far |= !near && counts ? 1u << c : 0u;
       }
-      rows = __reduce_or_sync(kWarp, rows);
-      if (lane == 0) atomicOr(&tile.rows[l], rows);
+      // A query's samples may meet in a pixel, so its lanes take turns. Corners that weigh something are different pixels.
+#pragma unroll
+      for (int turn = 0; turn < kTeam; ++turn) {
+        if (turn == member) {
+          float moved[4];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) moved[c] = at[c] >= 0 ? tile.matrix[at[c]] + weight[c] : 0.0f;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            if (at[c] >= 0) tile.matrix[at[c]] = round_to_tf32(moved[c]);
+          }
+        }
+        __syncwarp();
+      }
+      add_far(tile, map, stride, level.width, far, corner, weight);
     }
+    rows = __reduce_or_sync(kWarp, rows);
+    if (lane == 0) atomicOr(&tile.rows[l], rows);
     __syncthreads();
 #pragma unroll 1
     for (int y = warp; y < kWindow; y += kWarps) {
@@ -245,9 +260,9 @@ __global__ void __launch_bounds__(kValueThreads, 2)
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int x = left + line + half * 8;
+        const int x = tile.start[l][0] + line + half * 8;
         if (x >= level.width) continue;
-        float* const pixel = map + (std::int64_t(top + y) * level.width + x) * stride;
+        float* const pixel = map + (std::int64_t(tile.start[l][1] + y) * level.width + x) * stride;
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
           const float a = product[part][2 * half], b = product[part][2 * half + 1];

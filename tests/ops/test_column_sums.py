@@ -154,7 +154,7 @@ for name in CASES:
 check_awkward("cpu")
 
 kernels._PROGRAMS = 4  # two shares of each of two blocks, many tiles long
-assert kernels.plan(4100, 130)[0] < kernels.plan(4100, 130)[3] < 4100
+assert kernels.plan(4100, 130, False)[0] < kernels.plan(4100, 130, False)[3] < 4100
 assert (column_sums(torch.ones(4100, 130), "triton") == 4100).all()
 """
 
@@ -193,11 +193,12 @@ def test_gpu_in_awkward_cases():
     [
         ((2100, 256), "*bf16", ("slope", "slope_sums")),
         ((26_600, 256), "*bf16", ("slope", "slope_sums")),
+        ((26_600, 256), "*bf16", ("x", "slope", "masked", "slope_sums")),
         ((2100, 2048), "*bf16", ()),
         ((16_800, 2048), "*bf16", ()),
         ((2100, 256), "*fp32", ("x", "slope", "masked", "slope_sums")),
     ],
-    ids=["few-rows", "many-rows", "prelu-few-rows", "prelu-many-rows", "second-pass"],
+    ids=["few-rows", "many-rows", "nothing-masked", "prelu-few-rows", "prelu-many-rows", "second-pass"],
 )
 def test_triton_compiles_for_gpus_without_spilling(size, grad, absent, arch, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
@@ -208,7 +209,7 @@ def test_triton_compiles_for_gpus_without_spilling(size, grad, absent, arch, tmp
     from dndetr.kernels.column_sums import column_sums_kernel, plan
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    block_m, block_n, warps, _ = plan(*size, "slope" not in absent)
+    block_m, block_n, warps, _ = plan(*size, "x" not in absent, "slope" not in absent)
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n} | dict.fromkeys(absent)
     types = dict.fromkeys(("grad", "x", "masked"), grad) | dict.fromkeys(("slope", "sums", "slope_sums"), "*fp32")
     names = column_sums_kernel.arg_names
