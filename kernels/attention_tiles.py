@@ -58,9 +58,9 @@ def _table(rows: dict) -> dict[Class, Tile]:
 # these tables that its own suffices for.
 SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
-# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory. On a GPU, an H200,
-# only those of many rows in half precision, 32 wide, were tried: they are within a fifth of the best of each call. Three
-# TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
+# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory. On a GPU, an
+# H200, only those of many rows in half precision, 32 wide, were tried: they are within a fifth of each call's best.
+# Three TF32 products keep two halves of every operand, which does not fit in registers at 128 columns.
 TABLES = {
     90: _table(
         {

@@ -60,8 +60,8 @@ def column_sums_kernel(
 def plan(rows: int, columns: int, masks: bool, slope: bool = False) -> tuple[int, int, int, int]:
     """Rows and columns of a tile, its warps, and how many rows are a program's share.
 
-    masks: whether the masked gradient is written, too; slope: whether its activation's is summed. Tiles of many rows are
-    those that an H200 preferred.
+    masks: whether the masked gradient is written, too; slope: whether its activation's is summed. Tiles of many rows
+    are those that an H200 preferred.
     """
     if rows <= _FEW:
         block_m, block_n, warps = _TALL
