@@ -71,13 +71,18 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit, "-dirty" where files were changed since, other than the results that are being written."""
+    """The commit, "-dirty" where files were changed since, other than the results that are being written.
+
+    DNDETR_COMMIT says it of a copy that travelled without its history, or with a part of it.
+    """
+    if told := os.environ.get("DNDETR_COMMIT"):
+        return told
     git = ("git", "-C", str(Path(__file__).resolve().parents[1]))
     commit = _told(*git, "describe", "--always")
     changed = _told(
         *git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"
     )
-    return commit + "-dirty" * bool(changed) or os.environ.get("DNDETR_COMMIT") or "unknown"
+    return commit + "-dirty" * bool(changed) or "unknown"
 
 
 def _told(*command: str) -> str:

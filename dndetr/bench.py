@@ -22,6 +22,7 @@ BEGIN, END = "<!-- performance: python -m dndetr.bench readme -->", "<!-- end of
 HEADLINES = (
     ("step of dn-deformable-detr-r50, 2 images of 800x1333", "HF DeformableDetr, float32"),
     ("step of dn-deformable-detr-r50, 2 images of 800x1333", "HF DeformableDetr, bfloat16"),
+    ("step of dn-deformable-detr-r50, 2 images of 800x1333", "official, float32"),
     ("step of dn-detr-r50, 2 images of 800x1333", "HF DabDetr, float32"),
     ("step of dn-detr-r50, 2 images of 800x1333", "HF DabDetr, bfloat16"),
     ("deformable attention, forward and backward, encoder, 2 images, torch.float32", "classical mapping"),
@@ -93,23 +94,25 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(results: Sequence[dict], chosen: Sequence[tuple[str, str]] | None = None) -> str:
-    """Markdown: what was timed beside something else, a table per device; chosen: only these (name, other)."""
-    blocks = []
+    """Markdown: what was timed beside something else, a table per device and torch; chosen: only these (name, other)."""
+    found: dict[str, list] = {}
     for content in results:
-        rows = []
-        compared = chosen or [(name, who) for name, found in content["results"].items() for who in found["seconds"]]
-        for name, who in compared:
-            result = content["results"].get(name, {"seconds": {}})
-            ours, theirs = result["seconds"].get("ours"), result["seconds"].get(who)
-            if who != "ours" and ours and theirs and not result.get("detail"):
-                rows.append(
-                    f"| {name} | {milliseconds(ours)} | {who} | {milliseconds(theirs)} | {theirs / ours:.1f}x |"
-                )
         provenance = content["provenance"]
-        if rows:
-            about = f"{device_name(provenance)}; torch {provenance['torch']}, commit {provenance['commit']}:"
-            header = "| | ours | compared with | | ratio |\n| --- | --- | --- | --- | --- |"
-            blocks.append("\n".join((about, "", header, *rows)))
+        about = f"{device_name(provenance)}; torch {provenance['torch']}:"
+        for name, result in content["results"].items():
+            seconds = {} if result.get("detail") else result["seconds"]
+            for who, theirs in seconds.items():
+                ours = seconds.get("ours")
+                if who == "ours" or not ours or not theirs or chosen and (name, who) not in chosen:
+                    continue
+                cells = name, milliseconds(ours), who, milliseconds(theirs), f"{theirs / ours:.1f}x"
+                row = f"| {' | '.join((*cells, provenance['commit']))} |"
+                found.setdefault(about, []).append((chosen.index((name, who)) if chosen else 0, row))
+    header = "| | ours | compared with | | ratio | commit |\n| --- | --- | --- | --- | --- | --- |"
+    blocks = [
+        "\n".join((about, "", header, *(row for _, row in sorted(rows, key=lambda pair: pair[0]))))
+        for about, rows in found.items()
+    ]
     return "\n\n".join(blocks) or "No result has been committed yet."
 
 
