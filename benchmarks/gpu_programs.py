@@ -108,7 +108,9 @@ def correctness(call: Call, found: dict) -> None:
         ),
     }
     try:
-        beside(call, found, commands, memcheck={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        # The compiler's own processes, which hardly any test needs, would keep the tests waiting at their end.
+        alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        beside(call, found, commands, tests=alone, memcheck={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     finally:
         with contextlib.suppress(OSError):
             shutil.copy(run / "metrics.jsonl", call.logs / "training.jsonl")
@@ -145,6 +147,10 @@ def _recorded(name: str, arguments: Sequence[str], call: Call, found: dict) -> N
     beside(call, found, {name: (*PYTEST, "-q", "-s", "--results", str(call.results), *arguments)})
 
 
-def recorded(name: str, need: int, most: int, file: str, *options: str) -> Block:
-    """A block that runs a benchmark in a process of its own, which keeps every result as soon as it has it."""
-    return Block(name, need, most, partial(_recorded, name.replace(" ", "-"), (f"benchmarks/{file}", *options)))
+def recorded(name: str, need: int, most: int, *arguments: str) -> Block:
+    """A block that runs benchmarks in a process of their own, which keeps every result as soon as it has it.
+
+    arguments: files of this folder, or benchmarks in them, and options of pytest.
+    """
+    given = tuple(f"benchmarks/{each}" if each.startswith("bench_") else each for each in arguments)
+    return Block(name, need, most, partial(_recorded, name.replace(" ", "-"), given))

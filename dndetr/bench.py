@@ -13,7 +13,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -94,26 +95,31 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def table(results: Sequence[dict], chosen: Sequence[tuple[str, str]] | None = None) -> str:
-    """Markdown: what was timed beside something else, a table per device and torch; chosen: only these (name, other)."""
+    """Markdown: what was timed beside something else, a table per device and torch; chosen: only these, in order."""
     found: dict[str, list] = {}
     for content in results:
         provenance = content["provenance"]
         about = f"{device_name(provenance)}; torch {provenance['torch']}:"
-        for name, result in content["results"].items():
-            seconds = {} if result.get("detail") else result["seconds"]
-            for who, theirs in seconds.items():
-                ours = seconds.get("ours")
-                if who == "ours" or not ours or not theirs or chosen and (name, who) not in chosen:
-                    continue
-                cells = name, milliseconds(ours), who, milliseconds(theirs), f"{theirs / ours:.1f}x"
-                row = f"| {' | '.join((*cells, provenance['commit']))} |"
+        for name, who, ours, theirs in rivals(content["results"]):
+            if chosen is None or (name, who) in chosen:
+                times = milliseconds(ours), who, milliseconds(theirs), f"{theirs / ours:.1f}x"
+                row = f"| {' | '.join((name, *times, provenance['commit']))} |"
                 found.setdefault(about, []).append((chosen.index((name, who)) if chosen else 0, row))
     header = "| | ours | compared with | | ratio | commit |\n| --- | --- | --- | --- | --- | --- |"
-    blocks = [
-        "\n".join((about, "", header, *(row for _, row in sorted(rows, key=lambda pair: pair[0]))))
-        for about, rows in found.items()
-    ]
+    blocks = []
+    for about, rows in found.items():
+        rows.sort(key=itemgetter(0))
+        blocks.append("\n".join((about, "", header, *(row for _, row in rows))))
     return "\n\n".join(blocks) or "No result has been committed yet."
+
+
+def rivals(results: dict) -> Iterator[tuple[str, str, float, float]]:
+    """(name, whom ours was timed beside, our seconds, theirs), without details."""
+    for name, result in results.items():
+        ours = result["seconds"].get("ours")
+        for who, theirs in result["seconds"].items():
+            if who != "ours" and ours and theirs and not result.get("detail"):
+                yield name, who, ours, theirs
 
 
 def renewed(page: str, table: str) -> str:

@@ -1,5 +1,6 @@
 """``benchmarks/gpu.sh`` without a GPU: what its plans name exists, and both come to their end wherever they are cut."""
 
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import sys
 import tarfile
 import time
 
-import gpu_plan
 import gpu_programs
 import pytest
 from gpu_call import Block, Call
@@ -76,7 +76,7 @@ def test_plans_fit_into_their_time(name):
 def test_what_matters_comes_first():
     first, second = ([block.name for block in plan] for plan in (FIRST, SECOND))
     assert first[:5] == ["machine", "doctor", "step deformable 2", "step dense 2", "tests, memcheck, training"]
-    assert second[1:3] == ["step deformable 2", "step dense 2"] and second[-1] == "attention with flex"
+    assert second[1:4] == ["step deformable 2", "step dense 2", "deformable attention"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_cannot_be_meant_is_refused(root, arguments, why):
 
 @pytest.fixture
 def recorded(commands, tmp_path) -> dict[str, list[str]]:
-    """What the second plan gives to pytest behind --results: place and options, by block."""
+    """What the second plan gives to pytest behind --results: places and options, by block."""
     found = {}
     for block in SECOND[1:]:
         (command,) = commands(block, tmp_path).values()
@@ -107,7 +107,7 @@ def recorded(commands, tmp_path) -> dict[str, list[str]]:
 
 
 def test_benchmarks_that_are_named_are_there(root, recorded):
-    files = {place.partition("::")[0] for place, *_ in recorded.values()}
+    files = {given.partition("::")[0] for given in itertools.chain(*recorded.values()) if given.startswith("bench")}
     assert {file.removeprefix("benchmarks/bench_") for file in files} == {
         *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py", "fused.py")
     }
@@ -116,23 +116,28 @@ def test_benchmarks_that_are_named_are_there(root, recorded):
 
 @pytest.mark.slow
 def test_benchmarks_that_are_named_can_be_collected(root, recorded):
-    places = {place for place, *_ in recorded.values()}
+    places = {given for given in itertools.chain(*recorded.values()) if given.startswith("bench")}
     found, _ = collected(root, "--results", "x.json", "--contenders", "ours", *places)
     assert all(any(test.startswith(place) for test in found) for place in places)
-    chosen = {(place, options[options.index("-k") + 1]) for place, *options in recorded.values() if "-k" in options}
     # Benchmarks of matching have a device's name where it is there: what is left of the pattern finds something here.
-    counts = {place: len(collected(root, place, "-k", how.replace("cuda", "cpu"))[0]) for place, how in chosen}
+    (chosen,) = (given for given in recorded.values() if "-k" in given)
+    ops, _ = collected(root, *(part.replace("cuda", "cpu") for part in chosen))
+    counts = {place: sum(test.startswith(place) for test in ops) for place in chosen[: chosen.index("-k")]}
     assert counts == {"benchmarks/bench_attention.py": 2, "benchmarks/bench_matching.py": 20}
 
 
 def test_contenders_are_those_that_a_step_has(commands, tmp_path):
     bench = pytest.importorskip("bench_gpu_step")
     for preset, images in bench.CASES:
-        block = gpu_plan.step(preset, images, 1, 2, gpu_plan.DEAR)
+        (block,) = (
+            b for b in SECOND if b.name == f"step {'deformable' if 'deformable' in preset else 'dense'} {images}"
+        )
         (command,) = commands(block, tmp_path).values()
         pattern = command[command.index("--contenders") + 1]
         names = [name for name in bench.contenders(preset, None) if re.fullmatch(pattern, name)]
-        assert names[0] == "ours" and names[2].startswith("HF") and not [name for name in names if "reference" in name]
+        assert names[0] == "ours" and names[-1].startswith("HF") == (images == 16)
+        assert sum(name.startswith("HF") for name in names) == 2
+        assert not [name for name in names if "reference" in name]
 
 
 @pytest.mark.slow
