@@ -1,5 +1,6 @@
 """Classes as (category id, name) pairs in label order: finding those of one file among those of another."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 Classes = Sequence[tuple[int, str]]
@@ -10,12 +11,12 @@ def match_classes(own: Classes, others: Classes) -> list[int | None]:
 
     Where several share the name, the one that also has the id.
     """
-    places = []
-    for number, name in own:
-        named = [place for place, (_, other) in enumerate(others) if other == name]
-        same = [place for place in named if others[place][0] == number]
-        places.append(same[0] if same else named[0] if len(named) == 1 else None)
-    return places
+    same, named = {}, defaultdict(list)
+    for place, (number, name) in enumerate(others):
+        same[number, name] = place
+        named[name].append(place)
+    alone = {name: places[0] for name, places in named.items() if len(places) == 1}
+    return [same.get((number, name), alone.get(name)) for number, name in own]
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -101,11 +101,9 @@ def _restored(example: Example, level: int, noise: float, class_names: Sequence[
         for here, there in pairwise(stops):
             canvas.arrow(here, there, colour)
         canvas.outline(ways[-1][slot], colour)
-    for slot, box in enumerate(ways[-1]):
-        if claimed[slot] != true[slot]:
-            names = [class_names[label] for label in (claimed[slot], found[slot])]
-            canvas.tag(box, " > ".join(names), FLIPPED, background=TAG)
     flips = [slot for slot in range(len(true)) if claimed[slot] != true[slot]]
+    tags = [(ways[-1][slot], f"{class_names[claimed[slot]]} > {class_names[found[slot]]}", FLIPPED) for slot in flips]
+    canvas.tag_all(tags, crowd=len(true), background=TAG)
     corrected = sum(found[slot] == true[slot] for slot in flips)
     return canvas.image, f"box noise {noise:g}: {corrected} of {len(flips)} flipped labels corrected"
 
@@ -115,9 +113,7 @@ def _panel(report: dict, rows: Sequence[dict], box_noise: float, width: int) -> 
     page = figure((width / DPI, 3.6))
     error, label, share = page.subplots(1, 3)
     levels = report["levels"]
-    error.plot(
-        levels, report["noised_error"], color=CORAL, linestyle=DASHED, marker="o", markersize=3, label="noised"
-    )
+    error.plot(levels, report["noised_error"], color=CORAL, linestyle=DASHED, marker="o", markersize=3, label="noised")
     layers = report["error"]
     for index, values in enumerate(layers):
         alpha = 0.25 + 0.75 * (index + 1) / len(layers)

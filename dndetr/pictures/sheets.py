@@ -68,9 +68,10 @@ def draw_first_batch(
                 canvas.outline(new, class_colour(label), dashed=True)
                 canvas.arrow(centre(box), centre(new), class_colour(label))
             flipped = [slot for slot in range(count) if claimed[slot] != true[slot]]
-            for slot in flipped:
-                text = f"{class_names[true[slot]]} > {class_names[claimed[slot]]}"
-                canvas.tag(noised[slot], text, FLIPPED, background=INK)
+            tags = [
+                (noised[slot], f"{class_names[true[slot]]} > {class_names[claimed[slot]]}", FLIPPED) for slot in flipped
+            ]
+            canvas.tag_all(tags, crowd=count, background=INK)
             panels.append((canvas.image, f"group {group + 1}: {len(flipped)} of {count} labels flipped"))
         blocks.append(panels)
     title = "First training batch"
