@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .fonts import font
+from .fonts import drawable, font, short
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -59,9 +59,9 @@ def draw_boxes(
     order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda row: float(scores[row]))
     for row in order:
         canvas.outline(boxes[row], class_colour(labels[row]))
-    tags = []
+    names, tags = short(class_names, 40), []
     for row in reversed(order):
-        name = class_names[labels[row]] if labels[row] < len(class_names) else str(labels[row])
+        name = names[labels[row]] if labels[row] < len(names) else str(labels[row])
         text = name if scores is None else f"{name} {float(scores[row]):.2f}"
         tags.append((boxes[row], text, class_colour(labels[row])))
     canvas.tag_all(tags, crowd=len(boxes), ranked=scores is not None)
@@ -140,6 +140,7 @@ class BoxCanvas:
         background: dark tag with a coloured text instead of a coloured tag.
         """
         x0, y0, x1, y1 = self._place(box)
+        text = drawable(text)
         width, height = self._tag_size(text)
         edge = self._width
         places = [

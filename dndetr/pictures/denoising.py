@@ -15,7 +15,8 @@ from .boxes import INK as TAG
 from .boxes import WHITE, BoxCanvas, class_colour
 from .charts import AMBER, BLUE, CORAL, DASHED, DPI, GREEN, INK, figure, finish, png
 from .curves import draw_denoising_log
-from .sheets import FLIPPED, batch_images, centre, lay_out, pixels_of, save_png
+from .fonts import short
+from .sheets import FLIPPED, TAG_LETTERS, batch_images, centre, lay_out, pixels_of, save_png
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ def draw_denoising(
     near = min(range(len(levels)), key=lambda index: abs(levels[index] - box_noise))
     shown = [near] if near == len(levels) - 1 else [near, len(levels) - 1]
     examples = reconstruction.examples
-    blocks = [[_restored(example, level, levels[level], class_names) for level in shown] for example in examples]
+    names = short(class_names, TAG_LETTERS)
+    blocks = [[_restored(example, level, levels[level], names) for level in shown] for example in examples]
     note = (
         "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
         "line: its way through the layers    "

@@ -8,10 +8,10 @@ import numpy as np
 from ..files import write_atomic
 from .boxes import class_colour
 from .charts import AMBER, BLUE, CORAL, FAINT, GREEN, INK, figure, head, png
-from .fonts import plain
+from .fonts import plain, short
 
 _NAMED = 12  # classes in a legend
-_LETTERS = 28  # of a class name
+_LETTERS = 28  # of a class name; longer ones would push the figure aside
 _COUNTED = 20  # classes up to which cells show their counts
 _ALL = 100  # classes up to which every one has its own line or row
 _CONFUSED = 40  # classes shown of more than that
@@ -32,15 +32,17 @@ def draw_precision_recall(path: str | Path, curves: Mapping[str, np.ndarray], ti
         _spread(single, recall, np.stack([values[0] for values in measured.values()]))
         _axes(single, f"{len(measured):,} classes at IoU 0.5", legend=True)
     else:
-        for label, (name, values) in enumerate(curves.items()):
+        texts = []
+        for label, (name, text) in enumerate(zip(curves, short(list(curves), _LETTERS), strict=True)):
             if name in measured:
-                colour, text = (
-                    [channel / 255 for channel in class_colour(label)],
-                    f"{_label(name)}  {values[0].mean():.3f}",
-                )
-                single.plot(recall, values[0], color=colour, linewidth=1.6, label=text)
+                colour, values = tuple(channel / 255 for channel in class_colour(label)), measured[name][0]
+                single.plot(recall, values, color=colour, linewidth=1.6, label=str(label))
+                texts.append(plain(f"{text}  {values.mean():.3f}"))
         named = 0 < len(measured) <= _NAMED
         _axes(single, "Each class at IoU 0.5" + " (AP50 in the legend)" * named, legend=named)
+        # Afterwards, since matplotlib leaves out whatever label begins with an underscore.
+        for entry, text in zip(single.get_legend().get_texts() if named else (), texts, strict=named):
+            entry.set_text(text)
     if measured:
         average = np.mean(list(measured.values()), axis=0)
         for row, colour in ((0, GREEN), (5, AMBER), (8, CORAL)):
@@ -77,7 +79,7 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     axes = page.subplots()
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    places, names = range(len(counts)), [_label(name) for name in names]
+    places, names = range(len(counts)), [plain(name) for name in short(names, _LETTERS)]
     size = 9 if len(counts) <= 30 else 6.5
     axes.set_xticks(places, [*names, "(missed)"], rotation=90 if len(counts) > 6 else 30, fontsize=size)
     axes.set_yticks(places, [*names, "(nothing)"], fontsize=size)
@@ -111,11 +113,6 @@ def _merged(counts: np.ndarray, shown: list[int]) -> np.ndarray:
     merged = np.zeros((len(shown) + 2, len(shown) + 2), counts.dtype)
     np.add.at(merged, (place[:, None], place), counts)
     return merged
-
-
-def _label(name: str) -> str:
-    """A class name, cut where it would push the figure aside."""
-    return plain(name if len(name) <= _LETTERS else f"{name[: _LETTERS - 3]}...")
 
 
 def _axes(axes, title: str, legend: bool) -> None:
