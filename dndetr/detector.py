@@ -55,6 +55,11 @@ class Detector:
         """Class names in label order, each its own: with the category id, "person (id 3)", where they repeat."""
         return distinct_names(self.classes)
 
+    @property
+    def named_classes(self) -> list[dict]:
+        """Category id and name (as in ``names``) of each class, in label order, for JSON."""
+        return [{"id": number, "name": name} for (number, _), name in zip(self.classes, self.names, strict=True)]
+
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Prediction]:

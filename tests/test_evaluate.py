@@ -119,8 +119,11 @@ def test_classes_that_share_a_name_stay_apart_everywhere(tmp_path, capsys):
     assert [row.split("  ")[0] for row in rows] == names
     assert {cell_len(row) for row in rows} == {cell_len(rows[0])}  # columns stand below each other
     assert "Glyph" not in error
-    (found,) = load(run).predict(data / "val" / "0.jpg", threshold=0.0)
-    assert set(found.names) == set(names)
+    detector = load(run)
+    (found,) = detector.predict(data / "val" / "0.jpg", threshold=0.0)
+    assert found.names == [names[label] for label in found.labels] and set(found.names) == set(names)
+    ids = (3, 7, 9, 12, 40)
+    assert detector.named_classes == [{"id": n, "name": name} for n, name in zip(ids, names, strict=True)]
 
 
 def test_some_of_the_classes_and_one_without_objects(run, pictures, tmp_path):

@@ -70,13 +70,16 @@ def draw_confusion(path: str | Path, counts: np.ndarray, names: Sequence[str], t
     counts [K + 1, K + 1] as from ``scoring.confusion.confusion_matrix``: the last row holds detections of nothing, the
     last column objects that were missed.
     """
+    note = ""
     if len(names) > _ALL:
         shown = _most_confused(counts)
-        title = f"{title}\n" * bool(title) + f"the {len(shown)} of {len(names):,} classes that are confused most"
+        note = f"the {len(shown)} of {len(names):,} classes that are confused most"
         counts, names = _merged(counts, shown), [*(names[place] for place in shown), "(all others)"]
     side = min(4.2 + 0.28 * len(counts), 16)
     page = figure((side + 0.6, side), title, letters=13)
     axes = page.subplots()
+    if note:
+        axes.set_title(note, loc="left", fontsize=11.5, color=INK)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     places, names = range(len(counts)), [plain(name) for name in short(names, _LETTERS)]
