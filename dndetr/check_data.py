@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import rich.console
+import rich.markup
 import rich.progress
 import tyro
 
@@ -28,6 +29,7 @@ from .data.annotations import (
 )
 from .data.batch_shapes import choose_shapes
 from .data.checks import MISSING, file_problems
+from .data.classes import distinct_names
 from .data.coco import CocoDataset
 from .data.errors import DataError
 from .data.training import training_transform
@@ -116,7 +118,7 @@ def draw_sheet(path: Path, reports: Sequence[Report], title: str) -> int:
     samples, names = [], []
     for report in usable:
         dataset = report.dataset
-        names = names or [name for _, name in dataset.classes]
+        names = names or distinct_names(dataset.classes)
         for index in _choose(dataset, _SAMPLES // len(usable)):
             sample = dataset.sample(index)
             caption = f"{report.split.name} image {sample.image_id}: {len(sample.labels)} objects"
@@ -146,7 +148,7 @@ def _progress(text: str, files: int) -> Iterator[Callable[[int], None]]:
     """A bar on the terminal, if there is one."""
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=files)
+        task = bar.add_task(rich.markup.escape(text), total=files)
         yield lambda done: bar.advance(task, done)
 
 

@@ -60,8 +60,11 @@ class Plan:
         return order
 
     def folder(self, value: str, seed: int) -> str:
-        """Name of a run's folder."""
-        return f"{self.field.rpartition('.')[2]}-{re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}-seed-{seed}"
+        """Name of a run's folder: its own, also where values differ in nothing that a file's name may hold."""
+        names = [re.sub(r"[^A-Za-z0-9.+-]+", "_", each) for each in self.values]
+        place = self.values.index(value)
+        name = f"{names[place]}~{place + 1}" if names.count(names[place]) > 1 else names[place]
+        return f"{self.field.rpartition('.')[2]}-{name}-seed-{seed}"
 
     def arguments(self, value: str, seed: int) -> list[str]:
         """Flags of the train command for one run."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .config import Config, from_dict
-from .data.classes import Classes, listed
+from .data.classes import Classes, distinct_names, listed
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
 from .data.user_images import ImageLike, UserImages
@@ -52,8 +52,13 @@ class Detector:
 
     @property
     def names(self) -> list[str]:
-        """Class names in label order."""
-        return [name for _, name in self.classes]
+        """Class names in label order, each its own: with the category id, "person (id 3)", where they repeat."""
+        return distinct_names(self.classes)
+
+    @property
+    def named_classes(self) -> list[dict]:
+        """Category id and name (as in ``names``) of each class, in label order, for JSON."""
+        return [{"id": number, "name": name} for (number, _), name in zip(self.classes, self.names, strict=True)]
 
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, batch_size: int | None = None
@@ -75,6 +80,7 @@ class Detector:
         batch_size = batch_size or evaluation_batch(self.config, data.canvas)
         loader = build_loader(data, batch_size, training=False, multiple=self.config.images.multiple)
         found: dict[int, Prediction] = {}
+        class_names = self.names
         for batch in loader.epoch():
             logits, boxes = self.infer(batch)
             if not (logits.isfinite().all() and boxes.isfinite().all()):
@@ -83,7 +89,7 @@ class Detector:
             rows = zip(*(field.cpu() for field in detections), strict=True)
             for index, (scores, labels, boxes_xyxy) in zip(batch.ids.tolist(), rows, strict=True):
                 kept = scores >= threshold
-                names = [self.classes[label][1] for label in labels[kept].tolist()]
+                names = [class_names[label] for label in labels[kept].tolist()]
                 found[index] = Prediction(boxes_xyxy[kept], scores[kept], labels[kept], names)
         return [found[index] for index in range(len(images))]
 

@@ -129,10 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(show_header=False, box=None)
         for heading, text in lines(report):
-            table.add_row(f"[bold]{heading}[/bold]", text.replace("[", r"\["))
+            table.add_row(Text(heading, style="bold"), Text(text))
         Console().print(table)
     else:
         for heading, text in lines(report):

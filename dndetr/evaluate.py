@@ -4,10 +4,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
+
 from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, PresetName, program
 from .config import demand
-from .data.classes import listed, match_classes
+from .data.classes import distinct_names, listed, match_classes
 from .presets import preset_named
 
 _MEANINGS = {
@@ -95,7 +97,7 @@ def run(arguments: Arguments) -> Path:
             write_json_atomic(path, detections)
         with results.file("precision_recall.png") as path:
             draw_precision_recall(path, precision_by_class(referee), title)
-        names = [name for _, name in classes]
+        names = distinct_names(classes)
         with results.file("confusion.png") as path:
             draw_confusion(path, counts, names, f"{title}, scores from {arguments.threshold:g}")
         with results.file("metrics.json") as path:
@@ -143,7 +145,7 @@ def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[t
         missing = missing or [f"{name!r} (id {number})" for number, name in own]
         raise ValueError(
             f"{source}: the detector was not trained on {listed(missing)}; its classes are "
-            f"{listed([name for _, name in trained], 10)}; give the data's categories the names they had in training"
+            f"{listed(distinct_names(trained), 10)}; give the data's categories the names they had in training"
         )
     return [entry for _, entry in known], [place for place, _ in known]
 
@@ -157,10 +159,10 @@ def report(metrics: dict, ground_truth: dict) -> str:
             objects[entry["category_id"]] = objects.get(entry["category_id"], 0) + 1
     # Both are ordered by category id.
     numbers = sorted(category["id"] for category in ground_truth["categories"])
-    width, wide = max(5, *(len(name) for name in metrics["classes"])), max(6, len(str(numbers[-1])))
+    width, wide = max(5, *(cell_len(name) for name in metrics["classes"])), max(6, len(str(numbers[-1])))
     lines += ["", f"{'class':<{width}}  {'id':>{wide}}  {'objects':>7}  AP"]
     for number, (name, value) in zip(numbers, metrics["classes"].items(), strict=True):
-        lines.append(f"{name:<{width}}  {number:>{wide}}  {objects.get(number, 0):>7}  {_number(value)}")
+        lines.append(f"{set_cell_size(name, width)}  {number:>{wide}}  {objects.get(number, 0):>7}  {_number(value)}")
     return "\n".join(lines)
 
 

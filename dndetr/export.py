@@ -140,7 +140,7 @@ def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
     return {
         "dndetr": __version__,
         "variant": detector.config.model.variant,
-        "classes": [{"id": number, "name": name} for number, name in detector.classes],
+        "classes": detector.named_classes,
         "canvas": list(canvas),
         "resize": f"{resize} (bilinear, antialiased)",
         "colours": "RGB in [0, 1], minus mean, over std",

@@ -59,9 +59,8 @@ def run(arguments: Arguments) -> Path:
             entries = {"images": list(predict_images(detector, files, results, arguments))}
         else:
             entries = {"video": arguments.source.name, "frames": list(predict_video(detector, results, arguments))}
-        classes = [{"id": number, "name": name} for number, name in detector.classes]
         with results.file("predictions.json") as path:
-            write_json_atomic(path, {"classes": classes, **entries})
+            write_json_atomic(path, {"classes": detector.named_classes, **entries})
     rows = next(iter(reversed(entries.values())))
     found = sum(len(row["detections"]) for row in rows)
     print(f"{found} objects in {len(rows)} {'images' if files else 'frames'}: {results.path}")

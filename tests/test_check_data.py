@@ -1,11 +1,15 @@
 """``python -m dndetr.check_data DIR``."""
 
+import io
 import json
 import re
+from functools import partial
 
 import pytest
 from goldens import SHARED
 from PIL import Image
+from rich.cells import cell_len
+from rich.console import Console
 
 from dndetr import check_data
 from dndetr.shapes import write_shapes
@@ -74,6 +78,30 @@ def test_all_problems_are_listed_and_the_rest_is_still_drawn(folder, tmp_path, c
     assert sum("leads out" in line for line in listed) == 1 and sum("is missing" in line for line in listed) == 1
     assert error.startswith(f"error: {folder}: 6 problems (") and error.count("\n") == 1
     assert "3 images drawn" in out
+
+
+@pytest.mark.parametrize("name", ["a[/x]b", "[red]"])
+def test_a_folder_named_like_markup_is_shown_as_it_is(name, monkeypatch):
+    screen = io.StringIO()
+    terminal = partial(Console, file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr("rich.console.Console", lambda **_: terminal())
+    with check_data._progress(f"decoding {name}", 3) as advance:
+        advance(3)
+    assert f"decoding {name}" in screen.getvalue()
+
+
+def test_classes_named_like_markup_or_wide_ones_stand_in_the_table(folder, capsys):
+    path = folder / "annotations" / "instances_train.json"
+    document = json.loads(path.read_text())
+    for category, name in zip(document["categories"], ("[red]x[/red]", "猫犬", "猫犬", "$a$ %s"), strict=False):
+        category["name"] = name
+    path.write_text(json.dumps(document))
+    assert check_data.main([str(folder), "--splits", "train"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.split()[:2] == ["id", "class"])
+    rows = lines[start : start + 7]
+    assert [row.split()[1] for row in rows[1:4]] == ["[red]x[/red]", "猫犬", "猫犬"] and "$a$ %s" in rows[4]
+    assert {cell_len(row) for row in rows} == {cell_len(rows[0])}
 
 
 def test_what_a_split_lacks_is_said_and_a_test_split_may_be_absent(folder, capsys):

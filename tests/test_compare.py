@@ -91,6 +91,13 @@ def test_flags_are_handed_on(flags, expected):
     assert [config for config, _ in plan.runs()] == [*plan.values, *plan.values[::-1], *plan.values]
 
 
+def test_values_that_make_the_same_file_name_have_folders_of_their_own():
+    values = ["runs/a", "runs a", "runs_a~2", "b"]
+    plan = compare.Plan("init", values, 42, 1, [])
+    folders = [plan.folder(value, 42) for value in values]
+    assert len(set(folders)) == 4 and folders[3] == "init-b-seed-42"
+
+
 def test_any_setting_can_be_compared():
     cases = {
         "optimizer.ema": (("0", "0.99"), lambda config: config.optimizer.ema, [0, 0.99]),

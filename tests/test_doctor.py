@@ -76,6 +76,13 @@ def test_a_request_that_cannot_be_met_is_reported(fresh_backends, monkeypatch, c
     assert "DNDETR_BACKEND_ASSIGN" in capsys.readouterr().out
 
 
+def test_settings_are_shown_on_a_terminal_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("DNDETR_GOLDEN", r"/a\[red]b[/x]")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    doctor.main([])
+    assert r"/a\[red]b[/x]" in capsys.readouterr().out
+
+
 def test_unknown_option_is_a_usage_error(capsys):
     assert doctor.main(["--jsno"]) == 2
     assert "usage" in capsys.readouterr().err

@@ -14,12 +14,13 @@ import pytest
 import torch
 from official_files import official, randomised
 from PIL import Image
+from rich.cells import cell_len
 from short_runs import short_run, write_pictures
 
 from dndetr import evaluate
 from dndetr.config import Config, ImagesConfig
 from dndetr.data.classes import match_classes
-from dndetr.detector import Detector
+from dndetr.detector import Detector, load
 from dndetr.presets import PRESETS
 from dndetr.runs.run_log import read_rows
 from dndetr.scoring.confusion import confusion_matrix
@@ -103,6 +104,26 @@ def test_other_category_ids_with_the_same_names(run, pictures, tmp_path):
     for result in expected:
         result["category_id"] = new[result["category_id"]]
     assert read(tmp_path / "out" / "detections_val.json") == expected
+
+
+def test_classes_that_share_a_name_stay_apart_everywhere(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", ((3, "person"), (7, "person"), (9, ""), (12, "person (id 3)"), (40, "猫")))
+    names = ["person (id 3)", "person (id 7)", "(id 9)", "person (id 3) (id 12)", "猫"]
+    run = short_run(tmp_path / "run", "--data", str(data), "--images.canvas", "96", "128", pictures=True)
+    (logged,) = (row for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval")
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--output", str(tmp_path / "out")]) == 0
+    assert list(read(tmp_path / "out" / "metrics.json")["classes"]) == list(logged["classes"]) == names
+    told, error = capsys.readouterr()
+    _, *rows = told[told.index("class ") :].splitlines()[:6]
+    assert [row.split("  ")[0] for row in rows] == names
+    assert {cell_len(row) for row in rows} == {cell_len(rows[0])}  # columns stand below each other
+    assert "Glyph" not in error
+    detector = load(run)
+    (found,) = detector.predict(data / "val" / "0.jpg", threshold=0.0)
+    assert found.names == [names[label] for label in found.labels] and set(found.names) == set(names)
+    ids = (3, 7, 9, 12, 40)
+    assert detector.named_classes == [{"id": n, "name": name} for n, name in zip(ids, names, strict=True)]
 
 
 def test_some_of_the_classes_and_one_without_objects(run, pictures, tmp_path):

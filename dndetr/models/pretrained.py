@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..data.classes import Classes, listed, match_classes
+from ..data.classes import Classes, distinct_names, listed, match_classes
 from .official import from_official
 
 _CLASS_HEAD = re.compile(r"decoder\.class_embed\.(\d+\.)?(weight|bias)")
@@ -97,7 +97,7 @@ def initialise(model: nn.Module, content: dict, path: str | Path, classes: Class
     model.load_state_dict(taken, strict=False)
     ignored = [name for name in source.weights if name not in own and not _is_counter(name)]
     found, absent = [], []
-    for (number, name), place in zip(classes, places or (), strict=False):
+    for (number, _), name, place in zip(classes, distinct_names(classes), places or (), strict=False):
         (absent if place is None else found).append(f"{name} ({number})" if isinstance(source.classes, int) else name)
     return Initialised(list(taken), remade, ignored, found, absent)
 

@@ -3,13 +3,17 @@
 import colorsys
 from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from .fonts import font
+from .fonts import drawable, font, short
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 INK: Colour = (24, 26, 32)
+
+_CROWD = 100  # boxes up to which every one is tagged; COCO's fullest image has 93
+_COVERED = 0.25  # of a crowded picture, by its tags: more of them hide what they name
 
 # Bright enough for dark photographs, saturated enough for light ones, neighbours far apart in hue.
 _PALETTE: tuple[Colour, ...] = (
@@ -39,6 +43,8 @@ def draw_boxes(
 ) -> Image.Image:
     """A copy of ``image`` with a box and a tag ("name 0.87") for each detection, best scores on top.
 
+    Of more than 100 boxes only the best, or without scores the largest, have a tag, and a line in the picture says so.
+
     boxes_xyxy, truth_xyxy [n, 4] in pixels of ``image`` (lists, arrays or tensors); labels [n] in [0, K); scores [n];
     class_names: names in label order; truth_xyxy: boxes drawn as thin white lines underneath; scale: enlargement of the
     picture (default: small images grow to 480 pixels, so that tags can be read) -> RGB image.
@@ -53,10 +59,12 @@ def draw_boxes(
     order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda row: float(scores[row]))
     for row in order:
         canvas.outline(boxes[row], class_colour(labels[row]))
-    for row in reversed(order):  # the best label first: it gets the best place
-        name = class_names[labels[row]] if labels[row] < len(class_names) else str(labels[row])
+    names, tags = short(class_names, 40), []
+    for row in reversed(order):
+        name = names[labels[row]] if labels[row] < len(names) else str(labels[row])
         text = name if scores is None else f"{name} {float(scores[row]):.2f}"
-        canvas.tag(boxes[row], text, class_colour(labels[row]))
+        tags.append((boxes[row], text, class_colour(labels[row])))
+    canvas.tag_all(tags, crowd=len(boxes), ranked=scores is not None)
     return canvas.image
 
 
@@ -97,17 +105,43 @@ class BoxCanvas:
                 line = (start, fixed, stop, fixed) if horizontal else (fixed, start, fixed, stop)
                 self._draw.line(line, fill=(*colour, 255), width=width)
 
-    def tag(self, box: Sequence[float], text: str, colour: Colour, *, background: Colour | None = None) -> None:
-        """A label at the first place around the box that is inside the picture and hides the least.
+    def tag_all(
+        self,
+        tags: Sequence[tuple[Sequence[float], str, Colour]],
+        *,
+        crowd: int,
+        ranked: bool = False,
+        background: Colour | None = None,
+    ) -> None:
+        """Labels (box, text, colour), the first at the best places; crowd: the number of boxes in the picture.
+
+        In a crowd only as many are drawn as leave the picture visible, and a line says how many: the first where labels
+        are ranked, else those of the largest boxes.
+        """
+        room, drawn = float("inf"), 0
+        if crowd > _CROWD:
+            room = _COVERED * self.image.width * self.image.height
+            tags = tags if ranked else sorted(tags, key=lambda tag: _area(tag[0]), reverse=True)
+        for box, text, colour in tags:
+            if room <= 0 or drawn == _CROWD:
+                break
+            room -= _area(self.tag(box, text, colour, background=background))
+            drawn += 1
+        if drawn < len(tags):
+            text = f"tags: {drawn} {'best' if ranked else 'largest'} of {len(tags):,}"
+            width, height = self._tag_size(text)
+            self._draw_tag(self._inside(0, self.image.height, width, height), text, WHITE, INK)
+
+    def tag(
+        self, box: Sequence[float], text: str, colour: Colour, *, background: Colour | None = None
+    ) -> tuple[float, float, float, float]:
+        """A label at the first place around the box that is inside the picture and hides the least -> its area.
 
         background: dark tag with a coloured text instead of a coloured tag.
         """
         x0, y0, x1, y1 = self._place(box)
-        letters = font(self._letters, text)
-        _, top, _, bottom = letters.getbbox("Ag")
-        pad = max(2, round((bottom - top) * 0.22))
-        width = letters.getlength(text) + 2 * pad
-        height = bottom - top + 2 * pad
+        text = drawable(text)
+        width, height = self._tag_size(text)
         edge = self._width
         places = [
             (x0, y0 - height), (x0, y1 + 1), (x1 - width + 1, y0 - height), (x1 - width + 1, y1 + 1), (x1 + edge, y0),
@@ -115,19 +149,19 @@ class BoxCanvas:
         ]  # fmt: skip
         areas = [self._inside(x, y, width, height) for x, y in places]
         # A tag hidden by another is lost, one over a box is only untidy, one pushed off its box is misread.
-        costs = [
-            10 * sum(_overlap(area, other) for other in self._tags)
-            + sum(_overlap(area, other) for other in self._boxes) * 0.5
-            + (abs(area[0] - x) + abs(area[1] - y)) * height * 0.5
-            + rank * 0.01 * width * height
-            for rank, (area, (x, y)) in enumerate(zip(areas, places, strict=True))
-        ]
-        area = areas[costs.index(min(costs))]
+        moved = [abs(area[0] - x) + abs(area[1] - y) for area, (x, y) in zip(areas, places, strict=True)]
+        costs = (
+            10 * _overlaps(areas, self._tags)
+            + _overlaps(areas, self._boxes) * 0.5
+            + np.array(moved) * height * 0.5
+            + np.arange(len(places)) * 0.01 * width * height
+        )
+        area = areas[int(costs.argmin())]
         self._tags.append(area)
         luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         ink = colour if background else (INK if luminance > 140 else WHITE)
-        self._draw.rounded_rectangle(area, radius=pad, fill=(*(background or colour), 235))
-        self._draw.text((area[0] + pad, area[1] + pad - top), text, font=letters, fill=ink)
+        self._draw_tag(area, text, ink, background or colour)
+        return area
 
     def arrow(self, start: Sequence[float], stop: Sequence[float], colour: Colour) -> None:
         """A thin line with a dot at its end, from point to point in pixels of the original."""
@@ -143,6 +177,22 @@ class BoxCanvas:
         y0, y1 = sorted(min(max(value * self._scale[1], -4.0), h + 3.0) for value in (box[1], box[3]))
         return round(x0), round(y0), round(x1), round(y1)
 
+    def _tag_size(self, text: str) -> tuple[float, float]:
+        """Width and height of a tag."""
+        letters, top, bottom, pad = self._lettering(text)
+        return letters.getlength(text) + 2 * pad, bottom - top + 2 * pad
+
+    def _draw_tag(self, area: Sequence[float], text: str, ink: Colour, ground: Colour) -> None:
+        letters, top, _, pad = self._lettering(text)
+        self._draw.rounded_rectangle(area, radius=pad, fill=(*ground, 235))
+        self._draw.text((area[0] + pad, area[1] + pad - top), text, font=letters, fill=ink)
+
+    def _lettering(self, text: str) -> tuple[ImageFont.FreeTypeFont, float, float, int]:
+        """Font, top and bottom of its letters, and the room around them."""
+        letters = font(self._letters, text)
+        _, top, _, bottom = letters.getbbox("Ag")
+        return letters, top, bottom, max(2, round((bottom - top) * 0.22))
+
     def _inside(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
         x = max(0, min(x, self.image.width - 1 - width))
         y = max(0, min(y, self.image.height - 1 - height))
@@ -157,5 +207,12 @@ def _dashes(start: int, stop: int, dash: int, gap: int) -> Iterable[tuple[int, i
     return ((at, min(at + dash, stop)) for at in range(start, stop, dash + gap))
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+def _area(box: Sequence[float]) -> float:
+    return abs((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _overlaps(areas: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+    """Of each area, the sum of what others hide of it."""
+    a, b = (np.array(boxes, np.float64).reshape(-1, 4) for boxes in (areas, others))
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum(a[:, None, 2:], b[:, 2:])
+    return (high - low).clip(0).prod(-1).sum(1)

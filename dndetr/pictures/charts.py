@@ -1,6 +1,7 @@
 """What all charts share: a figure that needs no display, its colours, axes that say what they show, a PNG of it."""
 
 import io
+import warnings
 
 from .fonts import plain
 
@@ -26,7 +27,10 @@ def figure(size: tuple[float, float], title: str = "", letters: float = 15):
 def png(figure) -> bytes:
     """The figure as a file's content."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        # Of letters that another font of the user's lacks; texts hold what the default one has.
+        warnings.filterwarnings("ignore", message="(Glyph .* missing|Matplotlib currently does not support)")
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 

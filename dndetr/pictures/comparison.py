@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..files import write_atomic
 from .charts import AMBER, BLUE, CORAL, DASHED, GREEN, GREY, INK, VIOLET, figure, finish, png
+from .fonts import plain
 
 _COLOURS = (BLUE, CORAL, GREEN, AMBER, VIOLET)
 _PANELS = (
@@ -36,7 +37,7 @@ def draw_comparison(path: str | Path, told: dict) -> None:
             for value in values:
                 runs = [run for run in told["runs"] if run["value"] == value and run["epochs"]]
                 colour = colours.get(value, GREY)
-                _band(axes, runs, x, name, scale, colour, f"{field} {value}")
+                _band(axes, runs, x, name, scale, colour, plain(f"{field} {value}"))
                 if name == "matching" and any(any(run["denoising"]) for run in runs):
                     _band(axes, runs, x, "denoising", scale, colour, "", linestyle=DASHED)
             if name == "AP":

@@ -15,7 +15,8 @@ from .boxes import INK as TAG
 from .boxes import WHITE, BoxCanvas, class_colour
 from .charts import AMBER, BLUE, CORAL, DASHED, DPI, GREEN, INK, figure, finish, png
 from .curves import draw_denoising_log
-from .sheets import FLIPPED, batch_images, centre, lay_out, pixels_of, save_png
+from .fonts import short
+from .sheets import FLIPPED, TAG_LETTERS, batch_images, centre, lay_out, pixels_of, save_png
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ def draw_denoising(
     near = min(range(len(levels)), key=lambda index: abs(levels[index] - box_noise))
     shown = [near] if near == len(levels) - 1 else [near, len(levels) - 1]
     examples = reconstruction.examples
-    blocks = [[_restored(example, level, levels[level], class_names) for level in shown] for example in examples]
+    names = short(class_names, TAG_LETTERS)
+    blocks = [[_restored(example, level, levels[level], names) for level in shown] for example in examples]
     note = (
         "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
         "line: its way through the layers    "
@@ -101,11 +103,9 @@ def _restored(example: Example, level: int, noise: float, class_names: Sequence[
         for here, there in pairwise(stops):
             canvas.arrow(here, there, colour)
         canvas.outline(ways[-1][slot], colour)
-    for slot, box in enumerate(ways[-1]):
-        if claimed[slot] != true[slot]:
-            names = [class_names[label] for label in (claimed[slot], found[slot])]
-            canvas.tag(box, " > ".join(names), FLIPPED, background=TAG)
     flips = [slot for slot in range(len(true)) if claimed[slot] != true[slot]]
+    tags = [(ways[-1][slot], f"{class_names[claimed[slot]]} > {class_names[found[slot]]}", FLIPPED) for slot in flips]
+    canvas.tag_all(tags, crowd=len(true), background=TAG)
     corrected = sum(found[slot] == true[slot] for slot in flips)
     return canvas.image, f"box noise {noise:g}: {corrected} of {len(flips)} flipped labels corrected"
 
@@ -115,9 +115,7 @@ def _panel(report: dict, rows: Sequence[dict], box_noise: float, width: int) -> 
     page = figure((width / DPI, 3.6))
     error, label, share = page.subplots(1, 3)
     levels = report["levels"]
-    error.plot(
-        levels, report["noised_error"], color=CORAL, linestyle=DASHED, marker="o", markersize=3, label="noised"
-    )
+    error.plot(levels, report["noised_error"], color=CORAL, linestyle=DASHED, marker="o", markersize=3, label="noised")
     layers = report["error"]
     for index, values in enumerate(layers):
         alpha = 0.25 + 0.75 * (index + 1) / len(layers)

@@ -12,13 +12,14 @@ from ..boxes import cxcywh_to_xyxy
 from ..data.sample import denormalise
 from ..files import write_atomic
 from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
-from .fonts import font
+from .fonts import drawable, font, short
 
 _PAPER: Colour = (250, 250, 248)
 _GREY: Colour = (118, 122, 130)
 FLIPPED: Colour = (255, 225, 120)
 _GAP = 14
 _SHOWN_GROUPS = 3
+TAG_LETTERS = 24  # of a class name, where two stand in one tag
 _LEGEND = 12  # classes; more names would push the pictures off the page
 
 
@@ -50,7 +51,7 @@ def draw_first_batch(
     pictures = batch_images(images[:8], sizes[:8])
     groups = 0 if noised_boxes is None else noised_boxes.shape[1]
     shown = min(groups, _SHOWN_GROUPS)
-    cell = 300 if shown else 360
+    cell, names = 300 if shown else 360, short(class_names, TAG_LETTERS)
     blocks = []
     for row, picture in enumerate(pictures):
         count = int(counts[row])
@@ -68,9 +69,8 @@ def draw_first_batch(
                 canvas.outline(new, class_colour(label), dashed=True)
                 canvas.arrow(centre(box), centre(new), class_colour(label))
             flipped = [slot for slot in range(count) if claimed[slot] != true[slot]]
-            for slot in flipped:
-                text = f"{class_names[true[slot]]} > {class_names[claimed[slot]]}"
-                canvas.tag(noised[slot], text, FLIPPED, background=INK)
+            tags = [(noised[slot], f"{names[true[slot]]} > {names[claimed[slot]]}", FLIPPED) for slot in flipped]
+            canvas.tag_all(tags, crowd=count, background=INK)
             panels.append((canvas.image, f"group {group + 1}: {len(flipped)} of {count} labels flipped"))
         blocks.append(panels)
     title = "First training batch"
@@ -148,6 +148,7 @@ def lay_out(
     header = 84 + 28 * len(legend)
     page = Image.new("RGB", (width, header + sum(heights) + len(rows) * (26 + _GAP)), _PAPER)
     draw = ImageDraw.Draw(page)
+    title, note = drawable(title), drawable(note)
     draw.text((_GAP, 12), title, font=font(26, title), fill=INK)
     draw.text((_GAP, 50), note, font=font(16, note), fill=_GREY)
     for line, entries in enumerate(legend):
@@ -162,6 +163,7 @@ def lay_out(
             for picture, caption in block:
                 left = x + (cell - picture.width) // 2
                 page.paste(picture, (left, y))
+                caption = drawable(caption)
                 draw.text((left, y + height + 4), caption, font=font(14, caption), fill=_GREY)
                 x += cell + _GAP // 2
         y += height + 26 + _GAP
@@ -170,7 +172,8 @@ def lay_out(
 
 def _legend(class_names: Sequence[str], width: int) -> list[list[tuple[float, str, Colour]]]:
     """Lines of (x, name, colour) that fit the width; the classes beyond the first are only counted."""
-    entries = [(name, class_colour(label)) for label, name in enumerate(class_names[:_LEGEND])]
+    names = short(class_names, 40)[:_LEGEND]
+    entries = [(name, class_colour(label)) for label, name in enumerate(names)]
     if len(class_names) > _LEGEND:
         entries.append((f"and {len(class_names) - _LEGEND} more", _PAPER))
     lines: list[list[tuple[float, str, Colour]]] = [[]]

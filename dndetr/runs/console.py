@@ -8,6 +8,7 @@ from typing import TextIO
 
 import rich.console
 import rich.live
+from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from .listener import Listener, Run
@@ -65,16 +66,23 @@ class Console(Listener):
         splits = list(counts)
         cells = [["id", "class", *splits]]
         cells += [
-            [str(category_id), name[:24], *(f"{counts[split][label]:,}" for split in splits)]
+            [
+                str(category_id),
+                set_cell_size(name, min(cell_len(name), 24)),
+                *(f"{counts[split][label]:,}" for split in splits),
+            ]
             for label, (category_id, name) in enumerate(classes)
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
         lines = [
-            "  ".join(cell.ljust(width) if place == 1 else cell.rjust(width) for place, (cell, width) in enumerate(row))
+            "  ".join(
+                set_cell_size(cell, width) if place == 1 else cell.rjust(width)
+                for place, (cell, width) in enumerate(row)
+            )
             for row in ([*zip(line, widths, strict=True)] for line in cells)
         ]
         # Many classes are set side by side: 80 lines would push everything else off the screen.
-        across = max(1, (self._out.width - 2) // (len(lines[0]) + 4)) if len(classes) > 12 else 1
+        across = max(1, (self._out.width - 2) // (cell_len(lines[0]) + 4)) if len(classes) > 12 else 1
         down = -(-len(classes) // across)
         across = -(-len(classes) // down)
         self.message("  " + "    ".join([lines[0]] * across), "bold")

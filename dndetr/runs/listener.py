@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.classes import distinct_names
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,7 +60,7 @@ class Run:
     @property
     def names(self) -> list[str]:
         """Class names in label order."""
-        return [name for _, name in self.classes]
+        return distinct_names(self.classes)
 
 
 class Listener:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..boxes import cxcywh_to_xyxy
+from ..data.classes import distinct_names
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -125,16 +126,12 @@ def _fast_evaluation():
 
 
 def precision_by_class(referee: COCOeval) -> dict[str, np.ndarray]:
-    """Precision at IoU 0.5 to 0.95 (rows) and recall 0 to 1 by hundredths, all areas, best 100, by class name.
+    """Precision at IoU 0.5 to 0.95 (rows) and recall 0 to 1 by hundredths, all areas, best 100, by class.
 
-    -> [10, 101] each, -1 throughout for classes without objects.
+    Names are those of ``distinct_names`` -> [10, 101] each, -1 throughout for classes without objects.
     """
-    curves = {}
-    for column, category_id in enumerate(referee.params.catIds):
-        name = referee.cocoGt.cats[category_id]["name"]
-        key = f"{name} ({category_id})" if name in curves else name
-        curves[key] = referee.eval["precision"][:, :, column, 0, -1]
-    return curves
+    names = distinct_names([(number, referee.cocoGt.cats[number]["name"]) for number in referee.params.catIds])
+    return {name: referee.eval["precision"][:, :, column, 0, -1] for column, name in enumerate(names)}
 
 
 def metrics_of(referee: COCOeval) -> dict:

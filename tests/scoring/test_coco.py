@@ -145,7 +145,7 @@ def test_crowds_are_ignored_and_duplicate_names_stay_apart():
     truth["categories"][1]["name"] = "circle"
     metrics = coco_evaluate(truth, perfect(truth)[:1])
     assert metrics["AR100"] == pytest.approx(1)
-    assert metrics["classes"] == {"circle": None, "circle (7)": pytest.approx(1), "ring": None}
+    assert metrics["classes"] == {"circle (id 3)": None, "circle (id 7)": pytest.approx(1), "ring": None}
 
 
 def test_unknown_images_are_an_error():
