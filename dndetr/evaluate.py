@@ -47,6 +47,8 @@ class Arguments:
     """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
     workers: int = 0
     """Processes that prepare images (0: in this process)."""
+    skip_unreadable: bool = False
+    """Leave out and count the images that cannot be decoded, also where the run did not."""
 
 
 def run(arguments: Arguments) -> Path:
@@ -121,7 +123,7 @@ def open_split(arguments: Arguments, config):
         return ShapesDataset(arguments.split, config.val_images), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
     data = CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache)
-    if config.images.skip_unreadable:
+    if config.images.skip_unreadable or arguments.skip_unreadable:
         images = len(data)
         remarks = check_files(data, skip_unreadable=True)
         if len(data) < images:
