@@ -112,11 +112,13 @@ def open_split(arguments: Arguments, config):
     from .data.checks import check_files
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
-    from .data.training import evaluation_transform
+    from .data.training import evaluation_transform, shapes_or_folder
 
     source = config.data if arguments.data is None else arguments.data
     if source is None:
         raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+    for warning in shapes_or_folder(source):
+        print(f"warning: {warning}", file=sys.stderr)
     if source == "shapes":
         if arguments.split == "train":
             return ShapesDataset("train", config.train_images, seed=config.seed), source

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import write_atomic
-from .annotations import Split, missing_file, raise_problems
+from .annotations import Split, raise_problems
 from .coco import CocoDataset
 from .errors import DataError, UnreadableImage
+from .file_names import MissingFiles
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
@@ -91,14 +92,14 @@ def file_problems(
     decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
     turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
     """
-    memory = _Memory(split, decode)
+    memory, missing = _Memory(split, decode), MissingFiles(split)
     problems, waiting = [], []
     for index, image in enumerate(images):
         path = os.path.join(split.images, image["file_name"])
         try:
             status = os.stat(path)
         except OSError:
-            what = f"image {image.get('id')}: {missing_file(split, image)}"
+            what = f"image {image.get('id')}: {missing.sentence(image)}"
             problems.append(FileProblem(index, MISSING, what))
             continue
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
