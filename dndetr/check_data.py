@@ -28,7 +28,7 @@ from .data.annotations import (
     sound_images,
 )
 from .data.batch_shapes import choose_shapes
-from .data.checks import MISSING, file_problems
+from .data.checks import MISSING, file_problems, turn_remarks
 from .data.classes import distinct_names
 from .data.coco import CocoDataset
 from .data.errors import DataError
@@ -65,6 +65,7 @@ class Report(NamedTuple):
     classes: Classes
     counts: Counter[int]
     problems: list[Problem]
+    remarks: list[str]
     dataset: CocoDataset | None
 
 
@@ -80,17 +81,18 @@ def check_split(split: Split, training: Classes | None = None) -> Report:
         problems += class_problems(classes, training)
     images = sound_images(document)
     with _progress(f"decoding {split.images}", len(images)) as advance:
-        files = file_problems(split, images, decode=True, progress=advance)
-    dataset = None
+        files = file_problems(split, images, decode=True, progress=advance, turns=(turns := Counter()))
+    dataset, remarks = None, turn_remarks(turns)
     if not problems and len(files) < len(images) and not any(problem.kind == MISSING for problem in files):
         dataset = CocoDataset(split.root, split.name, Unresized(), training or classes, cache_bytes=0)
+        remarks = [*dataset.remarks, *remarks]
         dataset.leave_out(problem.index for problem in files)
         if training is None and split.name == "train" and not any(dataset.counts):
             problems.append(Problem("objects", NOTHING_TO_LEARN))
     problems += [Problem(problem.kind, problem.message) for problem in files]
     objects = [entry for entry in document["annotations"] if classes and not entry.get("iscrowd")]
     counts = Counter(entry["category_id"] for entry in objects)
-    return Report(split, len(document["images"]), classes, counts, problems, dataset)
+    return Report(split, len(document["images"]), classes, counts, problems, remarks, dataset)
 
 
 def check_folder(root: Path, splits: Sequence[str] = ()) -> tuple[list[Report], list[str]]:
@@ -157,7 +159,7 @@ def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
     for report in reports:
         objects = f", {report.counts.total():,} objects of {len(report.classes)} classes" if report.classes else ""
         print(f"{report.split.name}: {report.images:,} images{objects} ({report.split.json})")
-        for remark in [] if report.dataset is None else report.dataset.remarks:
+        for remark in report.remarks:
             print(f"  {remark}")
     known = [report for report in reports if report.classes]
     if known:

@@ -253,7 +253,7 @@ class Config:
     preset: str = "tiny"
     """The preset that everything else starts from."""
     data: str | None = None
-    """A COCO-format folder, or "shapes" for the built-in data."""
+    """A COCO-format folder, or "shapes" for the built-in data (a folder of that name is ./shapes)."""
     output: str | None = None
     """New folder for the run (default: a numbered one under runs/)."""
     resume: str | None = None

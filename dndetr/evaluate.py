@@ -49,6 +49,8 @@ class Arguments:
     """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
     workers: int = 0
     """Processes that prepare images (0: in this process)."""
+    skip_unreadable: bool = False
+    """Leave out and count the images that cannot be decoded, also where the run did not."""
 
 
 def run(arguments: Arguments) -> Path:
@@ -112,18 +114,20 @@ def open_split(arguments: Arguments, config):
     from .data.checks import check_files
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
-    from .data.training import evaluation_transform
+    from .data.training import evaluation_transform, shapes_or_folder
 
     source = config.data if arguments.data is None else arguments.data
     if source is None:
         raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+    for warning in shapes_or_folder(source):
+        print(f"warning: {warning}", file=sys.stderr)
     if source == "shapes":
         if arguments.split == "train":
             return ShapesDataset("train", config.train_images, seed=config.seed), source
         return ShapesDataset(arguments.split, config.val_images), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
     data = CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache)
-    if config.images.skip_unreadable:
+    if config.images.skip_unreadable or arguments.skip_unreadable:
         images = len(data)
         remarks = check_files(data, skip_unreadable=True)
         if len(data) < images:

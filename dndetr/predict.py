@@ -39,6 +39,8 @@ class Arguments:
     device: DeviceName = "auto"
     batch_size: int | None = None
     """Images at once (default: as in the run's evaluation)."""
+    skip_unreadable: bool = False
+    """Name the images that cannot be decoded, and go on with the others, instead of stopping."""
 
 
 def run(arguments: Arguments) -> Path:
@@ -112,17 +114,37 @@ def predict_images(
     detector: "Detector", files: list[Path], results: "ResultsFolder", arguments: Arguments
 ) -> Iterator[dict]:
     """Write each file's picture with its boxes into the results -> an entry for each."""
-    from .data.image import read_image
     from .pictures import draw_boxes
 
-    for some in _portions(zip(files, picture_names(files), strict=True)):
-        pictures = [read_image(file) for file, _ in some]
+    for some in _portions(read_images(files, arguments.skip_unreadable)):
+        pictures = [picture for *_, picture in some]
         found = detector.predict(pictures, arguments.threshold, arguments.batch_size)
-        for (file, name), picture, prediction in zip(some, pictures, found, strict=True):
+        for (file, name, picture), prediction in zip(some, found, strict=True):
             drawn = draw_boxes(picture, prediction.boxes_xyxy, prediction.labels, prediction.scores, detector.names)
             with results.file(name) as path:
                 drawn.save(path, quality=92)
             yield {"file": file.name, "width": picture.width, "height": picture.height} | entry(detector, prediction)
+
+
+def read_images(files: list[Path], skip_unreadable: bool) -> Iterator[tuple[Path, str, Image.Image]]:
+    """Each file, the name of its picture, and its pixels; those that cannot be read raise, or are told of and skipped.
+
+    Raises UnreadableImage.
+    """
+    from .data.errors import UnreadableImage
+    from .data.image import read_image
+
+    some_are_read = False
+    for place, (file, name) in enumerate(zip(files, picture_names(files), strict=True), 1):
+        try:
+            picture = read_image(file)
+        except UnreadableImage as error:
+            if not skip_unreadable or (place == len(files) and not some_are_read):
+                raise
+            print(f"warning: {error}; skipped", file=sys.stderr)
+        else:
+            some_are_read = True
+            yield file, name, picture
 
 
 def predict_video(detector: "Detector", results: "ResultsFolder", arguments: Arguments) -> Iterator[dict]:

@@ -104,6 +104,17 @@ def test_classes_named_like_markup_or_wide_ones_stand_in_the_table(folder, capsy
     assert {cell_len(row) for row in rows} == {cell_len(rows[0])}
 
 
+def test_turned_pictures_are_counted(folder, capsys):
+    document = json.loads((folder / "annotations" / "instances_train.json").read_text())
+    tags = Image.Exif()
+    tags[0x0112] = 8
+    for image in document["images"][:2]:
+        Image.new("RGB", (image["width"], image["height"])).save(folder / "train" / image["file_name"], exif=tags)
+    assert check_data.main([str(folder)]) == 0
+    remark = "2 images turned upright by EXIF data, though width and height do not say whether boxes are: look at some"
+    assert f"  {remark}\n" in capsys.readouterr().out
+
+
 def test_what_a_split_lacks_is_said_and_a_test_split_may_be_absent(folder, capsys):
     (folder / "annotations" / "instances_val.json").unlink()
     assert check_data.main([str(folder)]) == 1

@@ -211,6 +211,17 @@ def test_images_that_training_skipped_are_skipped(pictures, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_unreadable_images_are_skipped_on_request(run, pictures, tmp_path, capsys):
+    data = changed(pictures, tmp_path / "data", lambda document: None)
+    (data / "val" / "2.jpg").write_text("hello")
+    arguments = [str(run), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("error: image 12: ")
+    assert evaluate.main([*arguments, "--skip-unreadable"]) == 0
+    assert capsys.readouterr().err.startswith("warning: val: 1 of 6 images cannot be read and are skipped")
+    assert len({row["image_id"] for row in read(tmp_path / "out" / "detections_val.json")}) == 5
+
+
 def test_all_objects_of_a_crowded_image_count(run, pictures, tmp_path):
     def crowd(document):
         document["annotations"] += [document["annotations"][0] | {"id": 100 + number} for number in range(600)]

@@ -92,6 +92,16 @@ def test_an_unreadable_image_is_named_and_nothing_stays(run, pictures, output, c
     assert not Path("out").exists() and not list(Path().glob("runs/*"))
 
 
+def test_unreadable_images_are_named_and_skipped_on_request(run, pictures, capsys):
+    torn = torn_folder(pictures)
+    assert predict.main([str(run), torn, "--skip-unreadable", "--output", "out"]) == 0
+    out, error = capsys.readouterr()
+    assert error.startswith("warning: torn/b.jpg: ") and error.count("\n") == 1 and "in 1 images: out" in out
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a.jpg", "predictions.json"]
+    assert predict.main([str(run), f"{torn}/b.jpg", "--skip-unreadable"]) == 1
+    assert capsys.readouterr().err.startswith("error: torn/b.jpg: ") and not list(Path().glob("runs/*"))
+
+
 def test_of_a_folder_only_what_pillow_opens_is_taken(run, pictures):
     Path("photos").mkdir()
     content = (pictures / "0.jpg").read_bytes()

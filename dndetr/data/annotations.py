@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DataError
+from .units import are_shares
 
 # Names under which a split may be found, in order of preference.
 _NAMES = {
@@ -24,6 +25,14 @@ _LONGEST_SIDE = 100_000  # pixels
 _MOST_PIXELS = 178_956_970  # beyond it Pillow refuses to decode, since such a file may be a decompression bomb
 _FARTHEST = 1e9  # pixels
 _LARGEST_AREA = _LONGEST_SIDE**2  # square pixels; COCO's evaluation passes over objects that claim more
+
+# Numbers that some tools write as 3.0.
+_WHOLE = {
+    "images": ("id", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "iscrowd"),
+    "categories": ("id",),
+}
+_TEXT = "is a text; write the number without quotation marks"
 
 NOTHING_TO_LEARN = "the train split has no objects, there is nothing to learn from; annotate some"
 
@@ -78,7 +87,10 @@ def find_split(root: str | Path, split: str) -> Split:
 
 
 def read_document(path: Path) -> dict:
-    """Reads an annotation file whose top level has the three lists images, annotations and categories."""
+    """Reads an annotation file whose top level has the three lists images, annotations and categories.
+
+    Ids and sizes that are whole but written as 3.0 come as integers.
+    """
     try:
         with open(path, encoding="utf-8-sig") as file:  # some tools begin with a byte order mark
             document = json.load(file)
@@ -95,6 +107,12 @@ def read_document(path: Path) -> dict:
         raise DataError(f"{path}: the list of images is empty")
     if not document["categories"]:
         raise DataError(f"{path}: the list of categories is empty; add the classes")
+    for key, fields in _WHOLE.items():
+        for entry in document[key]:
+            for field in fields:
+                value = entry.get(field)
+                if isinstance(value, float) and value.is_integer():
+                    entry[field] = int(value)
     return document
 
 
@@ -109,28 +127,37 @@ def find_problems(document: dict) -> Iterator[Problem]:
     for category in document["categories"]:
         name, where = category.get("name"), f"category {category.get('id')}"
         if not isinstance(name, str):
-            yield Problem("category name", f"{where} has no name; give it a text")
+            yield Problem("category name", f"{where} {_no_text('name', name)}; give it a text")
         elif not _is_plain(name):
             yield Problem("category name", f"{where} has name {name!r}; take its control characters out")
     for image in document["images"]:
         yield from _image_problems(image)
     images = {_key(image.get("id")) for image in document["images"]} - {None}
     categories = {_key(category.get("id")) for category in document["categories"]} - {None}
+    boxes = []
     for entry in document["annotations"]:
         where = f"annotation {entry.get('id')}"
-        if _key(entry.get("image_id")) not in images:
-            what = f"has image_id {entry.get('image_id')!r}, which is not in the list; remove it or add that image"
-            yield Problem("unknown image", f"{where} {what}")
-        if _key(entry.get("category_id")) not in categories:
-            what = f"has category_id {entry.get('category_id')!r}, which is not in the list; add that category"
-            yield Problem("unknown category", f"{where} {what}")
+        image, category = entry.get("image_id"), entry.get("category_id")
+        if _key(image) not in images:
+            what = _TEXT if _is_text_number(image) else "is not in the list; remove it or add that image"
+            yield Problem("unknown image", f"{where} has image_id {_short(image)}, which {what}")
+        if _key(category) not in categories:
+            what = _TEXT if _is_text_number(category) else "is not in the list; add that category"
+            yield Problem("unknown category", f"{where} has category_id {_short(category)}, which {what}")
         if problem := _box_problem(entry.get("bbox")):
-            yield Problem("box", f"{where} (image {entry.get('image_id')}) {problem}; correct or remove it")
-        area = entry.get("area")
+            yield Problem("box", f"{where} (image {image}) {problem}; correct or remove it")
+        else:
+            boxes.append(entry["bbox"])
+        area, crowd = entry.get("area"), entry.get("iscrowd")
         if area is not None and not (_is_number(area) and 0 <= area <= _LARGEST_AREA):
-            yield Problem("area", f"{where} has area {_short(area)}; give it in square pixels or leave it out")
-        if entry.get("iscrowd") not in (None, 0, 1):
-            yield Problem("iscrowd", f"{where} has iscrowd {entry['iscrowd']!r}; give 0 or 1")
+            what = f", which {_TEXT}" if _is_text_number(area) else "; give it in square pixels or leave it out"
+            yield Problem("area", f"{where} has area {_short(area)}{what}")
+        if crowd not in (None, 0, 1):
+            what = f", which {_TEXT}" if _is_text_number(crowd) else "; give 0 or 1"
+            yield Problem("iscrowd", f"{where} has iscrowd {_short(crowd)}{what}")
+    if are_shares(boxes):
+        what = "all lie within [0, 1] and seem to be shares of the image's sides"
+        yield Problem("units", f"the boxes {what}; give x, y, width, height in pixels, from the top left corner")
 
 
 def classes_of(document: dict) -> Classes:
@@ -155,24 +182,6 @@ def class_problems(own: Classes, classes: Classes) -> Iterator[Problem]:
             yield Problem("classes", what + "give both files the same categories")
 
 
-def missing_files(split: Split, images: list[dict]) -> list[Problem]:
-    """Those images, entries of a document, whose file is not in the split's folder."""
-    present = set(os.listdir(split.images))
-    absent = [
-        image
-        for image in images
-        if image["file_name"] not in present and not os.path.isfile(split.images / image["file_name"])
-    ]
-    return [Problem("missing file", f"image {image['id']}: {missing_file(split, image)}") for image in absent]
-
-
-def missing_file(split: Split, image: dict) -> str:
-    """What to say of an image without a file."""
-    name = image["file_name"]
-    elsewhere = f" (it is relative to that folder, so not {name!r})" if os.path.isfile(split.root / name) else ""
-    return f"{split.images / name} is missing{elsewhere}; put it there or remove the image from the annotations"
-
-
 def raise_problems(problems: Sequence[Problem], split: Split) -> None:
     """A DataError with the first of the problems, if there are any, and the way to see the others."""
     if problems:
@@ -186,6 +195,20 @@ def _is_id(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text_number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _no_text(field: str, value: Any) -> str:
+    return f"has no {field}" if value in (None, "") else f"has {field} {_short(value)}, which is no text"
 
 
 def _is_plain(text: str) -> bool:
@@ -208,8 +231,8 @@ def _id_problems(kind: str, entries: list[dict]) -> Iterator[Problem]:
     for position, entry in enumerate(entries):
         number = entry.get("id")
         if not _is_id(number) or abs(number) >= 2**63:
-            what = f"{kind} number {position} of the list has id {number!r}; give it a whole number of its own"
-            yield Problem(f"{kind} id", what)
+            what = f", which {_TEXT}" if _is_text_number(number) else "; give it a whole number of its own"
+            yield Problem(f"{kind} id", f"{kind} number {position} of the list has id {_short(number)}{what}")
         elif number in seen:
             yield Problem(f"{kind} id", f"{kind} id {number} is there twice; give each {kind} its own")
         else:
@@ -220,7 +243,7 @@ def _image_problems(image: dict) -> Iterator[Problem]:
     where = f"image {image.get('id')}"
     name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
     if not isinstance(name, str) or not name or "\0" in name:
-        yield Problem("image file name", f"{where} has no file_name; give the file's name")
+        yield Problem("image file name", f"{where} {_no_text('file_name', name)}; give the file's name")
     elif not _is_plain(name):
         yield Problem("image file name", f"{where} has file_name {name!r}; rename that file")
     elif os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
@@ -228,8 +251,9 @@ def _image_problems(image: dict) -> Iterator[Problem]:
         yield Problem("image file name", f"{where} {what}")
     for what, side in zip(("height", "width"), sides, strict=True):
         if not _is_id(side) or not 0 < side <= _LONGEST_SIDE:
-            expected = f"give the file's {what} in whole pixels, at most {_LONGEST_SIDE:,}"
-            yield Problem("image size", f"{where} has {what} {side!r}; {expected}")
+            expected = f"; give the file's {what} in whole pixels, at most {_LONGEST_SIDE:,}"
+            expected = f", which {_TEXT}" if _is_text_number(side) else expected
+            yield Problem("image size", f"{where} has {what} {_short(side)}{expected}")
             return
     if sides[0] * sides[1] > _MOST_PIXELS:
         what = f"is {sides[1]}x{sides[0]} pixels, more than the {_MOST_PIXELS:,} that are read; cut it into tiles"
@@ -239,6 +263,8 @@ def _image_problems(image: dict) -> Iterator[Problem]:
 def _box_problem(box: Any) -> str | None:
     if box is None:
         return "has no bbox"
+    if isinstance(box, list) and len(box) == 4 and any(map(_is_text_number, box)):
+        return f"has bbox {_short(box)}, not four numbers but texts: write them without quotation marks"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"has bbox {_short(box)}, not four numbers x, y, width, height"
     if not all(-_FARTHEST < v < _FARTHEST for v in box):

@@ -9,16 +9,18 @@ import hashlib
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from ..files import write_atomic
-from .annotations import Split, missing_file, raise_problems
+from .annotations import Split, raise_problems
 from .coco import CocoDataset
 from .errors import DataError, UnreadableImage
-from .image import read_header, read_image
+from .file_names import MissingFiles
+from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 
@@ -27,7 +29,8 @@ _HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its 
 # A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
 _DECODED_PIXELS = 200_000_000
 _PNG_END = b"IEND\xaeB`\x82"
-_MARK = 12  # bytes of a fingerprint
+_MARK = 12  # bytes of a fingerprint; the last says which of these became of the file
+_TURNS = (None, TURNED, KEPT, UNDECIDED)
 
 
 class FileProblem(NamedTuple):
@@ -63,21 +66,40 @@ def check_files(dataset: CocoDataset, skip_unreadable: bool = False) -> list[str
     return remarks
 
 
+def turn_remarks(turns: Counter[str]) -> list[str]:
+    """Who turned the pictures, in words; turns: as ``file_problems`` counts them."""
+    whats = {
+        TURNED: "turned upright by EXIF data",
+        KEPT: "kept as stored against EXIF data, since width and height say so",
+        UNDECIDED: "turned upright by EXIF data, though width and height do not say whether boxes are: look at some",
+    }
+    return [
+        f"{turns[turn]:,} {'image' if turns[turn] == 1 else 'images'} {what}"
+        for turn, what in whats.items()
+        if turns[turn]
+    ]
+
+
 def file_problems(
-    split: Split, images: list[dict], decode: bool = False, progress: Callable[[int], None] = lambda files: None
+    split: Split,
+    images: list[dict],
+    decode: bool = False,
+    progress: Callable[[int], None] = lambda files: None,
+    turns: Counter[str] | None = None,
 ) -> list[FileProblem]:
     """What is wrong with the files of images (entries of a COCO document whose fields are sound), in their order.
 
     decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
+    turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
     """
-    memory = _Memory(split, decode)
+    memory, missing = _Memory(split, decode), MissingFiles(split)
     problems, waiting = [], []
     for index, image in enumerate(images):
         path = os.path.join(split.images, image["file_name"])
         try:
             status = os.stat(path)
         except OSError:
-            what = f"image {image.get('id')}: {missing_file(split, image)}"
+            what = f"image {image.get('id')}: {missing.sentence(image)}"
             problems.append(FileProblem(index, MISSING, what))
             continue
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
@@ -85,36 +107,36 @@ def file_problems(
             problems.append(FileProblem(index, UNREADABLE, what))
             continue
         mark = memory.mark(image, status)
-        if mark in memory.known:
-            memory.good.add(mark)
-        else:
+        if not memory.recalls(mark):
             waiting.append((index, path, mark))
     progress(len(images) - len(waiting))
 
-    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | None]:
+    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | str | None]:
         return [_verdict(path, (images[i]["height"], images[i]["width"]), decode) for i, path, _ in chunk]
 
     chunks = [waiting[at : at + _CHUNK] for at in range(0, len(waiting), _CHUNK)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for chunk, verdicts in zip(chunks, threads.map(judge, chunks), strict=True):
-            for (index, _, mark), error in zip(chunk, verdicts, strict=True):
-                if error is None:
-                    memory.good.add(mark)
+            for (index, _, mark), verdict in zip(chunk, verdicts, strict=True):
+                if isinstance(verdict, DataError):
+                    kind = UNREADABLE if isinstance(verdict, UnreadableImage) else SIZE
+                    problems.append(FileProblem(index, kind, f"image {images[index].get('id')}: {verdict}"))
                 else:
-                    kind = UNREADABLE if isinstance(error, UnreadableImage) else SIZE
-                    problems.append(FileProblem(index, kind, f"image {images[index].get('id')}: {error}"))
+                    memory.keep(mark, verdict)
             progress(len(chunk))
     memory.write()
+    if turns is not None:
+        turns.update(memory.turns)
     return sorted(problems)
 
 
-def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | None:
-    """What is wrong with a file whose annotation states this (height, width)."""
+def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | str | None:
+    """What is wrong with a file whose annotation states this (height, width), or what became of its orientation."""
     try:
         found = _examine(path)
         if decode:
-            read_image(Path(path), size)
-        elif found != size:
+            return read_turned(Path(path), size)[1]
+        if found != size:
             # Another size, turned by its metadata, or a kind of file that is not known here.
             read_header(Path(path), size)
     except DataError as error:
@@ -173,8 +195,9 @@ class _Memory:
 
     def __init__(self, split: Split, decode: bool):
         self._split = split
-        self.known = self._read(decode=True) | (set() if decode else self._read(decode=False))
-        self.good: set[bytes] = set()
+        self._known = self._read(decode=True) | (set() if decode else self._read(decode=False))
+        self.turns: Counter[str] = Counter()
+        self._good: set[bytes] = set()
         self._decode = decode
 
     def mark(self, image: dict, status: os.stat_result) -> bytes:
@@ -182,16 +205,30 @@ class _Memory:
         # The time of the last change of any kind, which cannot be set back like that of the content.
         times = status.st_mtime_ns, status.st_ctime_ns
         about = (image["file_name"], image["height"], image["width"], status.st_size, *times)
-        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
+        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK - 1).digest()
+
+    def recalls(self, mark: bytes) -> bool:
+        """Whether a file is known to be good; it is kept then."""
+        for place, turn in enumerate(_TURNS):
+            if mark + bytes([place]) in self._known:
+                self.keep(mark, turn)
+                return True
+        return False
+
+    def keep(self, mark: bytes, turn: str | None) -> None:
+        """A file is good; turn: what became of its orientation."""
+        self._good.add(mark + bytes([_TURNS.index(turn)]))
+        if turn is not None:
+            self.turns[turn] += 1
 
     def write(self) -> None:
         """Keep what is known to be good; a cache folder that cannot be written only costs the time to look again."""
-        if self.good <= self.known:
+        if self._good <= self._known:
             return
         try:
             path = self._path(self._decode)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, b"".join(sorted(self.good)))
+            write_atomic(path, b"".join(sorted(self._good)))
         except (OSError, RuntimeError):
             pass
 

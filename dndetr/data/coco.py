@@ -15,14 +15,15 @@ from .annotations import (
     classes_of,
     find_problems,
     find_split,
-    missing_files,
     raise_problems,
     read_document,
 )
 from .errors import DataError
+from .file_names import missing_files
 from .image import read_image
 from .sample import Sample
 from .transforms import Transform, View
+from .units import unit_doubt
 
 
 class CocoDataset:
@@ -138,8 +139,10 @@ class CocoDataset:
             document["images"] = self.images
             document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in kept]
         for entry in document["annotations"]:
-            entry.setdefault("iscrowd", 0)
-            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+            if entry.get("iscrowd") is None:
+                entry["iscrowd"] = 0
+            if entry.get("area") is None:
+                entry["area"] = entry["bbox"][2] * entry["bbox"][3]
         return document
 
     def _view(self, index: int, epoch: int) -> tuple[View, np.random.Generator]:
@@ -177,4 +180,6 @@ class CocoDataset:
             )
             if count
         ]
+        if doubt := unit_doubt(given, sizes):
+            self.remarks.append(doubt)
         return np.split(clipped[order], ends), np.split(label[order], ends)

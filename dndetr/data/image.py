@@ -1,17 +1,36 @@
 """Reading image files of any kind as upright RGB pictures."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import DataError, UnreadableImage
 
+TURNED, KEPT, UNDECIDED = "turned", "kept", "undecided"
+
 _ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BACK = _UPRIGHT | {6: _UPRIGHT[8], 8: _UPRIGHT[6]}  # each of the others undoes itself
 _SWAPS_SIDES = (5, 6, 7, 8)  # orientations that lay the picture on its side
 _OVERSAMPLING = 1.5  # a reduced JPEG keeps this many times the pixels, per side, that its reader asks for
+
+# Pillow doubts large pictures that it decodes all the same, and metadata that are not needed here, without the file's
+# name. Once for the process: filters within a block are not safe in threads.
+for _category in (Image.DecompressionBombWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
@@ -22,42 +41,87 @@ def read_image(path: Path, size: tuple[int, int] | None = None, shrink: float = 
     needed the picture is, per side; a JPEG may then be decoded at a half, a quarter or an eighth of its size.
     Raises UnreadableImage for what cannot be decoded.
     """
-    with _opened(path, size) as (image, turned):
+    return read_turned(path, size, shrink)[0]
+
+
+def read_turned(path: Path, size: tuple[int, int] | None = None, shrink: float = 1.0) -> tuple[Image.Image, str | None]:
+    """``read_image``, and what became of the file's orientation: TURNED, KEPT as stored, or None where it has none.
+
+    UNDECIDED: turned, though the stated size is that of the pixels either way.
+    """
+    with _opened(path, size) as (image, frame):
         if shrink > _OVERSAMPLING:
             factor = _OVERSAMPLING / shrink
             image.draft(image.mode, (int(image.width * factor) + 1, int(image.height * factor) + 1))
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if turned else image)
+        kept, turned = frame.turn == KEPT, _turns_itself(image)
+        if kept and turned:
+            image = image.transpose(_BACK[frame.orientation])
+        elif frame.orientation in _UPRIGHT and not kept and not turned:
+            image = image.transpose(_UPRIGHT[frame.orientation])
+        return to_rgb(image), frame.turn
 
 
-def read_header(path: Path, size: tuple[int, int]) -> None:
-    """Raises what ``read_image`` would raise before it decodes: not an image, or not of the stated (height, width)."""
-    with _opened(path, size):
-        pass
+def read_header(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) of the upright file; raises what ``read_image`` would raise before it decodes."""
+    with _opened(path, size) as (_, frame):
+        return frame.upright
+
+
+class _Frame(NamedTuple):
+    """How a file lies: its upright (height, width), its orientation, 1 where there is none, and what becomes of it."""
+
+    upright: tuple[int, int]
+    orientation: int
+    turn: str | None
 
 
 @contextmanager
-def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, bool]]:
-    """The open file, and whether it is to be turned upright; what goes wrong until it is closed is a DataError."""
+def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, _Frame]]:
+    """The open file, and how it lies; what goes wrong until it is closed is a DataError."""
     try:
         with Image.open(path) as image:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            width, height = image.size[::-1] if orientation in _SWAPS_SIDES else image.size
-            as_stored = size is not None and size != (height, width)
-            if as_stored and size != image.size[::-1]:
-                raise DataError(
-                    f"{path}: the file is {width}x{height} pixels, its annotation says {size[1]}x{size[0]}; "
-                    "correct width and height (and the boxes) or replace the file"
-                )
-            yield image, orientation != 1 and not as_stored
-    except DataError:
+            yield image, _frame(image, path, size)
+    except (DataError, MemoryError):
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such image file; put it there or remove it from the annotations") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(f"{path}: not an image that can be read; replace it") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: cannot be decoded ({error}); replace it") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{path}: cannot be decoded ({error}); cut it into tiles or replace it") from error
+    except Exception as error:  # Pillow's plugins raise whatever comes up in them
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{path}: cannot be decoded ({said}); replace it") from error
+
+
+def _frame(image: Image.Image, path: Path, size: tuple[int, int] | None) -> _Frame:
+    if image.format == "PNG":
+        image.load()  # its metadata may lie behind the pixels
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # metadata that cannot be read do not turn a picture that can
+        orientation = 1
+    if orientation not in _UPRIGHT:
+        orientation = 1
+    image.info.pop("xmp", None)  # Pillow reads it once more where it turns a picture itself, and fails if it is odd
+    width, height = (image.tag_v2[0x100], image.tag_v2[0x101]) if _turns_itself(image) else image.size
+    stored = height, width
+    upright = stored[::-1] if orientation in _SWAPS_SIDES else stored
+    if size is not None and size not in (stored, upright):
+        raise DataError(
+            f"{path}: the file is {upright[1]}x{upright[0]} pixels, its annotation says {size[1]}x{size[0]}; "
+            "correct width and height (and the boxes) or replace the file"
+        )
+    if orientation == 1:
+        return _Frame(upright, 1, None)
+    turn = UNDECIDED if stored == upright else KEPT if size == stored else TURNED
+    return _Frame(upright, orientation, turn)
+
+
+def _turns_itself(image: Image.Image) -> bool:
+    """Whether Pillow turns the picture upright as it decodes it: it does so with TIFF, and with nothing else."""
+    return hasattr(image, "tag_v2")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..batch import Batch
 from ..config import Config
@@ -33,7 +34,7 @@ class TrainingData:
         if config.data == "shapes":
             train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
             val = train if config.overfit else ShapesDataset("val", config.val_images)
-            self.warnings = []
+            self.warnings = shapes_or_folder(config.data)
         else:
             train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
@@ -87,6 +88,13 @@ class TrainingData:
     def validation(self) -> Iterator[Batch]:
         """This process's validation images, in the same order every time."""
         return self._val.epoch()
+
+
+def shapes_or_folder(data: str) -> list[str]:
+    """A warning where ``shapes`` means the built-in data, though the working directory has a folder of that name."""
+    if data != "shapes" or not Path(data).is_dir():
+        return []
+    return ["--data shapes: these are the built-in shapes, not the folder of that name; for it give --data ./shapes"]
 
 
 def evaluation_batch(config: Config, canvas: tuple[int, int] | None) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import DataError
-from .image import read_image, to_rgb
+from .image import read_header, read_image, to_rgb
 from .sample import Sample
 from .transforms import Transform
 
@@ -79,11 +79,4 @@ def _checked(image: ImageLike, place: int) -> Path | Image.Image:
 
 def _size(image: Path | Image.Image) -> tuple[int, int]:
     """(height, width), of a file as it is when turned upright."""
-    if isinstance(image, Image.Image):
-        return image.size[::-1]
-    try:
-        with Image.open(image) as file:
-            sideways = file.getexif().get(0x0112, 1) >= 5
-            return file.size if sideways else file.size[::-1]
-    except Exception:  # whatever this is, reading the whole file says it in one line
-        return read_image(image).size[::-1]
+    return image.size[::-1] if isinstance(image, Image.Image) else read_header(image)

@@ -151,6 +151,14 @@ def bomb(root: Path):
     (root / "train/0.png").write_bytes(content)
 
 
+def texture(root: Path):
+    """A texture of a game, in a way of packing that there is not: its plugin has an error of its own for that."""
+    Image.new("P", (64, 48)).save(root / "train/0.png", format="BLP")
+    content = bytearray((root / "train/0.png").read_bytes())
+    content[4:8] = struct.pack("<i", 9)
+    (root / "train/0.png").write_bytes(content)
+
+
 def pipe(root: Path):
     """Whoever opens it waits for another program."""
     (root / "train/0.png").unlink()
@@ -169,6 +177,7 @@ BROKEN = {
     "corrupt-png": (damage("train/2.png"), f"image {FIRST + 14}: ", "train/2.png: cannot be decoded"),
     "other-size": (put("width", 65, "images"), f"image {FIRST}: ", "0.png: the file is 64x48 pixels"),
     "bomb": (bomb, f"image {FIRST}: ", "train/0.png: cannot be decoded"),
+    "odd-error": (texture, f"image {FIRST}: ", "train/0.png: cannot be decoded (Unknown BLP compression 9)"),
     "unknown-category": (put("category_id", 5), "instances_train.json: annotation 500 has category_id 5", ""),
     "unknown-image": (put("image_id", 99), "instances_train.json: annotation 500 has image_id 99", ""),
     "image-twice": (repeat("images"), f"instances_train.json: image id {FIRST} is there twice", ""),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,10 @@ from PIL import Image
 
 from dndetr.data import checks
 from dndetr.data.annotations import find_split
-from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems
+from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems, turn_remarks
 from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.image import KEPT, TURNED, UNDECIDED
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
 from dndetr.presets import small
@@ -94,6 +96,27 @@ def test_turned_images_may_state_either_size(split):
     Image.new("RGB", (60, 40)).save(split.images / "turned.jpg", exif=exif)
     assert problems(split, ["turned.jpg"]) == problems(split, ["turned.jpg"], width=40, height=60) == []
     assert problems(split, ["turned.jpg"], width=40, height=61) == [(0, SIZE)]
+
+
+def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(split, monkeypatch):
+    tags, names = Image.Exif(), []
+    for name, orientation, size in [("a.jpg", 6, (40, 60)), ("b.png", 8, (60, 40)), ("c.tif", 5, (60, 40)),
+                                    ("d.jpg", 3, (60, 40)), ("e.png", 1, (60, 40))]:  # fmt: skip
+        tags[0x0112] = orientation
+        Image.new("RGB", size).save(split.images / name, exif=tags)
+        names.append(name)
+    images = [{"id": 11 + i, "file_name": name} | SIZES for i, name in enumerate(names)]
+    for _ in range(2):
+        turns = Counter()
+        assert file_problems(split, images, decode=True, turns=turns) == []
+        assert turns == {TURNED: 1, KEPT: 2, UNDECIDED: 1}
+        assert [remark.split(" EXIF")[0] for remark in turn_remarks(turns)] == [
+            "1 image turned upright by",
+            "2 images kept as stored against",
+            "1 image turned upright by",
+        ]
+        names = opened(monkeypatch)
+    assert names == []
 
 
 def test_problems_come_in_order_and_name_image_and_file(split):

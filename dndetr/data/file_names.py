@@ -1,0 +1,62 @@
+"""The files that annotations name: which of them are not there, and which file on the disk may be meant."""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from functools import cached_property
+from urllib.parse import unquote
+
+from PIL import Image
+
+from .annotations import Problem, Split
+
+
+def missing_files(split: Split, images: list[dict]) -> list[Problem]:
+    """Those images, entries of a document, whose file is not in the split's folder."""
+    present, missing = set(os.listdir(split.images)), MissingFiles(split)
+    absent = [
+        image
+        for image in images
+        if image["file_name"] not in present and not os.path.isfile(split.images / image["file_name"])
+    ]
+    return [Problem("missing file", f"image {image['id']}: {missing.sentence(image)}") for image in absent]
+
+
+class MissingFiles:
+    """What to say of images without a file; the folder is looked through once, and only where that is asked."""
+
+    def __init__(self, split: Split):
+        self._split = split
+
+    def sentence(self, image: dict) -> str:
+        """Where the image's file should be, and the file that may be meant instead."""
+        name, images = image["file_name"], self._split.images
+        if os.path.isfile(self._split.root / name):
+            said = f" (it is relative to that folder, so not {name!r}); put it there"
+        elif found := next((self._present[form] for form in _forms(name) if form in self._present), None):
+            same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found)
+            form = " (in another Unicode normal form)" if same else ""
+            said = f", but there is {found!r}{form}; correct file_name, rename the file"
+        else:
+            said = "; put it there"
+        return f"{images / name} is missing{said} or remove the image from the annotations"
+
+    @cached_property
+    def _present(self) -> dict[tuple[int, str], str]:
+        """The files of the folder by each of their forms, the first by name where several share one."""
+        names = sorted(
+            os.path.relpath(os.path.join(folder, file), self._split.images)
+            for folder, _, files in os.walk(self._split.images)
+            for file in files
+        )
+        return {form: name for name in reversed(names) for form in _forms(name)}
+
+
+def _forms(name: str) -> Iterator[tuple[int, str]]:
+    """What remains of a name without what programs and systems change in it, from the closest form to the loosest."""
+    plain = unicodedata.normalize("NFKC", unquote(name).replace("\\", "/")).strip().casefold()
+    path = os.path.normpath(plain)
+    for place, part in enumerate((path, os.path.basename(path))):
+        stem, ending = os.path.splitext(part)
+        yield 2 * place, part
+        yield 2 * place + 1, stem if ending in Image.registered_extensions() else part
