@@ -19,6 +19,7 @@ from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES
 from .models.pretrained import initialise
+from .models.unwrap import unwrap
 from .presets import PRESETS, preset_named
 from .runs.checkpoint import load_checkpoint
 from .scoring.coco import postprocess
@@ -106,10 +107,14 @@ def load(
     if chosen is not None:
         config, classes = chosen, COCO_CLASSES if classes is None else classes
         model = _model_of_weights(checkpoint, path, config, classes)
-    elif {"model", "config", "classes"} <= checkpoint.keys():
+    elif {"model", "config", "classes"} <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
         config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
         model = build_model(config.model, len(classes))
-        model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+        try:
+            model.load_state_dict(unwrap(checkpoint, path).weights)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1].strip()[:200]
+            raise ValueError(f"{path}: its weights are not those of its configuration: {first}") from error
     else:
         raise ValueError(
             f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "
