@@ -110,11 +110,13 @@ def open_split(arguments: Arguments, config):
     from .data.checks import check_files
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
-    from .data.training import evaluation_transform
+    from .data.training import demand_data_there, evaluation_transform
 
-    source = config.data if arguments.data is None else arguments.data
+    source, name = (config.data, config.data_name) if arguments.data is None else (arguments.data, arguments.data)
     if source is None:
         raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+    if arguments.data is None:
+        demand_data_there(config)
     if source == "shapes":
         if arguments.split == "train":
             return ShapesDataset("train", config.train_images, seed=config.seed), source
@@ -126,7 +128,7 @@ def open_split(arguments: Arguments, config):
         remarks = check_files(data, skip_unreadable=True)
         if len(data) < images:
             print(f"warning: {remarks[-1]}", file=sys.stderr)  # those before it are about training
-    return data, source
+    return data, name
 
 
 def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:

@@ -96,7 +96,7 @@ def leak_sentence(check: "LeakCheck") -> str:
 def run(arguments: Arguments) -> None:
     """Examine as the arguments say and print it; RuntimeError where ground truth leaks."""
     from .analysis.leak import leak_check
-    from .data.training import TrainingData
+    from .data.training import TrainingData, demand_data_there
     from .detector import load
     from .pictures.denoising import write_denoising
     from .runs.folder import claim_output
@@ -104,6 +104,7 @@ def run(arguments: Arguments) -> None:
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
     detector = load(arguments.model, arguments.device)
     config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
+    demand_data_there(config)
     data = TrainingData(config)
     if data.classes != detector.classes:
         raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")
