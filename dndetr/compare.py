@@ -188,7 +188,7 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     from .runs.run_log import read_rows
 
     config = train.parse(arguments)
-    evaluated = [row["epoch"] for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
+    evaluated = [row.get("epoch") for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
     if evaluated and evaluated[-1] == config.epochs:
         return
     if (run / "checkpoint.pt").exists():
