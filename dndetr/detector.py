@@ -13,7 +13,7 @@ from .config import Config, from_dict
 from .data.classes import Classes, listed
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
-from .data.user_images import ImageLike, UserImages
+from .data.user_images import ImageLike, UserImages, is_image
 from .device import pick_device, pick_precision
 from .models.build import build_model
 from .models.dn_detr import DNDETR
@@ -61,13 +61,13 @@ class Detector:
     ) -> list[Prediction]:
         """Detections with a score of at least ``threshold`` in one image or several -> one Prediction an image.
 
-        Images are prepared, batched (unless ``batch_size`` is given) and scored as in the run's own evaluation. Files
-        are turned upright as their EXIF data say, and read when their batch comes. DataError names a file that cannot
-        be read; ValueError for pixels that are none.
+        Images are prepared, batched (unless ``batch_size`` is given) and scored as in the run's own evaluation. Files,
+        by their path or open, are turned upright as their EXIF data say, and read when their batch comes. DataError
+        names a file that cannot be read; ValueError for pixels that are none.
         """
         if math.isnan(threshold):
             raise ValueError("a threshold of NaN: give a number")
-        images = [images] if images is None or isinstance(images, ImageLike) else list(images)
+        images = [images] if images is None or is_image(images) else list(images)
         if not images:
             return []
         if batch_size is not None and batch_size < 1:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,9 +15,10 @@ _SWAPS_SIDES = (5, 6, 7, 8)  # orientations that lay the picture on its side
 _OVERSAMPLING = 1.5  # a reduced JPEG keeps this many times the pixels, per side, that its reader asks for
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
+def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
     """An image file as an upright RGB picture; what is transparent becomes white, 16 bits become 8.
 
+    path: the file, or an open one, which messages call what ``str`` makes of it;
     size: the (height, width) that the annotations state. A file with an EXIF orientation is turned upright, unless the
     stated size is only that of the pixels as stored; any other size is an error. shrink: how many times larger than
     needed the picture is, per side; a JPEG may then be decoded at a half, a quarter or an eighth of its size.
@@ -37,7 +39,7 @@ def read_header(path: Path, size: tuple[int, int]) -> None:
 
 
 @contextmanager
-def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, bool]]:
+def _opened(path: Path | BinaryIO, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, bool]]:
     """The open file, and whether it is to be turned upright; what goes wrong until it is closed is a DataError."""
     try:
         with Image.open(path) as image:
