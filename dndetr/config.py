@@ -308,8 +308,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    # Set by ``remembered``: paths as they were typed, by field.
     given: Annotated[dict[str, str], tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=dict)
+    """Paths as they were typed, by field; no flag, but set by ``remembered``."""
 
     @property
     def data_name(self) -> str | None:
