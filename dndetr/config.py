@@ -3,8 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
@@ -309,7 +308,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     given: Annotated[dict[str, str], tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=dict)
-    """Paths as they were typed, by field; no flag, but set by ``remembered``."""
+    """Paths as they were typed, by field; no flag, but set by ``runs.paths``."""
 
     @property
     def data_name(self) -> str | None:
@@ -328,17 +327,6 @@ class Config:
         demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
         demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
-
-
-def remembered(config: Config) -> Config:
-    """What a run keeps of its configuration: paths are absolute, so that they hold wherever they are read."""
-    names = [name for name in ("data", "output", "resume", "init") if getattr(config, name) is not None]
-    if config.data == "shapes":
-        names.remove("data")
-    typed = {name: getattr(config, name) for name in names}
-    absolute = {name: str(Path(path).absolute()) for name, path in typed.items()}
-    given = {name: path for name, path in typed.items() if path != absolute[name]}
-    return replace(config, **absolute, given=config.given | given)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

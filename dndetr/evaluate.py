@@ -110,7 +110,8 @@ def open_split(arguments: Arguments, config):
     from .data.checks import check_files
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
-    from .data.training import demand_data_there, evaluation_transform
+    from .data.training import evaluation_transform
+    from .runs.paths import demand_data_there
 
     source, name = (config.data, config.data_name) if arguments.data is None else (arguments.data, arguments.data)
     if source is None:

@@ -96,10 +96,11 @@ def leak_sentence(check: "LeakCheck") -> str:
 def run(arguments: Arguments) -> None:
     """Examine as the arguments say and print it; RuntimeError where ground truth leaks."""
     from .analysis.leak import leak_check
-    from .data.training import TrainingData, demand_data_there
+    from .data.training import TrainingData
     from .detector import load
     from .pictures.denoising import write_denoising
     from .runs.folder import claim_output
+    from .runs.paths import demand_data_there
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
     detector = load(arguments.model, arguments.device)

@@ -99,10 +99,11 @@ def _train(
     listeners: Sequence[Listener],
     stack: contextlib.ExitStack,
 ) -> Path:
-    from .data.training import TrainingData, demand_data_there
+    from .data.training import TrainingData
     from .models.pretrained import initialise
     from .runs.console import Console
     from .runs.folder import claim_output, hold, new_run_folder
+    from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
     from .training.listeners import all_listeners
     from .training.signals import Stopped

@@ -8,9 +8,10 @@ import torch
 from short_runs import short_run, stopped_after, write_pictures
 
 from dndetr import compare, evaluate, export, health, train
-from dndetr.config import Config, from_dict, remembered, to_dict
+from dndetr.config import Config, from_dict, to_dict
 from dndetr.detector import load
 from dndetr.runs.checkpoint import load_checkpoint
+from dndetr.runs.paths import remembered
 
 SMALL = ["--images.recipe", "fixed", "--images.canvas", "64", "64"]
 FEW = ["--epochs", "2", "--batch-size", "4", "--quiet"]

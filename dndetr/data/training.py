@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from ..batch import Batch
 from ..config import Config
@@ -88,12 +87,6 @@ class TrainingData:
     def validation(self) -> Iterator[Batch]:
         """This process's validation images, in the same order every time."""
         return self._val.epoch()
-
-
-def demand_data_there(config: Config) -> None:
-    """DataError, with what to type, where the data set that a run remembers is no longer there."""
-    if config.data not in (None, "shapes") and not Path(config.data).is_dir():
-        raise DataError(f"{config.data}: no such folder; if the run's data set has moved, say where it is: --data DIR")
 
 
 def evaluation_batch(config: Config, canvas: tuple[int, int] | None) -> int:

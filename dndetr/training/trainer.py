@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..batch import Batch
-from ..config import Config, remembered, to_dict
+from ..config import Config, to_dict
 from ..data.training import TrainingData
 from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..files import write_json_atomic
@@ -17,6 +17,7 @@ from ..models.build import build_model
 from ..ops import _backend
 from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
+from ..runs.paths import remembered
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
 from .build import build_step
