@@ -173,6 +173,8 @@ def compare(folder: Path, plan: Plan, quiet: bool = False) -> dict:
             print(f"[{number}/{len(order)}] {plan.label(value)}, seed {seed}: {run}", flush=True)
         _finish(run, [*plan.arguments(value, seed), *(["--quiet"] if quiet else [])])
         tracks.append(read_track(run, value, seed))
+        if not tracks[-1].epochs:
+            raise ValueError(f"{run / 'metrics.jsonl'} has no evaluation to compare: remove {run} to train it anew")
         told = verdict(plan.field, plan.values, tracks)
         write_json_atomic(folder / "verdict.json", told, indent=2)
         draw_comparison(folder / "compare.png", told)

@@ -29,15 +29,18 @@ def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], pa
         return
     kind, own_kind = _kind(there), _kind(here)
     stages, needed = len(kind.blocks), len(own_kind.blocks)
-    if stages < needed:
-        what = f"cut off before layer{stages + 1}, and the model has layer{needed}: give a whole file"
+    what = f"it seems to be a {kind}"
+    if not stages:
+        what = "it is no ResNet, or hardly the beginning of one: give another file"
+    elif stages < needed:
+        what += f", cut off before layer{stages + 1}, but the model has layer{needed}: give a whole file"
     elif not _can_be_built(kind, there, needed):
-        what = "not whole, or of a kind that --model.backbone does not make: give another file"
+        what += ", not whole, or of a kind that --model.backbone does not make: give another file"
     else:
         flags = _flags(kind, own_kind)
         hint = "" if "depth" in flags else "--model.backbone.depth (or .stem, .blocks, .planes, .norm), here "
-        what = f"choose the file's with {hint}{flags}, or name a preset that has it"
-    raise ValueError(f"{path}: its backbone does not fit: {difference}; the file seems to be a {kind}, {what}")
+        what += f": choose the file's with {hint}{flags}, or name a preset that has it"
+    raise ValueError(f"{path}: its backbone does not fit: {difference}; {what}")
 
 
 def _shapes(weights: dict[str, Tensor]) -> Shapes:
@@ -81,8 +84,6 @@ class _Kind(NamedTuple):
         return next((depth for depth in begin if (depth >= 50) == self.bottleneck), None)
 
     def __str__(self) -> str:
-        if not self.blocks:
-            return "stem without stages"
         if self.depth is not None:
             return f"ResNet-{self.depth}"
         kind = "bottlenecks" if self.bottleneck else "basic blocks"

@@ -160,9 +160,9 @@ def with_backbone(**change):
 @pytest.mark.parametrize(
     ("file", "model", "what"),
     [
-        ({}, {"depth": 34}, r"a ResNet-18, choose the file's with --model\.backbone\.depth 18,"),
-        ({"depth": 34}, {}, r"the model has no .* a ResNet-34, choose the file's with --model\.backbone\.depth 34,"),
-        ({"depth": 50, "bottleneck": True}, {}, r"ResNet-50, choose the file's with --model\.backbone\.depth 50,"),
+        ({}, {"depth": 34}, r"a ResNet-18: choose the file's with --model\.backbone\.depth 18,"),
+        ({"depth": 34}, {}, r"the model has no .* a ResNet-34: choose the file's with --model\.backbone\.depth 34,"),
+        ({"depth": 50, "bottleneck": True}, {}, r"ResNet-50: choose the file's with --model\.backbone\.depth 50,"),
         ({"blocks": (1, 2, 1, 1)}, {}, r"here --model\.backbone\.blocks 1 2 1 1 --model\.backbone\.bottleneck False,"),
         ({"norm": "group"}, {}, r"has no backbone\.bn1\.running_mean; .* here --model\.backbone\.norm group,"),
     ],
@@ -182,6 +182,12 @@ def test_a_part_of_a_backbone_is_refused(tmp_path):
             initialise(with_backbone(), tmp_path / "cut.pth", [(1, "a"), (2, "b")])
     torch.save({name: value for name, value in whole.items() if not name.startswith("layer4")}, tmp_path / "cut.pth")
     assert initialise(with_backbone(outputs=(3,)), tmp_path / "cut.pth", [(1, "a"), (2, "b")]).kept
+
+
+def test_a_backbone_of_another_kind_is_refused(tmp_path):
+    torch.save({"backbone.patch_embed.weight": torch.zeros(1), "encoder.x": torch.zeros(1)}, tmp_path / "swin.pth")
+    with pytest.raises(ValueError, match=r"swin\.pth: its backbone does not fit: .* it is no ResNet"):
+        initialise(with_backbone(), tmp_path / "swin.pth", [(1, "a"), (2, "b")])
 
 
 WRAPPED = {
