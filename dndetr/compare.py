@@ -18,7 +18,7 @@ PROGRAM = "python -m dndetr.compare"
 # What the comparison in docs/denoising.md was made with.
 _SHORT = {"--epochs": "10", "--train-images": "992", "--lr": "2e-3"}
 # Settings of the command, of a run's place, or that decide what all other settings are.
-_NOT_COMPARED = ("preset", "output", "resume", "quiet", "seed")
+_NOT_COMPARED = ("preset", "output", "resume", "quiet", "seed", "given")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, as ``comparison.json`` keeps it; flags: those handed on to every run."""
+    """What is compared, as ``comparison.json`` keeps it; flags: those handed on to every run.
+
+    directory: where the comparison was started, which paths among flags and values are relative to.
+    """
 
     field: str
     values: list[str]
     first_seed: int
     seeds: int
     flags: list[str]
+    directory: str = ""
 
     def runs(self) -> list[tuple[str, int]]:
         """(value, seed) in the order of training: seed by seed, so that what is done so far can always be compared.
@@ -68,7 +72,8 @@ class Plan:
 
     def arguments(self, value: str, seed: int) -> list[str]:
         """Flags of the train command for one run."""
-        return [*self.flags, *_flags(self.field, value), "--seed", str(seed)]
+        flags = [*self.flags, *_flags(self.field, value), "--seed", str(seed)]
+        return flags if self.directory == os.getcwd() else _moved(flags, self.directory)
 
     def label(self, value: str) -> str:
         """How a value is called in the figure."""
@@ -100,7 +105,7 @@ def make_plan(arguments: Arguments, rest: Sequence[str]) -> Plan:
         values = [str(base.denoising.groups or 5), "0"]
     if len(values) < 2 or len(set(values)) < len(values):
         raise ValueError(f"--values {' '.join(values)}: give two or more different values of --field {arguments.field}")
-    plan = Plan(field, values, base.seed if first is None else first, seeds, flags)
+    plan = Plan(field, values, base.seed if first is None else first, seeds, flags, os.getcwd())
     for value in values:
         train.parse(plan.arguments(value, plan.first_seed))
     return plan
@@ -111,6 +116,18 @@ def _flags(field: str, value: str) -> list[str]:
     if value.lower() in ("true", "false"):
         return [flag if value.lower() == "true" else _negative(field)]
     return [flag, *value.split()]
+
+
+def _moved(flags: list[str], directory: str) -> list[str]:
+    """Flags that mean the same outside of the directory that their paths are relative to."""
+    moved, before = [], ""
+    for flag in flags:
+        name, equals, path = flag.partition("=") if flag.startswith("--") else (before, "", flag)
+        if name in ("--data", "--init") and path and path != "shapes":
+            flag = f"{name}{equals}" * bool(equals) + os.path.join(directory, path)
+        moved.append(flag)
+        before = name
+    return moved
 
 
 def _negative(field: str) -> str:
@@ -159,6 +176,8 @@ def compare(folder: Path, plan: Plan, quiet: bool = False) -> dict:
             print(f"[{number}/{len(order)}] {plan.label(value)}, seed {seed}: {run}", flush=True)
         _finish(run, [*plan.arguments(value, seed), *(["--quiet"] if quiet else [])])
         tracks.append(read_track(run, value, seed))
+        if not tracks[-1].epochs:
+            raise ValueError(f"{run / 'metrics.jsonl'} has no evaluation to compare: remove {run} to train it anew")
         told = verdict(plan.field, plan.values, tracks)
         write_json_atomic(folder / "verdict.json", told, indent=2)
         draw_comparison(folder / "compare.png", told)
@@ -173,11 +192,15 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
 
     from .runs.run_log import read_rows
 
-    epochs = train.parse(arguments).epochs
-    evaluated = [row["epoch"] for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
-    if evaluated and evaluated[-1] == epochs:
+    config = train.parse(arguments)
+    evaluated = [row.get("epoch") for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
+    if evaluated and evaluated[-1] == config.epochs:
         return
     if (run / "checkpoint.pt").exists():
+        if config.data != "shapes" and not Path(config.data).is_dir():
+            raise ValueError(
+                f"{config.data}: no such folder; put the comparison's data set back there, or a link to it"
+            )
         quiet = [flag for flag in arguments if flag == "--quiet"]
         train.run(["--resume", str(run), *quiet])
         return

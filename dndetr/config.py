@@ -4,7 +4,9 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
 
 
 def demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
@@ -305,6 +307,13 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    given: Annotated[dict[str, str], tyro.conf.Fixed, tyro.conf.Suppress] = field(default_factory=dict)
+    """Paths as they were typed, by field; no flag, but set by ``runs.paths``."""
+
+    @property
+    def data_name(self) -> str | None:
+        """The data set as the user called it, for titles."""
+        return self.given.get("data", self.data)
 
     def __post_init__(self):
         counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]

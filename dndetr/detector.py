@@ -13,12 +13,13 @@ from .config import Config, from_dict
 from .data.classes import Classes, distinct_names, listed
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
-from .data.user_images import ImageLike, UserImages
+from .data.user_images import ImageLike, UserImages, is_image
 from .device import pick_device, pick_precision
 from .models.build import build_model
 from .models.dn_detr import DNDETR
 from .models.official import COCO_CLASSES
 from .models.pretrained import initialise
+from .models.unwrap import unwrap
 from .presets import PRESETS, preset_named
 from .runs.checkpoint import load_checkpoint
 from .scoring.coco import postprocess
@@ -65,13 +66,13 @@ class Detector:
     ) -> list[Prediction]:
         """Detections with a score of at least ``threshold`` in one image or several -> one Prediction an image.
 
-        Images are prepared, batched (unless ``batch_size`` is given) and scored as in the run's own evaluation. Files
-        are turned upright as their EXIF data say, and read when their batch comes. DataError names a file that cannot
-        be read; ValueError for pixels that are none.
+        Images are prepared, batched (unless ``batch_size`` is given) and scored as in the run's own evaluation. Files,
+        by their path or open, are turned upright as their EXIF data say, and read when their batch comes. DataError
+        names a file that cannot be read; ValueError for pixels that are none.
         """
         if math.isnan(threshold):
             raise ValueError("a threshold of NaN: give a number")
-        images = [images] if images is None or isinstance(images, ImageLike) else list(images)
+        images = [images] if images is None or is_image(images) else list(images)
         if not images:
             return []
         if batch_size is not None and batch_size < 1:
@@ -112,10 +113,14 @@ def load(
     if chosen is not None:
         config, classes = chosen, COCO_CLASSES if classes is None else classes
         model = _model_of_weights(checkpoint, path, config, classes)
-    elif {"model", "config", "classes"} <= checkpoint.keys():
+    elif {"model", "config", "classes"} <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
         config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
         model = build_model(config.model, len(classes))
-        model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+        try:
+            model.load_state_dict(unwrap(checkpoint, path).weights)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1].strip()[:200]
+            raise ValueError(f"{path}: its weights are not those of its configuration: {first}") from error
     else:
         raise ValueError(
             f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "

@@ -115,10 +115,13 @@ def open_split(arguments: Arguments, config):
     from .data.coco import CocoDataset
     from .data.shapes import ShapesDataset
     from .data.training import evaluation_transform, shapes_or_folder
+    from .runs.paths import demand_data_there
 
-    source = config.data if arguments.data is None else arguments.data
+    source, name = (config.data, config.data_name) if arguments.data is None else (arguments.data, arguments.data)
     if source is None:
         raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+    if arguments.data is None:
+        demand_data_there(config)
     for warning in shapes_or_folder(source):
         print(f"warning: {warning}", file=sys.stderr)
     if source == "shapes":
@@ -132,7 +135,7 @@ def open_split(arguments: Arguments, config):
         remarks = check_files(data, skip_unreadable=True)
         if len(data) < images:
             print(f"warning: {remarks[-1]}", file=sys.stderr)  # those before it are about training
-    return data, source
+    return data, name
 
 
 def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:

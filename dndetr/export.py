@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from . import __version__, _process  # noqa: F401
 from .commandline import ModelPath, PresetName, program
+from .files import demand_writable, making
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -45,10 +46,12 @@ def run(arguments: Arguments) -> None:
     kind = arguments.format or _SUFFIXES.get(output.suffix)
     if kind is None:
         raise ValueError(f"--output {output}: end the name in .onnx or .pt2, or add --format onnx or --format torch")
-    if output.exists():
-        raise FileExistsError(f"--output {output} is already there: give a new file")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+    with making(output, "give another --output"):
+        if output.exists():
+            raise FileExistsError(f"--output {output} is already there: give a new file")
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+        demand_writable(output.parent)
     if kind == "onnx":
         _demand_onnx()
     # Imported here so that --help and mistakes in the flags answer at once.

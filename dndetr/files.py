@@ -1,9 +1,11 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +38,27 @@ def write_json_atomic(path: str | Path, value, indent: int | None = None) -> Non
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
     write_atomic(path, (text + "\n").encode())
+
+
+@contextlib.contextmanager
+def making(path: str | Path, advice: str) -> Iterator[None]:
+    """Within, ``path`` is made or opened for what the user asked for: an OSError says where, why and ``advice``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # in words already
+            raise
+        above = Path(path).absolute().parents
+        file = next((place for place in above if os.path.isfile(place)), None)
+        place = next(place for place in above if os.path.isdir(place))
+        why = f"{error.strerror}, in {place}" if file is None else f"{file} is a file"
+        raise type(error)(f"{path} cannot be made: {why}: {advice}") from error
+
+
+def demand_writable(folder: Path) -> None:
+    """OSError where nothing can be written in a folder."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _sync_folder(folder: Path) -> None:

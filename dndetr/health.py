@@ -100,10 +100,12 @@ def run(arguments: Arguments) -> None:
     from .detector import load
     from .pictures.denoising import write_denoising
     from .runs.folder import claim_output
+    from .runs.paths import demand_data_there
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
     detector = load(arguments.model, arguments.device)
     config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
+    demand_data_there(config)
     data = TrainingData(config)
     if data.classes != detector.classes:
         raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import _process, commandline, train  # noqa: F401
+from .files import demand_writable, making
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
 
@@ -43,6 +44,8 @@ def profile(arguments: Sequence[str]) -> str:
     from .training.distributed import Processes
     from .training.trainer import Trainer
 
+    with making(given.trace, "give another --trace"):
+        demand_writable(given.trace.parent)
     trainer = Trainer(config, TrainingData(config), Processes({}))
     trainer.prepare()
     trainer.model.train()
@@ -70,7 +73,8 @@ def profile(arguments: Sequence[str]) -> str:
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    profiler.export_chrome_trace(str(given.trace))
+    with making(given.trace, "give another --trace"):
+        profiler.export_chrome_trace(str(given.trace))
     head = (
         f"{given.steps} steps of {config.preset}, {seconds / given.steps * 1e3:.1f} ms each while traced, "
         f"{waited / seconds:.1%} waiting for data; trace: {given.trace}"

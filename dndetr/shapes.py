@@ -14,6 +14,7 @@ from PIL import Image
 from .commandline import program
 from .data.errors import DataError
 from .data.shapes import MIN_SIZE, ShapesDataset, render
+from .files import making
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class Arguments:
 
 def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MIN_SIZE, seed: int = 0) -> None:
     """Writes ``train/``, ``val/`` (PNG) and ``annotations/instances_<split>.json``, all at once or nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is already there and not empty; give a new folder")
+    with making(folder, "give another folder"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{folder} is already there and not empty; give a new folder")
     for flag, length in (("--train", train), ("--val", val)):
         if length < 1:
             raise DataError(f"{flag} {length}: at least one image is needed")
     datasets = [ShapesDataset("train", train, size, seed), ShapesDataset("val", val, size, seed)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with making(folder, "give another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (unfinished / "annotations").mkdir()
         for dataset in datasets:

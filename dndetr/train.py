@@ -54,7 +54,9 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
             "(to start from its weights with other settings use --init)"
         )
     changed = {name: getattr(config, name) for name, either in flags.items() if either & given}
-    return replace(from_dict(saved), resume=config.resume, **changed)
+    run = from_dict(saved)
+    given = {name: path for name, path in run.given.items() if name not in ("resume", *changed)}
+    return replace(run, resume=config.resume, given=given, **changed)
 
 
 def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
@@ -101,6 +103,7 @@ def _train(
     from .models.pretrained import initialise
     from .runs.console import Console
     from .runs.folder import claim_output, hold, new_run_folder
+    from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
     from .training.listeners import all_listeners
     from .training.signals import Stopped
@@ -108,6 +111,8 @@ def _train(
 
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
+    if checkpoint is not None:
+        demand_data_there(config)
     data = TrainingData(config, processes.rank, processes.world)
     trainer = Trainer(config, data, processes, checkpoint)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]

@@ -143,3 +143,11 @@ def test_resuming_changes_nothing_but_the_number_of_seeds(tmp_path, capsys):
     for flags, told in ((["--values", "1", "2"], "--values"), (["--lr", "1"], "--lr 1")):
         assert compare.main(["--resume", str(tmp_path), *flags]) == 1
         assert f"leave out {told}" in capsys.readouterr().err
+
+
+def test_a_run_without_evaluations_cannot_be_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "_finish", lambda run, arguments: run.mkdir(parents=True, exist_ok=True))
+    assert compare.main([*FEW, "--output", "both", "--quiet"]) == 1
+    run = Path("both/groups-3-seed-42")
+    told = f"error: {run}/metrics.jsonl has no evaluation to compare: remove {run} to train it anew\n"
+    assert capsys.readouterr().err == told

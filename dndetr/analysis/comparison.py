@@ -40,14 +40,14 @@ def read_track(folder: Path, value: str, seed: int) -> Track:
     columns: dict[str, list] = {name: [] for name in Track.__annotations__ if name not in _SINGLE}
     seconds, step, steps, sums = 0.0, 0, 0, dict.fromkeys(("loss", "matching", "denoising"), 0.0)
     for row in read_rows(folder / "metrics.jsonl"):
-        if row["event"] == "train":
+        if row["event"] == "train" and {"seconds", *sums} <= row.keys():
             new = row["step"] - step
             seconds, step, steps = seconds + row["seconds"], row["step"], steps + new
             sums = {name: total + row[name] * new for name, total in sums.items()}
-        elif row["event"] == "eval":
+        elif row["event"] == "eval" and "epoch" in row:
             columns["epochs"].append(row["epoch"])
             for name in ("AP", "AP50", "IS"):
-                columns[name].append(row[name])
+                columns[name].append(row.get(name))
             columns["seconds"].append(round(seconds, 3))
             for name, total in sums.items():
                 columns[name].append(total / max(steps, 1))

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,9 +33,10 @@ for _category in (Image.DecompressionBombWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
+def read_image(path: Path | BinaryIO, size: tuple[int, int] | None = None, shrink: float = 1.0) -> Image.Image:
     """An image file as an upright RGB picture; what is transparent becomes white, 16 bits become 8.
 
+    path: the file, or an open one, which messages call what ``str`` makes of it;
     size: the (height, width) that the annotations state. A file with an EXIF orientation is turned upright, unless the
     stated size is only that of the pixels as stored; any other size is an error. shrink: how many times larger than
     needed the picture is, per side; a JPEG may then be decoded at a half, a quarter or an eighth of its size.
@@ -77,7 +78,7 @@ class _Frame(NamedTuple):
 
 
 @contextmanager
-def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, _Frame]]:
+def _opened(path: Path | BinaryIO, size: tuple[int, int] | None) -> Iterator[tuple[Image.Image, _Frame]]:
     """The open file, and how it lies; what goes wrong until it is closed is a DataError."""
     try:
         with Image.open(path) as image:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..data.classes import Classes, distinct_names, listed, match_classes
+from .backbone_match import demand_whole_backbone, shape_text
 from .official import from_official
+from .unwrap import unwrap
 
 _CLASS_HEAD = re.compile(r"decoder\.class_embed\.(\d+\.)?(weight|bias)")
 _LABEL_TABLE = "queries.label_enc.weight"
@@ -18,11 +20,13 @@ class Source(NamedTuple):
     """What a file holds: tensors under our names, and whose rows those of its class heads are.
 
     classes: (category id, name) of every row; for official files, whose rows are category ids without names, only
-    their number; None where the file does not say.
+    their number; None where the file does not say. removed, aside: as ``unwrap`` has them.
     """
 
     weights: dict[str, Tensor]
     classes: Classes | int | None
+    removed: list[str]
+    aside: list[str]
 
 
 class Initialised(NamedTuple):
@@ -30,7 +34,8 @@ class Initialised(NamedTuple):
 
     kept: names of tensors taken from it; remade: names of those that it does not have, or in another shape, and which
     therefore start as in a new model; ignored: names in the file that the model does not have; found, absent: classes
-    whose rows were taken, and those that start anew (both empty where the rows were not looked up).
+    whose rows were taken, and those that start anew (both empty where the rows were not looked up); removed: keys and
+    prefixes under which the file had its weights.
     """
 
     kept: list[str]
@@ -38,9 +43,11 @@ class Initialised(NamedTuple):
     ignored: list[str]
     found: list[str]
     absent: list[str]
+    removed: list[str]
 
     def __str__(self) -> str:
-        text = f"kept {len(self.kept)} tensors"
+        text = f"found under {', '.join(self.removed)}; " if self.removed else ""
+        text += f"kept {len(self.kept)} tensors"
         if self.found or self.absent:
             text += f" and the classes {listed(self.found)}" if self.found else " and no class"
         if self.absent:
@@ -53,18 +60,17 @@ class Initialised(NamedTuple):
 
 def weights_of(content: dict, path: str | Path) -> Source:
     """The weights in a file's content; the moving average where a checkpoint has one."""
-    state = content.get("ema") or content.get("model") or content
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} has a {type(state).__name__} where its weights should be, not a dict of tensors")
-    weights = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    weights, *others = unwrap(content, path)
     if any(name.startswith("transformer.") for name in weights):
         weights = from_official(weights)
         rows = {len(value) for name, value in weights.items() if _CLASS_HEAD.fullmatch(name)}
-        return Source(weights, rows.pop() if len(rows) == 1 else None)
+        return Source(weights, rows.pop() if len(rows) == 1 else None, *others)
     if "conv1.weight" in weights:
-        return Source({f"backbone.{n}": value for n, value in weights.items() if not n.startswith("fc.")}, None)
+        return Source(
+            {f"backbone.{n}": value for n, value in weights.items() if not n.startswith("fc.")}, None, *others
+        )
     classes = content.get("classes") if "model" in content else None
-    return Source(weights, None if classes is None else [(number, name) for number, name in classes])
+    return Source(weights, None if classes is None else [(number, name) for number, name in classes], *others)
 
 
 def initialise(model: nn.Module, content: dict, path: str | Path, classes: Classes) -> Initialised:
@@ -77,7 +83,7 @@ def initialise(model: nn.Module, content: dict, path: str | Path, classes: Class
     """
     source = weights_of(content, path)
     own = model.state_dict()
-    _check_backbone(path, own, source.weights)
+    demand_whole_backbone(own, source.weights, path)
     places = _places(classes, source.classes)
     taken, remade = {}, []
     for name, value in own.items():
@@ -88,18 +94,18 @@ def initialise(model: nn.Module, content: dict, path: str | Path, classes: Class
         elif there is not None and there.shape == value.shape:
             taken[name] = there
         elif there is not None:
-            remade.append(f"{name} ({_shape(there)} there, {_shape(value)} here)")
+            remade.append(f"{name} ({shape_text(there.shape)} there, {shape_text(value.shape)} here)")
         elif not _is_counter(name):
             remade.append(name)
     if not taken:
         found = listed(list(source.weights), 3) or "no tensors"
         raise ValueError(f"{path}: nothing in this file fits the model (it has {found})")
     model.load_state_dict(taken, strict=False)
-    ignored = [name for name in source.weights if name not in own and not _is_counter(name)]
+    ignored = [name for name in (*source.weights, *source.aside) if name not in own and not _is_counter(name)]
     found, absent = [], []
     for (number, _), name, place in zip(classes, distinct_names(classes), places or (), strict=False):
         (absent if place is None else found).append(f"{name} ({number})" if isinstance(source.classes, int) else name)
-    return Initialised(list(taken), remade, ignored, found, absent)
+    return Initialised(list(taken), remade, ignored, found, absent, source.removed)
 
 
 def _places(classes: Classes, there: Classes | int | None) -> list[int | None] | None:
@@ -122,16 +128,6 @@ def _rows_by_class(own: Tensor, there: Tensor, places: list[int | None], table: 
     return rows
 
 
-def _check_backbone(path: str | Path, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Half a backbone is worse than none: norms would be taken for convolutions that are not."""
-    for name, value in weights.items():
-        if name.startswith("backbone.") and name in own and own[name].shape != value.shape:
-            raise ValueError(
-                f"{path}: its backbone does not fit: {name} is {_shape(value)} there and {_shape(own[name])} "
-                "here; choose the file's with --model.backbone.depth (or .stem, .blocks, .planes)"
-            )
-
-
 def _is_counter(name: str) -> bool:
     """Batch norm's step counter, which no layer here reads."""
     return name.endswith("num_batches_tracked")
@@ -144,7 +140,3 @@ def _grouped(names: list[str]) -> str:
     depths = [2 if name.startswith("backbone.") else 1 for name in names]
     parts = Counter(".".join(name.split(".")[:depth]) for name, depth in zip(names, depths, strict=True))
     return ", ".join(f"{part} ({count})" for part, count in parts.items())
-
-
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "one number"

@@ -72,7 +72,7 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
 
 def _draw_instability(axes, evaluations: list[dict]) -> None:
     """Queries that changed their object since the evaluation before: the last layer, over the others."""
-    counted = [row for row in evaluations if row.get("IS_layers")]
+    counted = [row for row in evaluations if row.get("IS_layers") and "epoch" in row]
     layers = list(zip(*(row["IS_layers"] for row in counted), strict=True))
     epochs = [row["epoch"] for row in counted]
     for index, values in enumerate(layers):

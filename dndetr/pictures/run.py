@@ -35,7 +35,7 @@ class Pictures(Listener):
         run, folder = self._run, self._run.folder
         draw_validation(folder / "predictions.png", run.infer, run.validation(), run.names, row)
         write_denoising(folder, run.infer, run.validation(), run.names, run.config, run.device)
-        draw_curves(folder / "metrics.jsonl", folder / "curves.png", f"{run.config.preset} on {run.config.data}")
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png", f"{run.config.preset} on {run.config.data_name}")
 
 
 def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:

@@ -1,8 +1,6 @@
 """Checkpoints: weights with the state of their training, or weights of others."""
 
-import argparse
 import copy
-import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -10,6 +8,7 @@ import torch
 
 from ..files import write_atomic
 from .listener import Listener, Run
+from .weight_files import read_weights
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -66,20 +65,12 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
         beside = sorted(file.name for file in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         hint = f"that folder has {', '.join(beside)}" if beside else "check the path"
         raise FileNotFoundError(f"no checkpoint at {path}: {hint}")
-    with open(path, "rb") as file:
-        try:
-            # Official files keep their command line in one; as a plain bag of values it is harmless.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged files raise anything: zip, pickle, end-of-file and even OS errors
-            reason = re.split(r"\. |\n", str(error).strip())[0][:120]
-            size = path.stat().st_size
-            raise ValueError(
-                f"{path} cannot be read as a checkpoint ({size} bytes; {type(error).__name__}: {reason}): it "
-                "is cut short or holds more than tensors and plain values: copy it again or use another file"
-            ) from error
+    checkpoint = read_weights(path)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint dict")
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not a dict of tensors by name: save the weights alone, "
+            "torch.save(model.state_dict(), FILE)"
+        )
     missing = [key for key in needs if key not in checkpoint]
     if missing:
         found = ", ".join(str(key) for key in list(checkpoint)[:6]) or "nothing"

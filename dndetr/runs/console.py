@@ -49,7 +49,7 @@ class Console(Listener):
     def run_started(self, run: Run) -> None:
         self._epochs, self._steps_per_epoch, self._step = run.config.epochs, run.steps_per_epoch, run.step
         self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
-        known = [row["AP"] for row in run.rows if row["event"] == "eval" and row["AP"] is not None]
+        known = [row["AP"] for row in run.rows if row["event"] == "eval" and row.get("AP") is not None]
         self._best = max(known, default=None)
         self._restart_clock()
 

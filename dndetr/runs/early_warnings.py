@@ -44,9 +44,9 @@ class Standstill:
 
     def see(self, row: dict[str, Any]) -> str | None:
         """A new row -> a warning, if it gives reason for one that was not given yet."""
-        if row["event"] == "train" and row["loss"] is not None:
+        if row["event"] == "train" and row.get("loss") is not None:
             return self._train(row)
-        if row["event"] == "eval" and row["AP"] is not None:
+        if row["event"] == "eval" and row.get("AP") is not None:
             return self._evaluation(row)
         return None
 

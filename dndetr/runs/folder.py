@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..files import demand_writable, making
+
 
 def new_run_folder(name: str, root: str | Path = "runs") -> Path:
     """Make ``root/name-1``, ``root/name-2``, ...: the number above all in use, whoever else is starting."""
     root = Path(root)
+    with making(root / name, "name another place with --output"):
+        return _next_folder(name, root)
+
+
+def _next_folder(name: str, root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     taken = [entry.name.removeprefix(f"{name}-") for entry in root.glob(f"{name}-*")]
     number = max((int(tail) for tail in taken if tail.isascii() and tail.isdigit()), default=0)
@@ -30,6 +37,12 @@ def claim_output(path: str | Path) -> Path:
     What a run that was killed in its first moments leaves, half a checkpoint, is nothing.
     """
     path = Path(path)
+    with making(path, "give another --output"):
+        _claim(path)
+    return path
+
+
+def _claim(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"--output {path} is a file: give a new folder")
     if path.is_dir() and any(not fnmatch(entry.name, ".*.tmp") for entry in path.iterdir()):
@@ -38,7 +51,7 @@ def claim_output(path: str | Path) -> Path:
             advice += f", or continue that run with --resume {path}"
         raise FileExistsError(f"--output {path} exists and is not empty, and runs are never overwritten: {advice}")
     path.mkdir(parents=True, exist_ok=True)
-    return path
+    demand_writable(path)
 
 
 _held: set[int] = set()

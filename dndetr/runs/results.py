@@ -1,6 +1,7 @@
 """Results on the disk: the folder of a command's, with all of them in it or as it was before; a run's detections."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def results_folder(output: Path | None, name: str, root: str | Path = "runs") ->
         folder = new_run_folder(name, root)
         made = [folder]  # not the root: somebody else may be about to use it
     else:
-        made = [path for path in (output, *output.parents) if not path.exists()]
+        made = [path for path in (output, *output.parents) if not os.path.exists(path)]  # which does not raise
         folder = claim_output(output)
     results = ResultsFolder(folder)
     try:

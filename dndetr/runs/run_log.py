@@ -44,29 +44,42 @@ def plain(value):
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a ``metrics.jsonl``; a half-written last line, as a killed run leaves it, is passed over."""
-    path = Path(path)
+    """Rows of a ``metrics.jsonl``, each with ``event`` and ``step``; whatever else is in there is passed over."""
+    return [entry for entry in _entries(Path(path)) if _is_row(entry)]
+
+
+def _entries(path: Path) -> list:
+    """What its lines hold; a half-written last line, as a killed run leaves it, is passed over."""
     if not path.exists():
         return []
-    rows = []
+    entries = []
     *lines, _half_written = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is not JSON ({error}): remove that line") from None
-    return rows
+    return entries
+
+
+def _is_row(entry) -> bool:
+    """Whether a log wrote this, and not somebody who added lines of his own."""
+    if not isinstance(entry, dict):
+        return False
+    step = entry.get("step")
+    return isinstance(entry.get("event"), str) and isinstance(step, int | float) and not isinstance(step, bool)
 
 
 def cut_back(folder: Path, step: int) -> list[dict]:
     """Make the log end at ``step``, from where the run is about to be continued -> the rows that are left.
 
-    Forgotten is what came after, that the run ended, and half a line at the end.
+    Forgotten is what came after, that the run ended, and half a line at the end. What is no row stays.
     """
-    kept = [plain(row) for row in read_rows(folder / NAME) if row["step"] <= step and row["event"] != "end"]
+    entries = [plain(entry) for entry in _entries(folder / NAME)]
+    kept = [entry for entry in entries if not _is_row(entry) or (entry["step"] <= step and entry["event"] != "end")]
     write_atomic(folder / NAME, "".join(map(_line, kept)).encode(errors="backslashreplace"))
-    return kept
+    return [entry for entry in kept if _is_row(entry)]
 
 
-def _line(row: dict) -> str:
+def _line(row) -> str:
     return json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"

@@ -96,15 +96,20 @@ def coco_evaluate(
 def coco_referee(
     ground_truth: dict, results: list[dict], image_ids: Iterable[int] | None = None, fast: bool = False
 ) -> COCOeval:
-    """pycocotools' evaluation (or its faster twin), done, for what ``coco_evaluate`` lacks; arguments as there."""
-    truth = _index(ground_truth["images"], ground_truth["categories"], map(_completed, ground_truth["annotations"]))
-    unknown = {result["image_id"] for result in results} - truth.imgs.keys()
+    """pycocotools' evaluation (or its faster twin), done, for what ``coco_evaluate`` lacks; arguments as there.
+
+    Images, categories and annotations have numbers of its own in there; a category keeps the data's id as ``data_id``.
+    """
+    images = _numbered(image["id"] for image in ground_truth["images"])
+    categories = _numbered(category["id"] for category in ground_truth["categories"])
+    unknown = {result["image_id"] for result in results} - images.keys()
     if unknown:
         raise ValueError(f"results for images that the annotations do not have: ids {sorted(unknown)[:5]}")
-    detected = _index(ground_truth["images"], ground_truth["categories"], map(_completed, results))
+    truth = _index(ground_truth, images, categories, ground_truth["annotations"])
+    detected = _index(ground_truth, images, categories, results)
     referee = (_fast_evaluation() if fast else COCOeval)(truth, detected, "bbox")
     if image_ids is not None:
-        referee.params.imgIds = sorted(image_ids)
+        referee.params.imgIds = sorted(images[image_id] for image_id in image_ids if image_id in images)
     with contextlib.redirect_stdout(io.StringIO()):
         referee.evaluate()
         referee.accumulate()
@@ -130,7 +135,8 @@ def precision_by_class(referee: COCOeval) -> dict[str, np.ndarray]:
 
     Names are those of ``distinct_names`` -> [10, 101] each, -1 throughout for classes without objects.
     """
-    names = distinct_names([(number, referee.cocoGt.cats[number]["name"]) for number in referee.params.catIds])
+    categories = [referee.cocoGt.cats[number] for number in referee.params.catIds]
+    names = distinct_names([(category["data_id"], category["name"]) for category in categories])
     return {name: referee.eval["precision"][:, :, column, 0, -1] for column, name in enumerate(names)}
 
 
@@ -170,28 +176,46 @@ def detect(
     return results, sorted(seen)
 
 
+def _numbered(ids: Iterable) -> dict:
+    """A number of their own for the data's ids, in the same order: referees keep ids as they like, some as doubles."""
+    return {one: number for number, one in enumerate(sorted(ids), start=1)}
+
+
+def _index(ground_truth: dict, images: dict, categories: dict, annotations: Iterable[dict]) -> COCO:
+    """A pycocotools data set of objects or detections, all with the fields that it reads and the numbers given.
+
+    Annotations are numbered anew: 0, an id that real files have, means "unmatched" in there.
+    """
+    coco = COCO()
+    known = [entry for entry in annotations if entry["image_id"] in images and entry["category_id"] in categories]
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": number} for number in images.values()],
+        "categories": [
+            {"id": categories[category["id"]], "name": category["name"], "data_id": category["id"]}
+            for category in ground_truth["categories"]
+        ],
+        "annotations": [
+            _completed(entry)
+            | {"id": number, "image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+            for number, entry in enumerate(known, start=1)
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
 def _completed(annotation: dict) -> dict:
-    """A copy with every field that pycocotools reads."""
+    """The fields that pycocotools reads, ids apart."""
     x, y, width, height = annotation["bbox"]
     area = annotation.get("area")
     return {
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
         "bbox": [x, y, width, height],
         "area": width * height if area is None else area,
         "iscrowd": int(annotation.get("iscrowd") or 0),
         "score": annotation.get("score"),
     }
-
-
-def _index(images: list[dict], categories: list[dict], annotations: Iterable[dict]) -> COCO:
-    """A pycocotools data set, annotations numbered anew: 0, an id that real files have, means "unmatched" in there."""
-    coco = COCO()
-    annotations = [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)]
-    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def _measured(value: float) -> float | None:

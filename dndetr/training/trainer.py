@@ -17,6 +17,7 @@ from ..models.build import build_model
 from ..ops import _backend
 from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
+from ..runs.paths import remembered
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
 from .build import build_step
@@ -36,6 +37,7 @@ class Trainer:
 
     def __init__(self, config: Config, data: TrainingData, processes: Processes, checkpoint: dict | None = None):
         self.config, self.data, self.processes = config, data, processes
+        self._remembered = to_dict(remembered(config))
         _backend.check_environment()
         if config.fast_eval:
             demand_fast_eval()
@@ -111,7 +113,7 @@ class Trainer:
             # Killed after the last step, a run has only its last pictures left to draw.
             self._last_evaluation = next((row for row in reversed(rows) if row["event"] == "eval"), {})
         if self.processes.first and not (folder / "config.json").exists():
-            write_json_atomic(folder / "config.json", to_dict(self.config), indent=2)
+            write_json_atomic(folder / "config.json", self._remembered, indent=2)
         run = Run(
             folder=folder,
             config=self.config,
@@ -213,7 +215,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.model.state_dict(),
-            "config": to_dict(self.config),
+            "config": self._remembered,
             "classes": [list(entry) for entry in self.data.classes],
             "step": self.done,
             "epoch": self.done // self.steps_per_epoch,  # whole ones

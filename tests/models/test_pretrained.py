@@ -150,6 +150,101 @@ def test_another_backbone_is_refused(change, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+RESNET_18 = replace(detectors.CONFIGS["dn-detr"].backbone, blocks=(), planes=(64, 128, 256, 512), depth=18)
+
+
+def with_backbone(**change):
+    return build_model(replace(detectors.CONFIGS["dn-detr"], backbone=replace(RESNET_18, **change)), 2)
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "what"),
+    [
+        ({}, {"depth": 34}, r"a ResNet-18: choose the file's with --model\.backbone\.depth 18,"),
+        ({"depth": 34}, {}, r"the model has no .* a ResNet-34: choose the file's with --model\.backbone\.depth 34,"),
+        ({"depth": 50, "bottleneck": True}, {}, r"ResNet-50: choose the file's with --model\.backbone\.depth 50,"),
+        ({"blocks": (1, 2, 1, 1)}, {}, r"here --model\.backbone\.blocks 1 2 1 1 --model\.backbone\.bottleneck False,"),
+        ({"norm": "group"}, {}, r"has no backbone\.bn1\.running_mean; .* here --model\.backbone\.norm group,"),
+    ],
+)
+def test_a_backbone_of_another_depth_is_refused_with_what_to_type(file, model, what, tmp_path):
+    torch.save(with_backbone(**file).backbone.state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=rf"resnet\.pth: its backbone does not fit: .*{what}"):
+        initialise(with_backbone(**model), tmp_path / "resnet.pth", [(1, "a"), (2, "b")])
+
+
+def test_a_part_of_a_backbone_is_refused(tmp_path):
+    whole = with_backbone().backbone.state_dict()
+    for gone, what in ((("layer2", "layer3", "layer4"), "cut off before layer2"), (("layer4.1.bn2",), "not whole")):
+        part = {name: value for name, value in whole.items() if not name.startswith(gone)}
+        torch.save(part, tmp_path / "cut.pth")
+        with pytest.raises(ValueError, match=rf"cut\.pth: .* a ResNet-18, {what}.*give a"):
+            initialise(with_backbone(), tmp_path / "cut.pth", [(1, "a"), (2, "b")])
+    torch.save({name: value for name, value in whole.items() if not name.startswith("layer4")}, tmp_path / "cut.pth")
+    assert initialise(with_backbone(outputs=(3,)), tmp_path / "cut.pth", [(1, "a"), (2, "b")]).kept
+
+
+def test_a_backbone_of_another_kind_is_refused(tmp_path):
+    torch.save({"backbone.patch_embed.weight": torch.zeros(1), "encoder.x": torch.zeros(1)}, tmp_path / "swin.pth")
+    with pytest.raises(ValueError, match=r"swin\.pth: its backbone does not fit: .* it is no ResNet"):
+        initialise(with_backbone(), tmp_path / "swin.pth", [(1, "a"), (2, "b")])
+
+
+WRAPPED = {
+    "state_dict": lambda plain: {"state_dict": plain, "best_acc1": torch.tensor(70.0), "optimizer": {"state": plain}},
+    "model_state_dict, module": lambda plain: {"model_state_dict": prefixed("module.", plain)},
+    "_orig_mod": lambda plain: prefixed("_orig_mod.", plain),
+    "module, _orig_mod": lambda plain: prefixed("module._orig_mod.", plain),
+    "state_dict, _orig_mod, model": lambda plain: {"state_dict": prefixed("model._orig_mod.", plain) | head("head.")},
+    "ema, module": lambda plain: {"ema": {"module": plain, "updates": 5}, "model": prefixed("x.", plain)},
+    "teacher, module": lambda plain: {"student": {}, "teacher": prefixed("module.backbone.", plain)},
+    "net": lambda plain: {"net": plain, "acc": 90.0},
+    "state_dict, module, encoder_q": lambda plain: {
+        "state_dict": prefixed("module.encoder_q.", plain) | prefixed("module.encoder_k.", plain)
+    },
+}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def head(name):
+    return {f"{name}weight": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_weights_are_found_where_others_put_them(kind, tmp_path):
+    plain = with_backbone().backbone.state_dict()
+    torch.save(WRAPPED[kind](plain), tmp_path / "w.pth")
+    model = with_backbone()
+    report = initialise(model, tmp_path / "w.pth", [(1, "a"), (2, "b")])
+    assert str(report).startswith(f"found under {kind}; kept {len(plain)} tensors")
+    assert all(torch.equal(value, plain[name]) for name, value in model.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_a_whole_detector_is_found_inside_of_another_module(name, tmp_path):
+    theirs = randomised(name, 91)
+    torch.save({"state_dict": prefixed("model.", official(theirs, name))}, tmp_path / "lightning.ckpt")
+    model = randomised(name, len(COCO_CLASSES), seed=1)
+    report = initialise(model, tmp_path / "lightning.ckpt", list(COCO_CLASSES))
+    assert not report.remade and not report.ignored and report.removed == ["state_dict", "model"]
+    for expected, got in zip(predictions(theirs), predictions(model), strict=True):
+        columns = [number for number, _ in COCO_CLASSES] if expected.shape[-1] == 91 else slice(None)
+        torch.testing.assert_close(got, expected[..., columns])
+
+
+def test_weights_of_several_models_are_refused(tmp_path):
+    plain = with_backbone().backbone.state_dict()
+    torch.save(prefixed("first.", plain) | prefixed("second.", plain), tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"two\.pth has the weights of several models, first\., second\.: save"):
+        initialise(with_backbone(), tmp_path / "two.pth", [(1, "a"), (2, "b")])
+    torch.save(plain | prefixed("module.", plain), tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"two\.pth has conv1\.weight twice"):
+        initialise(with_backbone(), tmp_path / "two.pth", [(1, "a"), (2, "b")])
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     model = build_model(detectors.CONFIGS["dn-detr"], 2)

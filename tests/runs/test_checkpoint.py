@@ -1,12 +1,16 @@
 """Atomic files and checkpoints: the last good file survives whatever happens to the next one."""
 
+import argparse
 import json
 import os
+import pickle
 import resource
 import signal
+import sys
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +130,74 @@ def test_dicts_without_the_needed_keys_are_refused(tmp_path: Path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "beside",
+    [np.float64(0.7), np.arange(3), Path("a/b"), PureWindowsPath("c:/b"), argparse.Namespace(at=Path("a"))],
+    ids=["number", "array", "path", "windows path", "namespace"],
+)
+def test_harmless_values_beside_the_weights_are_read(tmp_path: Path, beside, zipped: bool):
+    torch.save({"model": {"w": torch.ones(2)}, "x": beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    read = load_checkpoint(tmp_path / "w.pth")
+    assert str(read["x"]) == str(beside).replace("PosixPath", "PurePosixPath") and read["model"]["w"].sum() == 2
+
+
+class Foreign:
+    pass
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("content", [torch.nn.Linear(2, 2), {"model": {}, "x": [Foreign()]}], ids=["module", "value"])
+def test_values_that_would_run_code_are_named(tmp_path: Path, content, zipped: bool):
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    kind = type(content["x"][0] if isinstance(content, dict) else content)
+    name = f"{kind.__module__}.{kind.__name__}"
+    with pytest.raises(
+        ValueError, match=r"w\.pth .*holds more than .*torch\.save\(model\.state_dict\(\), FILE\)"
+    ) as told:
+        load_checkpoint(tmp_path / "w.pth")
+    assert f"plain values, {name};" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_plain_pickles_and_programs_are_called_what_they_are(tmp_path: Path, protocol: int):
+    path = tmp_path / "w.pkl"
+    for content, made in (({"a": 1}, "plain values"), (Foreign(), f"{Foreign.__module__}.Foreign")):
+        path.write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(ValueError, match="save the weights alone") as told:
+            load_checkpoint(path)
+        refused = protocol == 2 and made != "plain values"  # by torch, which reads this protocol
+        what = (
+            "it holds more than tensors and plain values,"
+            if refused
+            else "it is a pickle that torch.save did not write, of"
+        )
+        assert f"{what} {made};" in str(told.value)
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)), path)
+    with pytest.raises(ValueError, match="it is a TorchScript program; save the weights alone"):
+        load_checkpoint(path)
+
+
+def test_half_a_file_of_the_older_format_is_cut_short(tmp_path: Path):
+    torch.save(checkpoint(1.0, numbers=10_000), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:20_000])
+    with pytest.raises(ValueError, match="it is cut short"):
+        load_checkpoint(tmp_path / "w.pth")
+
+
+def test_safetensors(tmp_path: Path, monkeypatch):
+    torch_files = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    torch_files.save_file({"conv1.weight": torch.ones(3)}, path)
+    assert torch.equal(load_checkpoint(path, needs=())["conv1.weight"], torch.ones(3))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"model\.safetensors is a damaged safetensors file"):
+        load_checkpoint(path, needs=())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"model\.safetensors is a safetensors file: pip install safetensors"):
+        load_checkpoint(path, needs=())
 
 
 def test_json_stays_valid(tmp_path: Path):

@@ -1,11 +1,16 @@
 """The run folder: a new one for every run, held by one process."""
 
+import errno
 import multiprocessing
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from dndetr import check_data, export, profile, shapes
 from dndetr.runs.folder import claim_output, hold, new_run_folder
+from dndetr.runs.results import results_folder
 
 
 def test_run_folders_count_up_and_are_never_reused(tmp_path: Path):
@@ -34,6 +39,71 @@ def test_claimed_output_is_new_or_empty(tmp_path: Path):
         claim_output(tmp_path / "a")
     with pytest.raises(FileExistsError, match="is a file"):
         claim_output(tmp_path / "a" / "checkpoint.pt")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("file/run", r"file is a file"),
+        ("file/some/more/run", r"file is a file"),
+        (LONG, r"File name too long, in "),
+        (f"{LONG}/run", r"File name too long, in "),
+    ],
+    ids=["in a file", "far in a file", "long", "in a long one"],
+)
+def test_folders_that_cannot_be_made_say_where_and_why(path: str, why: str, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=rf"cannot be made: .*{why}.*: give another --output$") as told:
+        claim_output(tmp_path / path)
+    assert str(told.value).startswith(str(tmp_path / path)) and "Errno" not in str(told.value)
+    with (
+        pytest.raises(OSError, match=rf"cannot be made: .*{why}.*: give another --output$"),
+        results_folder(tmp_path / path, "predictions"),
+    ):
+        raise AssertionError("made")
+    with pytest.raises(OSError, match=rf"cannot be made: .*{why}.*: name another place with --output$"):
+        new_run_folder("tiny", tmp_path / path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_folders_that_cannot_be_written_say_so_before_the_work(number: int, tmp_path: Path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        OSError, match=f"{tmp_path.name} cannot be made: {os.strerror(number)}, in .*: give another --output"
+    ):
+        claim_output(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        OSError, match=f"tiny cannot be made: {os.strerror(number)}, in .*: name another place with --output"
+    ):
+        new_run_folder("tiny", tmp_path)
+
+
+def test_commands_say_what_is_wrong_with_their_output(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    commands = {
+        "--trace": (profile.main, ["--trace", "file/trace.json.gz"]),
+        "--output": (check_data.main, [".", "--output", "file/sheet.png"]),
+        "folder": (shapes.main, ["file/data"]),
+    }
+    for what, (main, arguments) in commands.items():
+        assert main(arguments) == 1
+        assert (
+            capsys.readouterr().err
+            == f"error: {arguments[-1]} cannot be made: {tmp_path / 'file'} is a file: give another {what}\n"
+        )
+    for path, told in (("file/m.pt2", "there is no folder file"), (f"{LONG}.pt2", "File name too long")):
+        assert export.main(["run", "--output", path]) == 1
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1 and "Errno" not in error
 
 
 def test_half_a_first_checkpoint_does_not_keep_a_folder_from_being_used(tmp_path):

@@ -8,6 +8,11 @@ import pytest
 import torch
 from watched_runs import a_run
 
+from dndetr.analysis.comparison import read_track
+from dndetr.config import Config
+from dndetr.pictures.curves import draw_curves
+from dndetr.runs.console import Console
+from dndetr.runs.early_warnings import Standstill
 from dndetr.runs.run_log import RunLog, cut_back, plain, read_rows
 
 
@@ -68,6 +73,38 @@ def test_cutting_back_forgets_what_comes_after_and_the_end(tmp_path: Path):
         ("train", 1), ("train", 2), ("train", 3), ("train", 4), ("eval", 4), ("train", 5),
     ]  # fmt: skip
     assert kept == read_rows(log.path)[:-1]
+
+
+STRANGE = [
+    '{"note": "lowered the lights"}',
+    '{"event": "train"}',
+    '{"event": ["end"], "step": 1}',
+    "[1, 2]",
+    "3",
+    "null",
+    '"x"',
+]
+
+
+def test_lines_that_are_no_rows_are_passed_over_and_kept(tmp_path: Path):
+    log = begun(tmp_path)
+    rows = [{"event": "train", "step": 1}, {"event": "train", "step": 2}, {"event": "eval", "step": 2}]
+    lines = [*map(json.dumps, rows[:1]), *STRANGE, *map(json.dumps, rows[1:])]
+    log.path.write_text("".join(f"{line}\n" for line in lines))
+    assert read_rows(log.path) == rows
+    assert cut_back(tmp_path, 1) == rows[:1]
+    assert log.path.read_text().splitlines() == lines[: 1 + len(STRANGE)]
+
+
+def test_every_reader_can_do_with_strange_lines_and_poor_rows(tmp_path: Path):
+    poor = ['{"event": "train", "step": 1}', '{"event": "eval", "step": 2}', '{"event": "of a listener", "step": 2}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in (*STRANGE, *poor)))
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert read_track(tmp_path, "5", 0).epochs == []
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    Console(quiet=True).run_started(a_run(tmp_path, rows=rows))
+    watching = Standstill(Config(), 1000)
+    assert [watching.see(row) for row in rows] == [None] * len(rows)
 
 
 def test_only_what_finished_has_an_end(tmp_path: Path):

@@ -284,3 +284,53 @@ def test_fast_evaluation_agrees_with_the_referee_on_real_data(name):
             {key: fast[key] for key in STATISTICS}, abs=1e-12
         )
         assert slow["classes"] == pytest.approx(fast["classes"], abs=1e-12)
+
+
+# ---- ids
+
+
+def renamed(truth: dict, results: list[dict], image_id, category_id, annotation_id) -> tuple[dict, list[dict]]:
+    """The same data under other ids, each made from the old one."""
+    truth = {
+        "images": [image | {"id": image_id(image["id"])} for image in truth["images"]],
+        "categories": [category | {"id": category_id(category["id"])} for category in truth["categories"]],
+        "annotations": [entry | {"id": annotation_id(entry["id"])} for entry in truth["annotations"]],
+    }
+    for entries in (truth["annotations"], results := [dict(result) for result in results]):
+        for entry in entries:
+            entry["image_id"], entry["category_id"] = image_id(entry["image_id"]), category_id(entry["category_id"])
+    return truth, results
+
+
+OTHER_IDS = {
+    "beyond doubles": lambda number: 2**53 + number,
+    "the largest": lambda number: 2**63 - 100 + number,
+    "negative": lambda number: number - 1000,
+    "the smallest": lambda number: 1 - 2**63 + number,
+    "texts": lambda number: f"{number:03}",
+}
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["pycocotools", "faster-coco-eval"])
+@pytest.mark.parametrize("of", ["image", "category", "annotation"])
+@pytest.mark.parametrize("kind", OTHER_IDS)
+def test_ids_of_any_size_are_scored_alike(kind: str, of: str, fast: bool):
+    if fast:
+        pytest.importorskip("faster_coco_eval")
+    results = noisy(TRUTH)
+    expected = coco_evaluate(TRUTH, results, [5, 6])
+    assert 0 < expected["AP"] < 1
+    change = {f"{name}_id": OTHER_IDS[kind] if name == of else int for name in ("image", "category", "annotation")}
+    truth, changed = renamed(TRUTH, results, **change)
+    before = copy.deepcopy((truth, changed))
+    found = coco_evaluate(truth, changed, map(change["image_id"], [5, 6]), fast)
+    assert found.pop("classes") == pytest.approx(expected.pop("classes"), abs=1e-12)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert (truth, changed) == before, "outputs keep the data's ids"
+
+
+def test_classes_of_one_name_are_told_apart_by_the_data_s_ids():
+    categories = [{"id": 2**60 + number, "name": "cell"} for number in range(2)]
+    boxes = [(2**60 + number, 10, 10, 30, 30) for number in range(2)]
+    truth = coco({1: boxes}) | {"categories": categories}
+    assert [*coco_evaluate(truth, perfect(truth))["classes"]] == [f"cell (id {2**60 + number})" for number in range(2)]

@@ -1,0 +1,138 @@
+"""Whether a file's ResNet is the model's, all of it; half of one would put norms where their convolutions are not."""
+
+import re
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import BackboneConfig
+from .backbone import BLOCKS
+from .build import build_backbone
+
+_PREFIX = "backbone."
+_PART = re.compile(r"(?:layer(\d)\.\d+|conv\d|bn\d)\..*")
+Shapes = dict[str, torch.Size]
+
+
+def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
+    """ValueError, with the flags that would fit, unless a file has all of the model's backbone, or nothing of one.
+
+    own: the model's tensors; weights: the file's, under our names; path: its name in messages. Stages after the model's
+    last one, and step counters of batch norms, may be there or not.
+    """
+    here, there = _shapes(own), _shapes(weights)
+    difference = _difference(here, there) if there else None
+    if difference is None:
+        return
+    kind, own_kind = _kind(there), _kind(here)
+    stages, needed = len(kind.blocks), len(own_kind.blocks)
+    what = f"it seems to be a {kind}"
+    if not stages:
+        what = "it is no ResNet, or hardly the beginning of one: give another file"
+    elif stages < needed:
+        what += f", cut off before layer{stages + 1}, but the model has layer{needed}: give a whole file"
+    elif not _can_be_built(kind, there, needed):
+        what += ", not whole, or of a kind that --model.backbone does not make: give another file"
+    else:
+        flags = _flags(kind, own_kind)
+        hint = "" if "depth" in flags else "--model.backbone.depth (or .stem, .blocks, .planes, .norm), here "
+        what += f": choose the file's with {hint}{flags}, or name a preset that has it"
+    raise ValueError(f"{path}: its backbone does not fit: {difference}; {what}")
+
+
+def _shapes(weights: dict[str, Tensor]) -> Shapes:
+    return {
+        name.removeprefix(_PREFIX): value.shape
+        for name, value in weights.items()
+        if name.startswith(_PREFIX) and not name.endswith("num_batches_tracked")
+    }
+
+
+def _difference(here: Shapes, there: Shapes) -> str | None:
+    """The first that keeps the file's backbone from being the model's, in words."""
+    for name, shape in here.items():
+        if name not in there:
+            return f"it has no {_PREFIX}{name}"
+        if there[name] != shape:
+            return f"{_PREFIX}{name} is {shape_text(there[name])} there and {shape_text(shape)} here"
+    last = max(int(match[1] or 0) for match in map(_PART.fullmatch, here) if match)
+    for name in there.keys() - here.keys():
+        match = _PART.fullmatch(name)
+        if match and int(match[1] or 0) <= last:
+            return f"the model has no {_PREFIX}{name}"
+    return None
+
+
+class _Kind(NamedTuple):
+    """Which ResNet some tensors are of, as far as its whole stages go."""
+
+    blocks: tuple[int, ...]
+    planes: tuple[int, ...]
+    bottleneck: bool
+    stem: str
+    norm: str
+
+    @property
+    def depth(self) -> int | None:
+        """The published depth that begins like this, if any does."""
+        if not self.blocks or self.planes != BackboneConfig.planes[: len(self.planes)]:
+            return None
+        begin = [depth for depth, blocks in BLOCKS.items() if blocks[: len(self.blocks)] == self.blocks]
+        return next((depth for depth in begin if (depth >= 50) == self.bottleneck), None)
+
+    def __str__(self) -> str:
+        if self.depth is not None:
+            return f"ResNet-{self.depth}"
+        kind = "bottlenecks" if self.bottleneck else "basic blocks"
+        return f"ResNet of {_spaced(self.blocks)} {kind}"
+
+
+def _kind(shapes: Shapes) -> _Kind:
+    blocks, planes = [], []
+    while f"layer{len(blocks) + 1}.0.conv1.weight" in shapes:
+        stage = len(blocks) + 1
+        planes.append(shapes[f"layer{stage}.0.conv1.weight"][0])
+        blocks.append(next(n for n in count() if f"layer{stage}.{n}.conv1.weight" not in shapes))
+    return _Kind(
+        blocks=tuple(blocks),
+        planes=tuple(planes),
+        bottleneck="layer1.0.conv3.weight" in shapes,
+        stem="small" if "conv2.weight" in shapes else "imagenet",
+        norm="frozen" if "bn1.running_mean" in shapes else "group",
+    )
+
+
+def _can_be_built(kind: _Kind, shapes: Shapes, stages: int) -> bool:
+    """Whether the flags of a kind make a backbone of so many stages that these tensors fit."""
+    config = BackboneConfig(**kind._asdict(), outputs=(stages,))
+    with torch.device("meta"):
+        built = build_backbone(config).state_dict()
+    return _difference(_shapes({_PREFIX + name: value for name, value in built.items()}), shapes) is None
+
+
+def _flags(kind: _Kind, own: _Kind) -> str:
+    """What to type for this kind, where the model is of another."""
+    flags = {}
+    stages = len(own.blocks)
+    if (kind.blocks[:stages], kind.bottleneck) != (own.blocks, own.bottleneck):
+        if kind.depth is not None and own.depth is not None:
+            flags["depth"] = kind.depth
+        else:
+            flags |= {"blocks": _spaced(kind.blocks), "bottleneck": kind.bottleneck}
+    if kind.planes[:stages] != own.planes:
+        flags["planes"] = _spaced(kind.planes)
+    flags |= {name: getattr(kind, name) for name in ("stem", "norm") if getattr(kind, name) != getattr(own, name)}
+    return " ".join(f"--model.backbone.{name} {value}" for name, value in flags.items())
+
+
+def _spaced(values: tuple[int, ...]) -> str:
+    """Numbers as flags take them."""
+    return " ".join(map(str, values))
+
+
+def shape_text(value: torch.Size) -> str:
+    """A shape in words."""
+    return "x".join(map(str, value)) or "one number"

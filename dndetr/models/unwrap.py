@@ -1,0 +1,84 @@
+"""State dictionaries as others save them: inside other dictionaries, under the names of what was wrapped around."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Keys of dictionaries and first parts of names under which weights are found, the ones to use first: moving averages,
+# then what is trained, with the names that published backbones have.
+_PREFERRED = (
+    *("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "teacher"),
+    *("model", "state_dict", "model_state_dict", "module", "encoder_q", "base_encoder"),
+)
+# What torch adds where it wraps: DataParallel and averages, compile, sharding, checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_STEM = re.compile(r"(?P<outer>(?:.*\.)?)conv1\.weight")
+_BACKBONE = re.compile(r"(^|\.)backbone\.(0\.body\.)?$")
+
+
+class Unwrapped(NamedTuple):
+    """Tensors by the names that the model itself gave them; what was taken off to get there, and names left aside."""
+
+    weights: dict[str, Tensor]
+    removed: list[str]
+    aside: list[str]
+
+
+def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
+    """The weights in a file's content; path: its name in messages. ValueError where they could be several models'."""
+    state, removed = content, []
+    while (key := _inner(state)) is not None:
+        removed.append(str(key))
+        state = state[key]
+    named = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    wrongly = next((state[key] for key in _PREFERRED if state.get(key) is not None), None)
+    if not named and wrongly is not None:
+        raise ValueError(f"{path} has a {type(wrongly).__name__} where its weights should be, not a dict of tensors")
+    weights: dict[str, Tensor] = {}
+    for name, value in named.items():
+        inner = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if inner in weights:
+            raise ValueError(f"{path} has {inner} twice, once as {name}: save the weights of one model alone")
+        weights[inner] = value
+    removed += [part for part in _WRAPPERS if any(part in name.split(".") for name in named)]
+    outer = _outer(weights, path)
+    if outer:
+        removed.append(outer.removesuffix("."))
+    if removed in (["ema"], ["model"]):  # where our own checkpoints and official files have them
+        removed = []
+    inside = {name.removeprefix(outer): value for name, value in weights.items() if name.startswith(outer)}
+    return Unwrapped(inside, removed, [name for name in weights if not name.startswith(outer)])
+
+
+def _inner(state: Mapping) -> str | None:
+    """The key under which the weights lie; None where they are here."""
+    for key in _PREFERRED:
+        if _holds_tensors(state.get(key)):
+            return key
+    if any(isinstance(value, Tensor) and value.ndim for value in state.values()):
+        return None
+    others = [key for key, value in state.items() if _holds_tensors(value, directly=True)]
+    return others[0] if len(others) == 1 else None
+
+
+def _holds_tensors(value, directly: bool = False) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return any(isinstance(v, Tensor) or (not directly and _holds_tensors(v)) for v in value.values())
+
+
+def _outer(weights: dict[str, Tensor], path: str | Path) -> str:
+    """What stands before the names of the one model with a ResNet, wherever that is in it; empty where nothing does."""
+    stems = [match["outer"] for match in map(_STEM.fullmatch, weights) if match]
+    found = {_BACKBONE.sub(r"\1", stem) for stem in stems if f"{stem}layer1.0.conv1.weight" in weights}
+    if "" in found or not found:
+        return ""
+    for key in _PREFERRED:
+        found = {outer for outer in found if key in outer.split(".")} or found
+    if len(found) > 1:
+        names = ", ".join(sorted(found))
+        raise ValueError(f"{path} has the weights of several models, {names}: save those of the one to use alone")
+    return found.pop()

@@ -1,0 +1,24 @@
+"""Paths that a run remembers: they hold wherever they are read, as long as what they name is there."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import Config
+from ..data.errors import DataError
+
+
+def remembered(config: Config) -> Config:
+    """What a run keeps of its configuration: paths are absolute, so that they hold wherever they are read."""
+    names = [name for name in ("data", "output", "resume", "init") if getattr(config, name) is not None]
+    if config.data == "shapes":
+        names.remove("data")
+    typed = {name: getattr(config, name) for name in names}
+    absolute = {name: str(Path(path).absolute()) for name, path in typed.items()}
+    given = {name: path for name, path in typed.items() if path != absolute[name]}
+    return replace(config, **absolute, given=config.given | given)
+
+
+def demand_data_there(config: Config) -> None:
+    """DataError, with what to type, where the data set that a run remembers is no longer there."""
+    if config.data not in (None, "shapes") and not Path(config.data).is_dir():
+        raise DataError(f"{config.data}: no such folder; if the run's data set has moved, say where it is: --data DIR")
