@@ -83,7 +83,7 @@ class Trainer:
         """Train to the configured end, writing into ``folder`` -> the row of the last evaluation.
 
         listeners: are told of it, on the first process. Raises Diverged, with the last good checkpoint left as it is,
-        and Stopped after SIGINT or SIGTERM, with all steps so far saved.
+        and Stopped after SIGINT, SIGTERM or SIGHUP, with all steps so far saved.
         """
         self._folder, self._listeners = folder, listeners if self.processes.first else Listeners()
         self._last_evaluation: dict = {}
