@@ -32,6 +32,7 @@ from .data.coco import CocoDataset
 from .data.errors import DataError
 from .data.training import training_transform
 from .data.transforms import Unresized
+from .files import demand_writable
 from .pictures.samples import draw_samples
 from .presets import preset_named
 from .runs.console import Console
@@ -192,6 +193,8 @@ def run(arguments: Arguments) -> None:
     config = preset_named(arguments.preset)
     for size in arguments.batch_size:
         demand(size >= 1, "batch-size", size, "1 or more")
+    if output is not None:
+        demand_writable(output)
     reports, obstacles = check_folder(folder, arguments.splits)
     print_reports(reports, obstacles)
     for report in reports:

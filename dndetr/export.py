@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from . import __version__, _process  # noqa: F401
 from .commandline import ModelPath, PresetName, program
+from .files import demand_writable, write_atomic
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -49,12 +50,11 @@ def run(arguments: Arguments) -> None:
         raise FileExistsError(f"--output {output} is already there: give a new file")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+    demand_writable(output)
     if kind == "onnx":
         _demand_onnx()
     # Imported here so that --help and mistakes in the flags answer at once.
     from .detector import load
-    from .files import write_atomic
-    from .runs.results import writing
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
     batch = prepare(detector, arguments.image, arguments.canvas)
@@ -62,8 +62,7 @@ def run(arguments: Arguments) -> None:
     program = exported_program(detector, batch)
     content, call = (to_onnx if kind == "onnx" else to_torch)(program, about)
     print(f"the same as the model: {verify(detector, call, batch)}")
-    with writing(output):
-        write_atomic(output, content)
+    write_atomic(output, content)
     height, width = about["canvas"]
     print(f"{output}: {len(content) / 1e6:.1f} MB, images [batch, 3, {height}, {width}], any batch")
 

@@ -1,9 +1,10 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,9 +13,15 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
     """Replace ``path`` in one step; whoever reads it sees the old file or the new one, never a part.
 
     content: the bytes, or a function that writes them to the open binary file it is given. When writing fails (a full
-    disk, an interrupt) the error is passed on, the old file stays, and the temporary one beside it is removed.
+    disk, an interrupt) the old file stays, and the temporary one beside it is removed. OSError that names ``path``.
     """
     path = Path(path)
+    with writing(path):
+        _write_atomic(path, content)
+    _sync_folder(path.parent)
+
+
+def _write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -26,9 +33,37 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
-    _sync_folder(path.parent)
+
+
+class Unwritten(OSError):
+    """A file of ours that could not be written; the message names it, and the system's reason."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within, ``path`` is written or made: an OSError becomes one that names it, which those of a full disk do not."""
+    try:
+        yield
+    except Unwritten:
+        raise
+    except OSError as error:
+        raise Unwritten(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def demand_writable(path: str | Path) -> None:
+    """``Unwritten`` where a file, there or not, cannot be written, as far as that shows before the work is done."""
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise Unwritten(f"cannot write {path}: it is a folder; give a file")
+        if not path.parent.is_dir():
+            raise Unwritten(f"cannot write {path}: there is no folder {path.parent}")
+        needed = path if path.exists() else path.parent
+        if not os.access(needed, os.W_OK):
+            raise Unwritten(f"cannot write {path}: {needed} may not be written to; give another place")
 
 
 def write_json_atomic(path: str | Path, value, indent: int | None = None) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from .commandline import program
 from .data.errors import DataError
 from .data.shapes import MIN_SIZE, ShapesDataset, render
+from .files import writing
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,17 @@ def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MI
         if length < 1:
             raise DataError(f"{flag} {length}: at least one image is needed")
     datasets = [ShapesDataset("train", train, size, seed), ShapesDataset("val", val, size, seed)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        (unfinished / "annotations").mkdir()
-        for dataset in datasets:
-            _write_split(dataset, unfinished)
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            (unfinished / "annotations").mkdir()
+            for dataset in datasets:
+                _write_split(dataset, unfinished)
+            unfinished.chmod(0o755)
+            unfinished.replace(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_split(dataset: ShapesDataset, folder: Path) -> None:

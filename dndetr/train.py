@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _process, commandline  # noqa: F401
 from .config import Config, from_dict
+from .output import unfailing
 from .presets import preset_named
 from .runs.checkpoint import load_checkpoint
 from .runs.listener import Listener
@@ -57,6 +58,7 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
     return replace(from_dict(saved), resume=config.resume, **changed)
 
 
+@unfailing()
 def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
     """Train as the arguments say, in this process or in those that torchrun started -> the run's folder.
 

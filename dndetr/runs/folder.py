@@ -7,20 +7,23 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..files import writing
+
 
 def new_run_folder(name: str, root: str | Path = "runs") -> Path:
     """Make ``root/name-1``, ``root/name-2``, ...: the number above all in use, whoever else is starting."""
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
+    _make(root)
     taken = [entry.name.removeprefix(f"{name}-") for entry in root.glob(f"{name}-*")]
     number = max((int(tail) for tail in taken if tail.isascii() and tail.isdigit()), default=0)
     while True:
         number += 1
         folder = root / f"{name}-{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
+        with writing(folder):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
         return folder
 
 
@@ -37,8 +40,19 @@ def claim_output(path: str | Path) -> Path:
         if (path / "checkpoint.pt").exists():
             advice += f", or continue that run with --resume {path}"
         raise FileExistsError(f"--output {path} exists and is not empty, and runs are never overwritten: {advice}")
-    path.mkdir(parents=True, exist_ok=True)
+    _make(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output {path} may not be written to: give another folder")
     return path
+
+
+def _make(folder: Path) -> None:
+    """The folder and those above it, where they are not there; OSError that names what is in the way."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"cannot make the folder {folder}: {path} is a file")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 _held: set[int] = set()
