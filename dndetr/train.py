@@ -110,7 +110,7 @@ def _train(
 
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
-    data = TrainingData(config, processes.rank, processes.world)
+    data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
     trainer = Trainer(config, data, processes, checkpoint)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
     notes = [_summary(trainer), *chosen, *data.warnings]

@@ -27,6 +27,7 @@ class Processes:
         self.rank = self._number("RANK", 0, 0, self.world - 1)
         local_rank = self._number("LOCAL_RANK", 0, 0, self.world - 1)
         self.local_rank = local_rank if self.world > 1 else None
+        self.neighbours = self._number("LOCAL_WORLD_SIZE", 1, 1, self.world) if self.world > 1 else 1
 
     @property
     def first(self) -> bool:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dndetr import train
+from dndetr.data.training import TrainingData
+from dndetr.data.workers import WorkerLost
 from dndetr.runs.console import Console
 from dndetr.training.signals import StopSignal
 
@@ -48,6 +50,23 @@ def test_what_was_there_before_is_restored(hangup):
     with StopSignal():
         assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_a_signal_that_ends_the_workers_too_loses_no_step(tmp_path, monkeypatch, capsys, no_pictures):
+    monkeypatch.chdir(tmp_path)
+    training = TrainingData.training
+
+    def one(self, *place):
+        yield next(training(self, *place))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise WorkerLost("a data worker was ended by SIGTERM")
+
+    monkeypatch.setattr(TrainingData, "training", one)
+    with pytest.raises(SystemExit) as end:
+        train.main([*FEW, "--output", "run"])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 1; continue with --resume run\n"
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def test_a_closed_terminal_loses_no_step(tmp_path, monkeypatch, capsys, no_pictures):
