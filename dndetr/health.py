@@ -31,6 +31,8 @@ class Arguments:
     steps: int = 8
     """Training steps to time with and without denoising (0: do not time)."""
     device: DeviceName = "auto"
+    workers: int | None = None
+    """Processes that prepare images, 0 for this one alone (default: as in the run)."""
 
 
 def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[float, float]:
@@ -102,8 +104,11 @@ def run(arguments: Arguments) -> None:
     from .runs.folder import claim_output
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
+    demand((arguments.workers or 0) >= 0, "workers", arguments.workers, "0 or more")
     detector = load(arguments.model, arguments.device)
-    config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
+    workers = detector.config.workers if arguments.workers is None else arguments.workers
+    source = arguments.data or detector.config.data
+    config = replace(detector.config, data=source, device=arguments.device, workers=workers)
     data = TrainingData(config)
     if data.classes != detector.classes:
         raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")
