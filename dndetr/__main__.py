@@ -4,6 +4,8 @@ import difflib
 import sys
 from importlib import import_module
 
+from .output import unfailing
+
 COMMANDS = {
     "train": "train a detector; without arguments on built-in synthetic shapes",
     "evaluate": "score a trained detector on a data set: COCO's numbers, classes, figures",
@@ -26,6 +28,7 @@ def usage() -> str:
     return "\n".join(["usage: dndetr COMMAND [options]", "", *rows, "", "dndetr COMMAND --help lists its options."])
 
 
+@unfailing()
 def main() -> int | None:
     """Run the command named by the first argument on the rest."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):

@@ -17,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+from .files import write_atomic
+from .output import in_words, unfailing
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance: python -m dndetr.bench readme -->", "<!-- end of performance -->"
 # What matters to someone who trains, and what it is compared with; the rest explains where it comes from.
@@ -161,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+@unfailing()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of the command line."""
     given = parser().parse_args(arguments)
@@ -168,19 +172,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "compare":
             print(compare(read(given.first), read(given.second), given.across_devices))
             return 0
-        stale = {path: page for path, page in pages(ROOT).items() if path.read_text() != page}
-    except ValueError as mistake:
-        print(f"dndetr.bench: {mistake}", file=sys.stderr)
+        return renew_pages(given.check)
+    except (ValueError, OSError) as mistake:
+        print(f"dndetr.bench: {in_words(mistake)}", file=sys.stderr)
         return 2
+
+
+def renew_pages(check: bool) -> int:
+    """Write the tables of the pages anew, or only say which are stale -> exit status."""
+    stale = {path: page for path, page in pages(ROOT).items() if path.read_text() != page}
     names = " and ".join(str(path.relative_to(ROOT)) for path in stale)
     if not stale:
         print("the performance tables are up to date")
-    elif given.check:
+    elif check:
         print(f"stale: {names}; type: python -m dndetr.bench readme", file=sys.stderr)
         return 1
     else:
         for path, page in stale.items():
-            path.write_text(page)
+            write_atomic(path, page.encode())
         print(f"new performance tables: {names}")
     return 0
 

@@ -34,7 +34,7 @@ from .data.coco import CocoDataset
 from .data.errors import DataError
 from .data.training import training_transform
 from .data.transforms import Unresized
-from .files import demand_writable, making
+from .files import demand_file
 from .pictures.samples import draw_samples
 from .presets import preset_named
 from .runs.console import Console
@@ -198,16 +198,14 @@ def run(arguments: Arguments) -> None:
     for size in arguments.batch_size:
         demand(size >= 1, "batch-size", size, "1 or more")
     if output is not None:
-        with making(output, "give another --output"):
-            demand_writable(output.parent)
+        demand_file(output, "give another --output")
     reports, obstacles = check_folder(folder, arguments.splits)
     print_reports(reports, obstacles)
     for report in reports:
         if report.split.name == "train" and report.dataset is not None and any(report.dataset.counts):
             print("\n".join(batch_lines(report.dataset, config, arguments.batch_size)))
     if output is not None:
-        with making(output, "give another --output"):
-            drawn = draw_sheet(output, reports, str(folder))
+        drawn = draw_sheet(output, reports, str(folder))
         print(f"{drawn} images drawn in {output}" if drawn else f"{output} not written: no split can be drawn")
     kinds = Counter(problem.kind for report in reports for problem in report.problems)
     kinds.update({"split": len(obstacles)})

@@ -2,16 +2,16 @@
 
 import contextlib
 import io
-import os
 import re
-import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TextIO, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
+
+from .output import in_words, unfailing
 
 Arguments = TypeVar("Arguments")
 
@@ -56,38 +56,30 @@ def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **o
         raise ValueError(f"{_unboxed(told.getvalue())} ({prog} --help lists all flags)") from None
 
 
+@unfailing()
 def exit_status(command: Callable[[], object]) -> int:
     """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C.
 
-    141, as the shell has it, where whoever read the output (``| head``) has gone.
+    Whatever it prints may go nowhere. Only where printing was all (``--help | head``) the status is 141, as the shell
+    has it.
     """
     try:
-        try:
-            command()
-        except SystemExit:
-            sys.stdout.flush()
-            raise
+        command()
+    except SystemExit as end:
         sys.stdout.flush()
+        if not end.code and sys.stdout.unread:
+            return 128 + signal.SIGPIPE
+        raise
     except MemoryError as error:
         print(f"error: memory ran out; use smaller images, or fewer at once {error}".rstrip(), file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
-            # What is still to be written when the interpreter ends cannot go there either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(in_words(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _nobody_reads(stream: TextIO) -> bool:
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _unboxed(text: str) -> str:

@@ -213,14 +213,15 @@ def run(argv: Sequence[str] | None = None) -> Path:
     """Compare as the arguments say -> the comparison's folder."""
     import json
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{PROGRAM} trains in one process: start it without torchrun")
     arguments, rest = commandline.parse(Arguments, argv, PROGRAM, description=__doc__, return_unknown_args=True)
     # Imported here so that --help and mistakes in the flags answer at once.
     from .analysis.comparison import sentences
     from .files import write_json_atomic
     from .runs.folder import claim_output, new_run_folder
+    from .training.distributed import Processes
 
+    if Processes().world > 1:
+        raise ValueError(f"{PROGRAM} trains in one process: start it without torchrun (or unset WORLD_SIZE)")
     if arguments.resume is None:
         plan = make_plan(arguments, rest)
         folder = new_run_folder("compare") if arguments.output is None else claim_output(arguments.output)

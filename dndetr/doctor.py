@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from . import __version__
+from .output import unfailing
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "pycocotools", "pillow")
 
@@ -115,6 +116,7 @@ def lines(report: dict) -> list[tuple[str, str]]:
     return out
 
 
+@unfailing()
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 0 if healthy."""
     parser = argparse.ArgumentParser(prog="python -m dndetr.doctor", description=__doc__.partition("\n")[0])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from . import __version__, _process  # noqa: F401
 from .commandline import ModelPath, PresetName, program
-from .files import demand_writable, making
+from .files import demand_file, making, write_atomic
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -49,15 +49,13 @@ def run(arguments: Arguments) -> None:
     with making(output, "give another --output"):
         if output.exists():
             raise FileExistsError(f"--output {output} is already there: give a new file")
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
-        demand_writable(output.parent)
+    if not output.parent.exists():
+        raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+    demand_file(output, "give another --output")
     if kind == "onnx":
         _demand_onnx()
     # Imported here so that --help and mistakes in the flags answer at once.
     from .detector import load
-    from .files import write_atomic
-    from .runs.results import writing
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
     batch = prepare(detector, arguments.image, arguments.canvas)
@@ -65,8 +63,7 @@ def run(arguments: Arguments) -> None:
     program = exported_program(detector, batch)
     content, call = (to_onnx if kind == "onnx" else to_torch)(program, about)
     print(f"the same as the model: {verify(detector, call, batch)}")
-    with writing(output):
-        write_atomic(output, content)
+    write_atomic(output, content)
     height, width = about["canvas"]
     print(f"{output}: {len(content) / 1e6:.1f} MB, images [batch, 3, {height}, {width}], any batch")
 

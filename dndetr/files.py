@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -14,9 +15,15 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
     """Replace ``path`` in one step; whoever reads it sees the old file or the new one, never a part.
 
     content: the bytes, or a function that writes them to the open binary file it is given. When writing fails (a full
-    disk, an interrupt) the error is passed on, the old file stays, and the temporary one beside it is removed.
+    disk, an interrupt) the old file stays, and the temporary one beside it is removed. OSError that names ``path``.
     """
     path = Path(path)
+    with writing(path):
+        _write_atomic(path, content)
+    _sync_folder(path.parent)
+
+
+def _write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -28,9 +35,24 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
-    _sync_folder(path.parent)
+
+
+class Unwritten(OSError):
+    """A file of ours that could not be written; the message names it, and the system's reason."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within, ``path`` is written or made: an OSError becomes one that names it, which those of a full disk do not."""
+    try:
+        yield
+    except Unwritten:
+        raise
+    except OSError as error:
+        raise Unwritten(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_json_atomic(path: str | Path, value, indent: int | None = None) -> None:
@@ -59,6 +81,14 @@ def demand_writable(folder: Path) -> None:
     """OSError where nothing can be written in a folder."""
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def demand_file(path: Path, advice: str) -> None:
+    """OSError, as ``making`` words it, where a file cannot be written, as far as that shows before the work is done."""
+    with making(path, advice):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        demand_writable(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -31,6 +31,8 @@ class Arguments:
     steps: int = 8
     """Training steps to time with and without denoising (0: do not time)."""
     device: DeviceName = "auto"
+    workers: int | None = None
+    """Processes that prepare images, 0 for this one alone (default: as in the run)."""
 
 
 def time_steps(config: "Config", data: "TrainingData", steps: int) -> tuple[float, float]:
@@ -103,8 +105,11 @@ def run(arguments: Arguments) -> None:
     from .runs.paths import demand_data_there
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
+    demand((arguments.workers or 0) >= 0, "workers", arguments.workers, "0 or more")
     detector = load(arguments.model, arguments.device)
-    config = replace(detector.config, data=arguments.data or detector.config.data, device=arguments.device)
+    workers = detector.config.workers if arguments.workers is None else arguments.workers
+    source = arguments.data or detector.config.data
+    config = replace(detector.config, data=source, device=arguments.device, workers=workers)
     demand_data_there(config)
     data = TrainingData(config)
     if data.classes != detector.classes:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import _process, commandline, train  # noqa: F401
-from .files import demand_writable, making
+from .files import demand_file, writing
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
 
@@ -34,6 +34,7 @@ def profile(arguments: Sequence[str]) -> str:
     given, rest = split_arguments(arguments)
     if given.steps < 1:
         raise ValueError(f"--steps {given.steps}: trace at least one step")
+    demand_file(given.trace, "give another --trace")
     config = train.parse(rest)
     if config.data is None:
         raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
@@ -44,8 +45,6 @@ def profile(arguments: Sequence[str]) -> str:
     from .training.distributed import Processes
     from .training.trainer import Trainer
 
-    with making(given.trace, "give another --trace"):
-        demand_writable(given.trace.parent)
     trainer = Trainer(config, TrainingData(config), Processes({}))
     trainer.prepare()
     trainer.model.train()
@@ -73,7 +72,7 @@ def profile(arguments: Sequence[str]) -> str:
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    with making(given.trace, "give another --trace"):
+    with writing(given.trace):
         profiler.export_chrome_trace(str(given.trace))
     head = (
         f"{given.steps} steps of {config.preset}, {seconds / given.steps * 1e3:.1f} ms each while traced, "

@@ -14,7 +14,7 @@ from PIL import Image
 from .commandline import program
 from .data.errors import DataError
 from .data.shapes import MIN_SIZE, ShapesDataset, render
-from .files import making
+from .files import making, writing
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MI
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        (unfinished / "annotations").mkdir()
-        for dataset in datasets:
-            _write_split(dataset, unfinished)
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
+        with writing(folder):
+            (unfinished / "annotations").mkdir()
+            for dataset in datasets:
+                _write_split(dataset, unfinished)
+            unfinished.chmod(0o755)
+            unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

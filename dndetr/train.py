@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _process, commandline  # noqa: F401
 from .config import Config, from_dict
+from .output import unfailing
 from .presets import preset_named
 from .runs.checkpoint import load_checkpoint
 from .runs.listener import Listener
@@ -59,6 +60,7 @@ def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Con
     return replace(run, resume=config.resume, given=given, **changed)
 
 
+@unfailing()
 def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
     """Train as the arguments say, in this process or in those that torchrun started -> the run's folder.
 
@@ -113,7 +115,7 @@ def _train(
     everyone = all_listeners(config, console, listeners)
     if checkpoint is not None:
         demand_data_there(config)
-    data = TrainingData(config, processes.rank, processes.world)
+    data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
     trainer = Trainer(config, data, processes, checkpoint)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
     notes = [_summary(trainer), *chosen, *data.warnings]

@@ -49,7 +49,7 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(shapes, "render", fail)
     assert shapes.main([str(tmp_path / "new"), "--train", "2", "--val", "2"]) == 1
-    assert capsys.readouterr().err == "error: disk full\n"
+    assert capsys.readouterr().err == f"error: cannot write {tmp_path / 'new'}: disk full\n"
     assert list(tmp_path.iterdir()) == []
 
 

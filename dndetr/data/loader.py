@@ -4,14 +4,15 @@ import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
-from torch.utils.data import DataLoader
-
 from ..batch import Batch
 from .batch_shapes import BatchShapes
-from .collate import TARGET_BUCKETS, collate
+from .collate import TARGET_BUCKETS, canvas_bucket, collate
 from .errors import DataError
 from .order import Order, portraits
 from .sample import Sample
+from .workers import Workers, demand_room
+
+_LOOKED_AT = 200  # batches whose size is worked out before training
 
 
 class Dataset(Protocol):
@@ -31,6 +32,9 @@ class Dataset(Protocol):
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Image ``index`` as epoch ``epoch`` sees it, the same whenever and wherever it is asked for."""
 
+    def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
+        """Height, width and number of objects of that sample; asked only where there is no common canvas."""
+
     def coco_dict(self) -> dict:
         """Ground truth in COCO's format."""
 
@@ -41,17 +45,7 @@ class Loader:
     def __init__(self, dataset: Dataset, order: Order, workers: int, multiple: int, slots: int | None):
         self._order = order
         self._reader = _Reader(dataset, multiple, slots)
-        self._plan = _Plan()
-        self._processes = None
-        if workers:
-            self._processes = DataLoader(
-                self._reader,
-                batch_size=None,
-                sampler=self._plan,
-                num_workers=workers,
-                collate_fn=_unchanged,
-                persistent_workers=True,
-            )
+        self._workers = Workers(self._reader, workers) if workers else None
 
     def __len__(self) -> int:
         return len(self._order)
@@ -62,12 +56,8 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from number ``start`` on; the images of those before it are not read."""
-        self._plan.keys = [(epoch, batch) for batch in self._order.batches(epoch)[start:]]
-        for result in map(self._reader.__getitem__, self._plan.keys) if self._processes is None else self._processes:
-            if isinstance(result, DataError):
-                # A new one: a frame that holds the error it raises is a cycle, which would keep the workers alive.
-                raise DataError(*result.args)
-            yield result
+        keys = [(epoch, batch) for batch in self._order.batches(epoch)[start:]]
+        yield from map(self._reader.__getitem__, keys) if self._workers is None else self._workers.read(keys)
 
 
 def build_loader(
@@ -80,12 +70,15 @@ def build_loader(
     slots: int | None = None,
     rank: int = 0,
     world: int = 1,
+    held: int = 1,
+    neighbours: int = 1,
 ) -> Loader:
     """A loader of shuffled whole batches (training), or of everything once in a fixed order.
 
     Images without a common size are batched landscape with landscape and portrait with portrait, so that canvases are
     few. multiple, slots: as in ``collate``. rank, world: this process reads every ``world``-th batch; in training all
-    processes get equally many. Nothing depends on the number of workers.
+    processes get equally many. Nothing depends on the number of workers; they need shared memory, also for the batches
+    that are ``held`` at once, and ``neighbours`` processes share that of a machine. ValueError where it has no room.
     """
     order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world)
     if training and len(order) == 0:
@@ -102,7 +95,22 @@ def build_loader(
             f"of those, only the {most} largest are kept",
             stacklevel=2,
         )
+    if workers:
+        demand_room(workers, largest_batch(dataset, order, multiple), len(order), held, neighbours)
     return Loader(dataset, order, workers, multiple, slots)
+
+
+def largest_batch(dataset: Dataset, order: Order, multiple: int) -> int:
+    """Bytes of the images of the largest batch in the first epoch; in a long one some hundred batches are looked at."""
+    batches = order.batches(0)
+    some = batches[:: -(-len(batches) // _LOOKED_AT)]
+
+    def pixels(batch: list[int]) -> int:
+        sizes = [dataset.canvas or dataset.extent(image)[:2] for image in batch]
+        height, width = dataset.canvas or canvas_bucket(sizes, multiple)
+        return len(batch) * height * width
+
+    return max(map(pixels, some)) * 3 * 4  # colours in float32
 
 
 class _Reader:
@@ -112,31 +120,11 @@ class _Reader:
         self._dataset, self._multiple, self._slots = dataset, multiple, slots
         self.shapes: BatchShapes | None = None
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Batch | DataError:
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
         epoch, images = key
-        try:
-            samples = [self._dataset.sample(image, epoch) for image in images]
-        except DataError as error:
-            return error  # raised across processes it would arrive wrapped in a worker's traceback
+        samples = [self._dataset.sample(image, epoch) for image in images]
         if self.shapes is None:
             return collate(samples, self._multiple, self._dataset.canvas, self._slots)
         extents = [(*sample.image.shape[1:], len(sample.labels)) for sample in samples]
         height, width, slots = self.shapes.shape_for(extents, self._multiple)
         return collate(samples, canvas=(height, width), slots=slots)
-
-
-class _Plan:
-    """The keys that the workers are handed next."""
-
-    def __init__(self):
-        self.keys: list[tuple[int, list[int]]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.keys)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch

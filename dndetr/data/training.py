@@ -25,11 +25,12 @@ _OVERFIT_STEPS = 50  # of an epoch
 class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
-    Of ``world`` processes, the one of this ``rank`` reads its share of both. ``warnings`` are sentences to show once.
-    Raises DataError for whatever is wrong with the folder, before anything is written.
+    Of ``world`` processes, ``neighbours`` of them on this machine, the one of this ``rank`` reads its share of both.
+    ``warnings`` are sentences to show once. Raises DataError for whatever is wrong with the folder, ValueError where
+    its workers lack shared memory, before anything is written.
     """
 
-    def __init__(self, config: Config, rank: int = 0, world: int = 1):
+    def __init__(self, config: Config, rank: int = 0, world: int = 1, neighbours: int = 1):
         images = config.images
         if config.data == "shapes":
             train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
@@ -55,8 +56,8 @@ class TrainingData:
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
-        share = {"rank": rank, "world": world}
-        self._train = build_loader(train, config.batch_size, training=True, **options, **share)
+        share = {"rank": rank, "world": world, "neighbours": neighbours}
+        self._train = build_loader(train, config.batch_size, training=True, held=config.accumulate, **options, **share)
         self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
         self.images = {"train": config.overfit or len(train), "val": len(val)}
         if config.overfit or config.data == "shapes":

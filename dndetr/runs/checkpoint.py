@@ -6,14 +6,13 @@ from typing import BinaryIO
 
 import torch
 
-from ..files import write_atomic
+from ..files import Unwritten, write_atomic
 from .listener import Listener, Run
 from .weight_files import read_weights
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically; it may hold tensors, numbers, strings and containers of them, nothing else."""
-    path = Path(path)
 
     def write(file: BinaryIO) -> None:
         guard = _ErrorKeeper(file)
@@ -25,9 +24,9 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 
     try:
         write_atomic(path, write)
-    except OSError as error:
-        unchanged = "; the file that was there before is unchanged" if path.exists() else ""
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}{unchanged}") from error
+    except Unwritten as error:
+        unchanged = "; the file that was there before is unchanged" if Path(path).exists() else ""
+        raise Unwritten(f"{error}{unchanged}") from error
 
 
 def copied(checkpoint: dict) -> dict:

@@ -1,6 +1,5 @@
 """What a training run shows: two live lines on a terminal, a plain line now and then in a log file."""
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,6 @@ _MEMORY = 10.0  # seconds after which a measured speed counts half
 _BAR = 12  # characters: with it the live lines fit a terminal 80 wide
 
 
-class _Out(rich.console.Console):
-    """A console that falls silent when whoever read along has gone; rich's would end the run."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
 class Console(Listener):
     """What is printed of a training run: its classes, its progress, its evaluations, its warnings.
 
@@ -35,7 +26,7 @@ class Console(Listener):
     def __init__(self, quiet: bool = False, interval: float | None = None, file: TextIO | None = None):
         self._epochs = self._steps_per_epoch = self._step = 0
         self._quiet = quiet
-        self._out = _Out(file=file or sys.stdout, highlight=False, quiet=quiet)
+        self._out = rich.console.Console(file=file or sys.stdout, highlight=False, quiet=quiet)
         self._interval = interval if interval is not None else 0.25 if self._out.is_terminal else 10.0
         self._live: rich.live.Live | None = None
         self._losses: dict[str, float] = {}  # of the newest row
@@ -189,8 +180,9 @@ class Console(Listener):
 
     def _lines(self) -> Text:
         done = round(_BAR * self._step / max(1, self._epochs * self._steps_per_epoch))
-        bar = [("━" * done, "green"), ("━" * (_BAR - done) + " ", "bright_black")]
-        lines = Text.assemble(*bar, *self._progress(), no_wrap=True, overflow="ellipsis")
+        dash, overflow = ("-", "crop") if self._out.options.ascii_only else ("━", "ellipsis")
+        bar = [(dash * done, "green"), (dash * (_BAR - done) + " ", "bright_black")]
+        lines = Text.assemble(*bar, *self._progress(), no_wrap=True, overflow=overflow)
         return lines.append("\n").append(Text.assemble(" " * (_BAR - 1), *self._numbers()))
 
     def _restart_clock(self) -> None:

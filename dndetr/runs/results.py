@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import write_json_atomic
+from ..files import write_json_atomic, writing
 from .folder import claim_output, new_run_folder
 from .listener import Listener, Run
 
@@ -47,15 +47,6 @@ def results_folder(output: Path | None, name: str, root: str | Path = "runs") ->
             with contextlib.suppress(OSError):  # the error that is on its way says more
                 remove()
         raise
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, ``path`` is written: an OSError names it, which those of a full disk do not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class DetectionsFile(Listener):

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from ..files import write_atomic
+from ..files import write_atomic, writing
 from .listener import Listener, Run
 
 NAME = "metrics.jsonl"
@@ -20,7 +20,7 @@ class RunLog(Listener):
 
     def row_logged(self, row: dict) -> None:
         # Names of files need not be valid text: what cannot be encoded is written as JSON's own escape.
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_line(row))
 
     def run_ended(self, how: str, reason: str, row: dict) -> None:

@@ -9,18 +9,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ALONE = "unset {} to train in one process, or start several with torchrun, which sets all (docs/several-gpus.md)"
+
 
 class Processes:
     """This process among all: ``rank`` of ``world``, and what they tell each other.
 
     Numbers on a GPU travel by NCCL without a wait of the host; what is said in Python's objects travels by gloo, and
     waits for everybody, so all processes must say it at the same step. Use as a context manager.
+
+    ValueError, in one line, for variables that are no such number or, on entering, missing.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ):
-        self.world = int(environment.get("WORLD_SIZE", 1))
-        self.rank = int(environment.get("RANK", 0)) if self.world > 1 else 0
-        self.local_rank = int(environment.get("LOCAL_RANK", 0)) if self.world > 1 else None
+        self._environment = environment
+        self.world = self._number("WORLD_SIZE", 1, 1)
+        self.rank = self._number("RANK", 0, 0, self.world - 1)
+        local_rank = self._number("LOCAL_RANK", 0, 0, self.world - 1)
+        self.local_rank = local_rank if self.world > 1 else None
+        self.neighbours = self._number("LOCAL_WORLD_SIZE", 1, 1, self.world) if self.world > 1 else 1
 
     @property
     def first(self) -> bool:
@@ -29,7 +36,16 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            self._demand_whole()
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            except RuntimeError as error:
+                place = ":".join(self._environment[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+                reason = str(error).splitlines()[0]
+                raise RuntimeError(
+                    f"MASTER_ADDR:MASTER_PORT {place}: the {self.world} processes did not meet there ({reason}): "
+                    f"{_ALONE.format('WORLD_SIZE')}"
+                ) from error
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -39,6 +55,22 @@ class Processes:
             # A thread that lives on may ask for the interpreter's lock while it shuts down, which aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+    def _number(self, name: str, default: int, least: int, most: int | None = None) -> int:
+        text = self._environment.get(name) or str(default)
+        if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+            return int(text)
+        wanted = f"{least} or more" if most is None else f"a number from {least} to {most}"
+        world = self._environment.get("WORLD_SIZE") or "not set"
+        beside = "" if name == "WORLD_SIZE" else f" (WORLD_SIZE is {world})"
+        raise ValueError(f"{name}={text} is not {wanted}{beside}: {_ALONE.format(name)}")
+
+    def _demand_whole(self) -> None:
+        """ValueError where processes could not find each other by what the variables say."""
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not self._environment.get(name):
+                raise ValueError(f"WORLD_SIZE={self.world} but {name} is not set: {_ALONE.format('WORLD_SIZE')}")
+        self._number("MASTER_PORT", 0, 1, 65535)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""

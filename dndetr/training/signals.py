@@ -2,7 +2,7 @@
 
 import signal
 
-_HEEDED = (signal.SIGINT, signal.SIGTERM)
+_HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -14,13 +14,18 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait."""
+    """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
 
     def __init__(self):
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in _HEEDED}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heeded = [number for number in _HEEDED if not (nohup and number == signal.SIGHUP)]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
@@ -32,6 +37,7 @@ class StopSignal:
         self.number = self.number or number
 
     def _note(self, number: int, _frame) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number = number
+        elif number != signal.SIGHUP:  # of a terminal that closes, kernel and shell each send one
             raise KeyboardInterrupt
-        self.number = number

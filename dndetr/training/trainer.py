@@ -11,6 +11,7 @@ import torch
 from ..batch import Batch
 from ..config import Config, to_dict
 from ..data.training import TrainingData
+from ..data.workers import WorkerLost
 from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..files import write_json_atomic
 from ..models.build import build_model
@@ -85,7 +86,7 @@ class Trainer:
         """Train to the configured end, writing into ``folder`` -> the row of the last evaluation.
 
         listeners: are told of it, on the first process. Raises Diverged, with the last good checkpoint left as it is,
-        and Stopped after SIGINT or SIGTERM, with all steps so far saved.
+        and Stopped after SIGINT, SIGTERM or SIGHUP, with all steps so far saved.
         """
         self._folder, self._listeners = folder, listeners if self.processes.first else Listeners()
         self._last_evaluation: dict = {}
@@ -152,7 +153,13 @@ class Trainer:
         lead = RunAhead(self.device)
         for _ in range(first, self.steps_per_epoch):
             waiting = time.perf_counter()
-            step_batches = self._next(batches)
+            try:
+                step_batches = self._next(batches)
+            except WorkerLost:
+                if self._stop.number is None or self.processes.world > 1:
+                    raise
+                self._save()  # the signal was sent to the workers, too
+                raise Stopped(self._stop.number, self.done) from None
             waited = time.perf_counter() - waiting
             with explain_memory(step_batches, config, self.step.groups_for):
                 self.step(*step_batches)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr import train
+from dndetr import compare, train
 from dndetr.device import make_current, pick_device, pick_mode
 from dndetr.ops import _backend
 from dndetr.training.distributed import Processes
@@ -118,6 +119,48 @@ def test_accumulated_batches_are_one_batch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--accumulate 7: an epoch has 6 batches of 2"):
         train.run([*FEW, "--accumulate", "7", "--quiet", "--output", "none"])
     assert not (tmp_path / "none").exists()
+
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"^WORLD_SIZE=2 but RANK is not set: unset WORLD_SIZE"),
+        (WHOLE | {"LOCAL_RANK": ""}, "LOCAL_RANK is not set"),
+        (WHOLE | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        (WHOLE | {"MASTER_PORT": "http"}, "^MASTER_PORT=http is not a number from 1 to 65535"),
+        (WHOLE | {"MASTER_PORT": "70000"}, "^MASTER_PORT=70000 is not a number"),
+        ({"WORLD_SIZE": "two"}, "^WORLD_SIZE=two is not 1 or more: unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "^WORLD_SIZE=0 is not 1 or more"),
+        (WHOLE | {"RANK": "2"}, r"^RANK=2 is not a number from 0 to 1 \(WORLD_SIZE is 2\)"),
+        ({"RANK": "1"}, r"^RANK=1 is not a number from 0 to 0 \(WORLD_SIZE is not set\): unset RANK to train in one"),
+        (WHOLE | {"LOCAL_RANK": "-1"}, "^LOCAL_RANK=-1 is not a number from 0 to 1"),
+    ],
+)
+def test_left_over_variables_are_named(left, told):
+    with pytest.raises(ValueError, match=told), Processes(left):
+        pass
+
+
+def test_a_left_over_variable_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.main(FEW) == 1 and compare.main([]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: WORLD_SIZE=2 but RANK is not set: ") and "start it without torchrun" in second
+    assert not any(tmp_path.iterdir())
+
+
+def test_processes_that_cannot_meet_say_where(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in (WHOLE | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError, match=rf"^MASTER_ADDR:MASTER_PORT localhost:{port}: the 2 processes did not"):
+            Processes().__enter__()
 
 
 def test_a_graph_needs_a_matcher_that_does_not_wait(monkeypatch):
