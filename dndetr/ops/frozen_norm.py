@@ -29,7 +29,7 @@ def frozen_norm_reference(
     y = _normed(x, scale, shift)
     if shortcut is not None:
         y = y + (shortcut if shortcut_scale is None else _normed(shortcut, shortcut_scale, shortcut_shift))
-    return (y.masked_fill(y <= 0, 0) if relu else y).to(x.dtype)
+    return (torch.where(y <= 0, 0, y) if relu else y).to(x.dtype)
 
 
 def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
