@@ -13,10 +13,11 @@ import time
 import ceilings
 import pytest
 import torch
+from per_layer_losses import generalized_iou
 from scipy.optimize import linear_sum_assignment
 
 from dndetr.batch import Targets
-from dndetr.boxes import cxcywh_to_xyxy, generalized_iou
+from dndetr.boxes import cxcywh_to_xyxy
 from dndetr.ops import CostWeights, assign, match, match_cost
 
 LAYERS, CLASSES = 6, 91

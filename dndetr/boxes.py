@@ -1,4 +1,9 @@
-"""Boxes: conversions, IoU and generalised IoU with the official small constants, inverse sigmoid."""
+"""Boxes: conversions, IoU and generalised IoU with the official small constants, inverse sigmoid.
+
+Gradients at ties and bounds are the official code's, and stated here, since torch's own change from version to version:
+a bound passes the gradient on, and equal numbers share that of their maximum or minimum, half each. NaN fails every
+comparison and comes through.
+"""
 
 import torch
 from torch import Tensor
@@ -23,9 +28,9 @@ def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """
     area_a = (a_xyxy[..., 2] - a_xyxy[..., 0]) * (a_xyxy[..., 3] - a_xyxy[..., 1])
     area_b = (b_xyxy[..., 2] - b_xyxy[..., 0]) * (b_xyxy[..., 3] - b_xyxy[..., 1])
-    low = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
-    high = torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    overlap = (high - low).clamp(min=0)
+    low = _larger(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = _smaller(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    overlap = _at_least(high - low, 0)
     intersection = overlap[..., 0] * overlap[..., 1]
     union = area_a + area_b - intersection
     return intersection / (union + 1e-6), union
@@ -37,9 +42,9 @@ def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     a_xyxy, b_xyxy [..., 4] -> [...], in [-1, 1].
     """
     iou, union = iou_and_union(a_xyxy, b_xyxy)
-    low = torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
-    high = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
-    extent = (high - low).clamp(min=0)
+    low = _smaller(a_xyxy[..., :2], b_xyxy[..., :2])
+    high = _larger(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    extent = _at_least(high - low, 0)
     hull = extent[..., 0] * extent[..., 1]
     return iou - (hull - union) / (hull + 1e-6)
 
@@ -51,5 +56,25 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    x = _at_most(_at_least(x, 0), 1)
+    return torch.log(_at_least(x, eps) / _at_least(1 - x, eps))
+
+
+def _at_least(x: Tensor, bound: float) -> Tensor:
+    """``x.clamp(min=bound)``, with slope 1 at the bound."""
+    return x.masked_fill(x < bound, bound)
+
+
+def _at_most(x: Tensor, bound: float) -> Tensor:
+    """``x.clamp(max=bound)``, with slope 1 at the bound."""
+    return x.masked_fill(x > bound, bound)
+
+
+def _larger(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.maximum``, whose gradient equal numbers share."""
+    return torch.where(a > b, a, torch.where(a < b, b, 0.5 * a + 0.5 * b))
+
+
+def _smaller(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.minimum``, whose gradient equal numbers share."""
+    return torch.where(a < b, a, torch.where(a > b, b, 0.5 * a + 0.5 * b))

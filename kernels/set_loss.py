@@ -18,7 +18,7 @@ def _logistic(z):
 
 @triton.jit
 def _share(a, b):
-    """How much of max(a, b) moves with a: torch shares the gradient of a tie."""
+    """How much of max(a, b) moves with a: equal numbers share its gradient."""
     return tl.where(a > b, 1.0, tl.where(a < b, 0.0, 0.5))
 
 

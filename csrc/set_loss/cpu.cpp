@@ -47,7 +47,7 @@ struct BoxLoss {
   Real l1, giou;
 };
 
-// How much of max(a, b) moves with a: torch shares the gradient of a tie.
+// How much of max(a, b) moves with a: equal numbers share its gradient (dndetr/boxes.py).
 template <class Real>
 Real share(Real a, Real b) {
   return a > b ? Real(1) : a < b ? Real(0) : Real(0.5);

@@ -2,7 +2,7 @@
 
     y = x scale + shift + shortcut shortcut_scale + shortcut_shift        with ``relu`` its positive part
 
-    g = grad y, with ``relu`` where y > 0
+    g = grad y, with ``relu`` where y > 0, so nothing at y = 0
     grad x = g scale        grad shortcut = g shortcut_scale
 
 A shortcut has a norm of its own where a convolution made it, otherwise it is added as it is. Scales and shifts are
@@ -29,7 +29,7 @@ def frozen_norm_reference(
     y = _normed(x, scale, shift)
     if shortcut is not None:
         y = y + (shortcut if shortcut_scale is None else _normed(shortcut, shortcut_scale, shortcut_shift))
-    return (y.relu() if relu else y).to(x.dtype)
+    return (torch.where(y <= 0, 0, y) if relu else y).to(x.dtype)
 
 
 def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ matching; slots that hold no object count for nothing. Both parts have normalize
 With z = -logit for the target's class and the logit elsewhere: loss = a_t sigmoid(z)^2 softplus(z), which neither
 overflows nor loses digits, and d loss / dz = a_t sigmoid(z)^2 (2 (1 - sigmoid(z)) softplus(z) + sigmoid(z)).
 
+Where a box touches its target: |x| has slope 0 at 0, equal edges share the gradient of their maximum or minimum, half
+each, and an extent of 0 passes its gradient on (dndetr/boxes.py).
+
 The fused paths (csrc/set_loss, kernels/set_loss.py) read every logit once forward and once backward, keep nothing
 but the inputs, and add in an order that depends on neither threads nor timing.
 """
@@ -76,9 +79,10 @@ def set_loss_reference(
     else:
         label, truth = partner, boxes.detach()
     counted = F.pad(paired[:, :, :noised], (0, logits.shape[2] - noised), value=True)
+    apart = boxes - truth
     terms = (
         focal_loss(logits, label, weights.alpha).masked_fill(~counted, 0),
-        (boxes - truth).abs().sum(-1).masked_fill(~paired, 0),
+        (apart * apart.detach().sign()).sum(-1).masked_fill(~paired, 0),  # |apart|, with slope 0 at 0
         (1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))).masked_fill(~paired, 0),
     )
     halves = (slice(noised, None), slice(noised))

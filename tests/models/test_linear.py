@@ -94,6 +94,17 @@ def test_a_relu_may_follow_at_once(shape, with_bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("slope", [None, 0.25])
+def test_at_zero_a_relu_has_slope_zero_and_a_prelu_its_own(slope, dtype):
+    x, weight = torch.ones(2, 16, dtype=dtype), torch.zeros(16, 16, dtype=dtype)
+    bias = torch.zeros(16, dtype=dtype, requires_grad=True)
+    given = None if slope is None else torch.tensor([slope], dtype=dtype, requires_grad=True)
+    linear(x, weight, bias, slope is None, given).sum().backward()
+    assert bias.grad.tolist() == [2 * (slope or 0)] * 16
+    assert given is None or given.grad == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_prelu_that_follows_at_once_is_the_module(shape, with_bias, dtype):

@@ -79,6 +79,20 @@ def test_nan_passes_a_relu_that_it_came_out_of():
     assert torch.equal(masked, torch.ops.aten.threshold_backward(grad, out, 0))
 
 
+def check_zero(backend, device="cpu"):
+    """At zero a ReLU has slope zero, and a PReLU its own."""
+    grad, out = torch.ones(3, 2, device=device), torch.tensor([[0.0, -0.0], [1.0, 0.0], [-0.0, 1.0]], device=device)
+    masked, sums = relu_column_sums(grad, out, backend)
+    assert masked.tolist() == [[0, 0], [1, 0], [0, 1]] and sums.tolist() == [1, 1]
+    masked, sums, grad_slope = prelu_column_sums(grad, out, torch.full((1,), 0.25, device=device), backend)
+    assert masked.tolist() == [[0.25, 0.25], [1, 0.25], [0.25, 1]]
+    assert sums.tolist() == [1.5, 1.5] and grad_slope.tolist() == [0]
+
+
+def test_what_passes_at_zero():
+    check_zero("reference")
+
+
 def test_wrong_input_is_an_error():
     with pytest.raises(ValueError, match=r"column_sums: grad must be \[M, N\], got \[3\]"):
         column_sums(torch.ones(3))
@@ -103,7 +117,8 @@ def test_fake_tensors(fake_cuda):
 
 
 def check_awkward(device):
-    """Gradients of any strides, slopes of any size, and what is not a number."""
+    """Gradients of any strides, slopes of any size, exact zeros, and what is not a number."""
+    check_zero("triton", device)
     grad, x = make_case("boxes", device)
     compare(grad[:1].expand(300, 4), x)
     compare(*(each.t().contiguous().t() for each in (grad, x)))
@@ -130,8 +145,9 @@ import torch
 from dndetr.kernels import column_sums as kernels
 from dndetr.ops.column_sums import CASES, make_case
 from spoilt_kernels import check_self_test
-from test_column_sums import compare
+from test_column_sums import check_zero, compare
 
+check_zero("triton")
 # Fewer rows than the self-test has, which take long here, but also in one pass and in two.
 kernels._FEW = 150
 CASES |= {"queries": (150, 64, torch.bfloat16), "pixels": (300, 128, torch.bfloat16)}

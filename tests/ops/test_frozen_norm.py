@@ -92,6 +92,17 @@ def check_edges(device="cpu"):
             expected, given = (run(case, backend, added=added, relu=relu) for backend in ("reference", "triton"))
             for part, found in given.items():
                 torch.testing.assert_close(found, expected[part], rtol=0, atol=0, equal_nan=True)
+    check_zero("triton", device)
+
+
+def check_zero(backend, device="cpu"):
+    """A ReLU passes no gradient at zero, whatever its sign and whatever was added."""
+    x, shortcut = torch.tensor([[0.0, 1.0], [-0.0, 0.0], [1.0, -1.0], [2.0, -1.0]], device=device).T.view(2, 1, 1, 1, 4)
+    x.requires_grad_(), shortcut.requires_grad_()
+    y = frozen_norm(x, x.new_ones(1), x.new_zeros(1), shortcut, True, backend=backend)
+    y.sum().backward()
+    assert y.flatten().tolist() == [1, 0, 0, 1]
+    assert x.grad.flatten().tolist() == shortcut.grad.flatten().tolist() == [1, 0, 0, 1]
 
 
 def check_needs(device="cpu"):
@@ -163,6 +174,10 @@ def test_formula(added, relu):
         grad = 0 if relu and y <= 0 else slant[place].item()
         expected = max(y, 0) if relu else y, grad * scale[channel].item(), grad * own_scale[channel].item()
         assert [found[part][place].item() for part in found] == pytest.approx(expected[: 2 + summed], abs=1e-14)
+
+
+def test_nothing_passes_a_relu_at_zero():
+    check_zero("reference")
 
 
 def test_wrong_input_is_an_error():

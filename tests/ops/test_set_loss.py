@@ -222,16 +222,6 @@ def test_degenerate_boxes(extension, sizes, truth):
         torch.testing.assert_close(given[part], expected[part], rtol=1e-9, atol=1e-9)
 
 
-def test_a_perfect_box_shares_its_ties_as_torch_does(extension):
-    logits, _, matches, layout, targets, normalizers = op.make_case("f64")
-    truth = targets.boxes[0, 0]
-    boxes = truth.expand(3, 2, 15, 4).clone()
-    targets = Targets(targets.labels, truth.expand(2, 4, 4), targets.counts)
-    case = (logits, boxes, matches, layout, targets, normalizers)
-    expected, given = (run(case, backend) for backend in ("reference", "cpp"))
-    torch.testing.assert_close(given["grad boxes"], expected["grad boxes"], rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_larger_bucket_changes_nothing(extension, backend):
     logits, boxes, matches, layout, targets, normalizers = op.make_case("no-groups")
