@@ -1,6 +1,7 @@
 """Signals that ask a run to end: noted when they come, heeded between two steps."""
 
 import signal
+import threading
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
 
@@ -14,13 +15,17 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait."""
+    """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait.
+
+    Python lets the main thread alone handle signals. In another one they are left to the caller, and ``ask`` remains.
+    """
 
     def __init__(self):
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in _HEEDED}
+        heeded = _HEEDED if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
