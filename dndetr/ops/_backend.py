@@ -72,12 +72,27 @@ def choose(op: str, requested: str | None = None, device_type: str = "cpu") -> t
     Raises ValueError for a name the op does not know, RuntimeError if an explicitly requested backend cannot run.
     The environment is read once per op; ``forget()`` makes it be read again.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return "reference", "export keeps to plain torch"
+    if plain_torch_only():
+        return "reference", "exports, traces and transforms keep to plain torch"
     key = (op, requested, device_type)
     if key not in _decisions:
         _decisions[key] = _resolve(op, requested, device_type)
     return _decisions[key]
+
+
+def plain_torch_only() -> bool:
+    """Whether torch exports, traces or transforms what runs now, and can do so with plain operations alone.
+
+    torch.export and torch.jit.trace, and ONNX by either; torch.fx; vmap, grad and the rest of torch.func; derivatives
+    forwards.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def forget() -> None:
