@@ -11,10 +11,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..batch import Targets
 from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
 from ..ops import GroupLayout, LossWeights
+from ..ops._backend import plain_torch_only
 from .families import FAMILIES, Family, QueryEmbedding, Rows
 from .installed import TESTED, require_transformers
 from .labels import to_targets
@@ -47,8 +49,11 @@ class Denoising(nn.Module):
         self.family, self.classes = family, config.num_labels
         self.groups, self.label_noise, self.box_noise, self.weight = groups, label_noise, box_noise, weight
         self.embedding = QueryEmbedding(config.num_labels, config.hidden_size, family.with_position)
-        self.step: Step | None = None  # kept after the forward pass: gradient checkpointing repeats parts of it
+        self.step: Step | None = None
         self.active = False  # whether a denoised forward pass is under way
+        # The mask of each layer's input, by the memory of that input: gradient checkpointing computes layers again long
+        # after the forward pass, which may not be the last one.
+        self.masks: dict[StorageWeakRef, Tensor] = {}
         self.own_loss = None
         self.handles = []
 
@@ -85,6 +90,11 @@ class Denoising(nn.Module):
         self.active = model.training and labels is not None
         if not self.active:
             return None
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "denoising does not run under nn.DataParallel, whose threads share one module: start a process for "
+                "each GPU (torchrun, DistributedDataParallel), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         implementation = model.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
@@ -94,6 +104,7 @@ class Denoising(nn.Module):
         targets = to_targets(labels, self.embedding.label.weight.device)
         noise = draw_noise(targets, self.groups, self.classes)
         noised = noised_queries(targets, noise, self.label_noise, self.box_noise)
+        self.masks = {memory: mask for memory, mask in self.masks.items() if not memory.expired()}
         self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
         return args, {**kwargs, "return_dict": True}
 
@@ -117,11 +128,24 @@ class Denoising(nn.Module):
             output[name] = torch.cat((first.to(output[name].dtype), output[name]), dim=1)
 
     def before_attention(self, attention, args, kwargs):
-        # Looks at the shape, not at ``active``: a checkpointed layer runs again long after the forward pass.
-        queries, mask = kwargs["hidden_states"], self.step and self.step.mask
-        if attention.training and mask is not None and queries.shape[1] == mask.shape[-1]:
+        queries = kwargs["hidden_states"]
+        if (mask := self._mask(queries)) is not None:
             kwargs["attention_mask"] = mask.to(queries.dtype)
         return args, kwargs
+
+    def _mask(self, queries: Tensor) -> Tensor | None:
+        """The mask of the forward pass that a layer's input is part of, None where no noised queries are in it."""
+        if torch.compiler.is_compiling() or plain_torch_only():  # traced once, with the mask as a value of the graph
+            return self.step.mask if self.active else None
+        memory = StorageWeakRef(queries.untyped_storage())
+        if self.active:
+            self.masks[memory] = self.step.mask
+        elif memory not in self.masks and any(mask.shape[-1] == queries.shape[1] for mask in self.masks.values()):
+            raise RuntimeError(
+                "denoising: a layer is computed again for backward, but not from the tensor of its forward pass, so "
+                "its mask is not known: checkpoint layers without moving their inputs (activation offloading)"
+            )
+        return self.masks.get(memory)
 
     def after_replaced(self, rows: Rows, module, args, output):
         if not self.active:
@@ -174,7 +198,7 @@ class Denoising(nn.Module):
         return output.to_tuple() if self.step.as_tuple else output
 
     def __getstate__(self):
-        return {**self.__dict__, "step": None, "active": False}
+        return {**self.__dict__, "step": None, "active": False, "masks": {}}
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
