@@ -6,12 +6,15 @@ the denoising loss. The outputs returned hold matching queries only. In any othe
 """
 
 import inspect
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from ..batch import Targets
 from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
@@ -21,6 +24,7 @@ from .families import FAMILIES, Family, QueryEmbedding, Rows
 from .installed import TESTED, require_transformers
 from .labels import to_targets
 from .rebind import set_loss_function
+from .wrapped import of_compile_or_parallel, of_peft
 
 NAME = "denoising"  # of the submodule that a denoised model has
 
@@ -59,31 +63,33 @@ class Denoising(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Register every hook and take the loss function's place."""
-        decoder = model.model.decoder
         parameters = list(inspect.signature(type(model).forward).parameters)
         self.labels_index = parameters.index("labels") - 1  # among positional arguments, without self
         self.own_loss = model.loss_function
         model.loss_function = self.loss
-        self.handles = [
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
-            model.register_forward_hook(self.after_model, always_call=True),
-            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            model.model.register_forward_hook(self.after_base),
-            model.register_state_dict_post_hook(_leave_out),
-            model.register_load_state_dict_pre_hook(_keep),
-        ]
-        for name, rows in self.family.replaced.items():
-            handle = getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
-            self.handles.append(handle)
-        for layer in decoder.layers:
-            handle = layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+        for handle in self._hooks(model):
             self.handles.append(handle)
 
+    def _hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hooks, one after the other."""
+        decoder = model.model.decoder
+        yield model.register_forward_pre_hook(self.before_model, with_kwargs=True)
+        yield model.register_forward_hook(self.after_model, always_call=True)
+        yield decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)
+        yield model.model.register_forward_hook(self.after_base)
+        yield model.register_state_dict_post_hook(_leave_out)
+        yield model.register_load_state_dict_pre_hook(_keep)
+        for name, rows in self.family.replaced.items():
+            yield getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
+        for layer in decoder.layers:
+            yield layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+
     def detach(self, model: nn.Module) -> None:
-        """Undo ``attach``."""
+        """Undo ``attach``, or as much of it as was done."""
         for handle in self.handles:
             handle.remove()
-        set_loss_function(model, self.own_loss)
+        if self.own_loss is not None:
+            set_loss_function(model, self.own_loss)
 
     def before_model(self, model, args, kwargs):
         labels = args[self.labels_index] if len(args) > self.labels_index else kwargs.get("labels")
@@ -100,6 +106,11 @@ class Denoising(nn.Module):
             raise ValueError(
                 f"denoising needs an attention that takes masks, not {implementation!r}: "
                 "load the model with attn_implementation='sdpa'"
+            )
+        if not self.embedding.label.weight.requires_grad:
+            warnings.warn(
+                "the weights of denoising are frozen, as PEFT leaves what it finds: wrap the model first, then denoise",
+                stacklevel=2,
             )
         targets = to_targets(labels, self.embedding.label.weight.device)
         noise = draw_noise(targets, self.groups, self.classes)
@@ -197,6 +208,16 @@ class Denoising(nn.Module):
             output[name] = parts if isinstance(value, tuple) else parts[0]
         return output.to_tuple() if self.step.as_tuple else output
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As of every module, but all or nothing: RuntimeError for tensors of other shapes before any is taken."""
+        for name, own in self.state_dict().items():
+            if name in state_dict and state_dict[name].shape != own.shape:
+                raise RuntimeError(
+                    f"denoising: {name} is {list(state_dict[name].shape)} there and {list(own.shape)} here: these are "
+                    "the weights of a model with other classes or of another width"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def __getstate__(self):
         return {**self.__dict__, "step": None, "active": False, "masks": {}}
 
@@ -235,6 +256,7 @@ def denoise(
     parameters, in the submodule ``denoising`` (:class:`Denoising`).
     ``groups=0`` takes denoising out again; label_noise and box_noise as in :func:`dndetr.denoising.noised_queries`;
     weight: of the denoising loss beside the model's own.
+    A PeftModel is denoised inside; what torch.compile or data parallelism has wrapped is refused (TypeError).
     """
     require_transformers("dndetr.denoise")
     if groups < 0 or not 0 <= label_noise <= 1 or not 0 <= box_noise <= 1:
@@ -242,12 +264,18 @@ def denoise(
             f"dndetr.denoise: groups must be 0 or more, label_noise and box_noise between 0 and 1, "
             f"got {groups}, {label_noise}, {box_noise}"
         )
+    outer, model = model, of_peft(model) or model
+    if of_compile_or_parallel(model) is not None:
+        raise TypeError(
+            f"dndetr.denoise: {type(model).__name__} is already around the model and would not notice the change: "
+            "denoise the model first, then wrap it"
+        )
     present = getattr(model, NAME, None)
     if groups == 0:
         if isinstance(present, Denoising):
             present.detach(model)
             delattr(model, NAME)
-        return model
+        return outer
     if present is not None:
         raise ValueError(
             f"{type(model).__name__} is denoised already: set model.{NAME}.groups and the like, "
@@ -260,8 +288,13 @@ def denoise(
     added = Denoising(family, model.config, groups, label_noise, box_noise, weight)
     like = next(model.model.decoder.parameters())
     model.add_module(NAME, added.to(like.device, like.dtype))
-    added.attach(model)
-    return model
+    try:
+        added.attach(model)
+    except BaseException:  # all of it, or nothing
+        added.detach(model)
+        delattr(model, NAME)
+        raise
+    return outer
 
 
 def _check_structure(model: nn.Module, family: Family) -> None:
