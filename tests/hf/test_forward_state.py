@@ -3,10 +3,14 @@
 import hf_models
 import pytest
 import torch
+from callers import every_caller
 from hf_models import labels, pixels
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import dndetr
+from dndetr.denoising import draw_noise
+from dndetr.hf.labels import to_targets
+from dndetr.hf.matching import Matcher
 
 BATCHES = {"as-many-objects": ((3, 1), (3, 2)), "more-objects": ((3, 1), (5, 2)), "three": ((2, 2), (4, 1), (2, 2))}
 
@@ -101,3 +105,25 @@ def test_threads_that_share_the_module_are_refused():
     with pytest.raises(RuntimeError, match=r"does not run under nn\.DataParallel"):
         model(pixels(1), labels=labels(1))
     model.eval()(pixels(1))
+
+
+@every_caller
+def test_targets_noise_and_matches_do_not_depend_on_what_the_caller_has_set(caller):
+    given = labels(3, 0, 1)
+    draw = torch.Generator().manual_seed(7)
+    outputs = {
+        "logits": torch.randn(3, 20, 5, generator=draw),
+        "pred_boxes": 0.2 + 0.5 * torch.rand(3, 20, 4, generator=draw),
+    }
+
+    def results():
+        targets = to_targets(given, torch.device("cpu"))
+        noise = draw_noise(targets, 2, 5, torch.Generator("cpu").manual_seed(8))
+        matches = [index for pair in Matcher()(outputs, given) for index in pair]
+        return [targets.labels, targets.boxes, targets.counts, *noise, *matches]
+
+    expected = results()
+    with caller():
+        found = results()
+    for value, other in zip(found, expected, strict=True):
+        assert value.dtype == other.dtype and value.device == other.device and torch.equal(value, other)
