@@ -36,7 +36,16 @@ def program(
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        return exit_status(lambda: command(parse(kind, arguments, f"python -m dndetr.{name}", description=about)))
+        return exit_status(lambda: run(parse(kind, arguments, f"python -m dndetr.{name}", description=about)))
+
+    def run(parsed: Arguments) -> None:
+        if "torch" not in sys.modules:  # nobody has set it, and mistakes are to be told before it is imported
+            command(parsed)
+            return
+        from .context import own_context
+
+        with own_context():
+            command(parsed)
 
     return main
 

@@ -4,6 +4,8 @@ All other flags are those of ``python -m dndetr.train`` and hold for every run, 
 without ``--preset`` it is the quick start, shortened to 10 epochs of 62 steps.
 """
 
+import contextlib
+import json
 import os
 import re
 import sys
@@ -209,40 +211,46 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     train.run([*arguments, "--output", str(run)])
 
 
+def _resumed_plan(arguments: Arguments, rest: Sequence[str]) -> Plan:
+    """The plan of the comparison that is resumed, with more seeds where they are asked for."""
+    folder = arguments.resume
+    if not (folder / "comparison.json").exists():
+        raise ValueError(f"--resume {folder}: there is no comparison.json, so no comparison was started there")
+    changed = [flag for flag in ("field", "values", "output") if getattr(arguments, flag) != getattr(Arguments, flag)]
+    if rest or changed:
+        given = " ".join([*(f"--{flag}" for flag in changed), *rest])
+        raise ValueError(f"--resume continues a comparison as it was planned; leave out {given}")
+    saved = json.loads((folder / "comparison.json").read_text())
+    return Plan(**saved | {"seeds": max(saved["seeds"], arguments.seeds or 1)})
+
+
 def run(argv: Sequence[str] | None = None) -> Path:
     """Compare as the arguments say -> the comparison's folder."""
-    import json
-
     arguments, rest = commandline.parse(Arguments, argv, PROGRAM, description=__doc__, return_unknown_args=True)
     # Imported here so that --help and mistakes in the flags answer at once.
     from .analysis.comparison import sentences
     from .files import write_json_atomic
-    from .runs.folder import claim_output, new_run_folder
+    from .runs.folder import output_folder
     from .training.distributed import Processes
 
     if Processes().world > 1:
         raise ValueError(f"{PROGRAM} trains in one process: start it without torchrun (or unset WORLD_SIZE)")
-    if arguments.resume is None:
-        plan = make_plan(arguments, rest)
-        folder = new_run_folder("compare") if arguments.output is None else claim_output(arguments.output)
-    else:
-        folder = arguments.resume
-        if not (folder / "comparison.json").exists():
-            raise ValueError(f"--resume {folder}: there is no comparison.json, so no comparison was started there")
-        changed = [
-            flag for flag in ("field", "values", "output") if getattr(arguments, flag) != getattr(Arguments, flag)
-        ]
-        if rest or changed:
-            given = " ".join([*(f"--{flag}" for flag in changed), *rest])
-            raise ValueError(f"--resume continues a comparison as it was planned; leave out {given}")
-        saved = json.loads((folder / "comparison.json").read_text())
-        plan = Plan(**saved | {"seeds": max(saved["seeds"], arguments.seeds or 1)})
-    write_json_atomic(folder / "comparison.json", vars(plan), indent=2)
-    try:
-        told = compare(folder, plan, arguments.quiet)
-    except (SystemExit, KeyboardInterrupt):
-        print(f"continue the comparison with {PROGRAM} --resume {folder}", file=sys.stderr)
-        raise
+    with contextlib.ExitStack() as stack:
+        if arguments.resume is None:
+            plan = make_plan(arguments, rest)
+            folder = stack.enter_context(output_folder(arguments.output, "compare"))
+        else:
+            folder, plan = arguments.resume, _resumed_plan(arguments, rest)
+        write_json_atomic(folder / "comparison.json", vars(plan), indent=2)
+        try:
+            told = compare(folder, plan, arguments.quiet)
+        except BaseException as error:
+            begun = any(entry.is_dir() for entry in folder.iterdir())
+            if begun and isinstance(error, (SystemExit, KeyboardInterrupt)):
+                print(f"continue the comparison with {PROGRAM} --resume {folder}", file=sys.stderr)
+            if not begun and arguments.resume is None:
+                (folder / "comparison.json").unlink()
+            raise
     print("\n".join([*sentences(told), f"{folder}: compare.png, verdict.json, and the runs"]))
     return folder
 

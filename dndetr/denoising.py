@@ -20,7 +20,7 @@ from .ops import GroupLayout, LossWeights, Matches, set_loss
 class Noise(NamedTuple):
     """Random numbers of one step.
 
-    flip [B, G, T] uniform in [0, 1); label [B, G, T] int64 in [0, K); box [B, G, T, 4] uniform in [0, 1).
+    flip [B, G, T] uniform in [0, 1); label [B, G, T] int64 in [0, K); box [B, G, T, 4] uniform in [0, 1); float32.
     """
 
     flip: Tensor
@@ -38,9 +38,9 @@ def draw_noise(targets: Targets, groups: int, classes: int, generator: torch.Gen
     shape = (targets.labels.shape[0], groups, drawn)
     options = {"device": targets.boxes.device, "generator": generator}
     noise = Noise(
-        torch.rand(shape, **options),
+        torch.rand(shape, dtype=torch.float32, **options),
         torch.randint(classes, shape, **options),
-        torch.rand(*shape, 4, **options),
+        torch.rand(*shape, 4, dtype=torch.float32, **options),
     )
     if drawn == slots:
         return noise

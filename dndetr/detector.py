@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .config import Config, from_dict
+from .context import own_context
 from .data.classes import Classes, distinct_names, listed
 from .data.loader import build_loader
 from .data.training import evaluation_batch, evaluation_transform
@@ -41,10 +42,20 @@ class Prediction(NamedTuple):
 class Detector:
     """A model with the settings and the classes of its run.
 
-    classes: (category id, name) in label order; config: the run's; device, precision: as in the train command.
+    classes: (category id, name) in label order; config: the run's; device, precision: as in the train command, or
+    torch's own objects. What is found does not depend on torch's settings where it is asked (autocast, default dtype
+    and device, inference mode).
     """
 
-    def __init__(self, model: DNDETR, config: Config, classes: Classes, device: str = "auto", precision: str = "auto"):
+    @own_context()
+    def __init__(
+        self,
+        model: DNDETR,
+        config: Config,
+        classes: Classes,
+        device: str | torch.device = "auto",
+        precision: str | torch.dtype = "auto",
+    ):
         self.config = config
         self.classes = [(int(number), str(name)) for number, name in classes]
         self.device = pick_device(device)
@@ -61,6 +72,7 @@ class Detector:
         """Category id and name (as in ``names``) of each class, in label order, for JSON."""
         return [{"id": number, "name": name} for (number, _), name in zip(self.classes, self.names, strict=True)]
 
+    @own_context()
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Prediction]:
@@ -94,14 +106,16 @@ class Detector:
                 found[index] = Prediction(boxes_xyxy[kept], scores[kept], labels[kept], names)
         return [found[index] for index in range(len(images))]
 
+    @own_context()
     def infer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The last decoder layer's logits [B, N, K] and boxes [B, N, 4] for a batch, float32, on the device."""
         logits, boxes, _ = self.model.infer(batch, self.precision)
         return logits[-1], boxes[-1]
 
 
+@own_context()
 def load(
-    path: str | Path, device: str = "auto", *, preset: str | None = None, classes: Classes | None = None
+    path: str | Path, device: str | torch.device = "auto", *, preset: str | None = None, classes: Classes | None = None
 ) -> Detector:
     """The detector in a run folder (its latest checkpoint) or a checkpoint file; its moving average where it has one.
 

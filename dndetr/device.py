@@ -5,14 +5,14 @@ import torch
 from .ops import _backend
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name; "auto" is the GPU where there is one.
+def pick_device(name: str | torch.device, local_rank: int | None = None) -> torch.device:
+    """The device of that name, or that device; "auto" is the GPU where there is one.
 
     local_rank: number of this process among those that share the machine's GPUs, one each (None: alone). ValueError
     where the device does not exist.
     """
-    found = torch.cuda.device_count()
-    if name == "cpu" or (name == "auto" and not found):
+    found, name = torch.cuda.device_count(), str(name)
+    if name in ("cpu", "cpu:0") or (name == "auto" and not found):
         return torch.device("cpu")
     if not found:
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
@@ -36,10 +36,13 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the hardware multiplies in it, float32 elsewhere."""
+def pick_precision(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of that name, or that dtype; "auto" is bfloat16 where the hardware multiplies in it, else float32."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if (found := known.get(str(name).removeprefix("torch."))) is None:
+            raise ValueError(f"precision {name}: give auto, {' or '.join(known)}")
+        return found
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

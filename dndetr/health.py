@@ -101,7 +101,7 @@ def run(arguments: Arguments) -> None:
     from .data.training import TrainingData
     from .detector import load
     from .pictures.denoising import write_denoising
-    from .runs.folder import claim_output
+    from .runs.folder import output_folder
     from .runs.paths import demand_data_there
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
@@ -133,9 +133,8 @@ def run(arguments: Arguments) -> None:
         return detector.model.infer(batch, detector.precision, noised)
 
     if arguments.output is not None:
-        report = write_denoising(
-            claim_output(arguments.output), infer, data.validation(), detector.names, config, detector.device
-        )
+        with output_folder(arguments.output, "health") as folder:
+            report = write_denoising(folder, infer, data.validation(), detector.names, config, detector.device)
     else:
         from .analysis.reconstruction import measure_reconstruction
 

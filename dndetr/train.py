@@ -68,11 +68,13 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
     """
     config = parse(arguments)
     # Imported here so that --help and mistakes in the flags answer at once.
+    from .context import own_context
     from .runs.folder import hold
     from .training.distributed import Processes
 
     processes, checkpoint = Processes(), None
     with contextlib.ExitStack() as stack:
+        stack.enter_context(own_context())
         if config.resume is not None:
             if processes.first and _run_folder(config).is_dir():
                 stack.enter_context(hold(_run_folder(config)))  # before the checkpoint is read, which another may write
@@ -104,7 +106,7 @@ def _train(
     from .data.training import TrainingData
     from .models.pretrained import initialise
     from .runs.console import Console
-    from .runs.folder import claim_output, hold, new_run_folder
+    from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
     from .training.listeners import all_listeners
@@ -134,7 +136,7 @@ def _train(
             notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")
         folder = None
         if processes.first:
-            folder = new_run_folder(config.preset) if config.output is None else claim_output(config.output)
+            folder = stack.enter_context(output_folder(config.output, config.preset))
             stack.enter_context(hold(folder))
         folder = processes.from_first(folder)
     for note in (f"run folder: {folder}", *notes):

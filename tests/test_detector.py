@@ -7,6 +7,7 @@ import detectors
 import numpy as np
 import pytest
 import torch
+from callers import every_caller
 from PIL import Image, ImageOps
 from short_runs import short_run, write_pictures
 
@@ -89,6 +90,28 @@ def test_every_kind_of_image_gives_the_same(detector, pictures):
     for other in others:
         for one, two in zip(first, other, strict=True):
             assert one == two if isinstance(one, list) else torch.equal(one, two)
+
+
+@every_caller
+def test_what_is_found_does_not_depend_on_what_the_caller_has_set(detector, run, pictures, caller):
+    file = pictures / "val" / "3.jpg"
+    [expected] = detector.predict(file, threshold=0)
+    with caller():
+        loaded = dndetr.load(run)
+        found = [*detector.predict(file, threshold=0), *loaded.predict(file, threshold=0)]
+    for prediction in found:
+        assert torch.equal(prediction.boxes_xyxy, expected.boxes_xyxy)
+        assert torch.equal(prediction.scores, expected.scores) and torch.equal(prediction.labels, expected.labels)
+    assert all(p.dtype == torch.float32 and not p.is_inference() for p in loaded.model.parameters())
+
+
+def test_device_and_precision_may_be_torchs_own_objects(detector, run):
+    for device in ("cpu", torch.device("cpu"), torch.device("cpu", 0)):
+        assert dndetr.load(run, device).device == torch.device("cpu")
+    again = dndetr.Detector(detector.model, detector.config, detector.classes, torch.device("cpu"), torch.bfloat16)
+    assert again.precision == torch.bfloat16
+    with pytest.raises(ValueError, match=r"precision torch.int8: give auto, float32 or bfloat16"):
+        dndetr.Detector(detector.model, detector.config, detector.classes, precision=torch.int8)
 
 
 def test_an_image_alone_is_a_list_of_one(detector, pictures):

@@ -67,7 +67,7 @@ def measure_reconstruction(
     that of ``seed``: the same for every model on one kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    box_noise = torch.tensor(levels, device=device).view(1, -1, 1, 1)
+    box_noise = torch.tensor(levels, dtype=torch.float32, device=device).view(1, -1, 1, 1)
     sums, errors, examples, seen = 0, 0, [], 0
     for batch in batches:
         batch = batch.to(device)

@@ -46,11 +46,11 @@ def collate(
     if all(size == canvas for size in sizes):
         images = torch.stack([sample.image for sample in samples])
     else:
-        images = torch.zeros(len(samples), 3, *canvas)
+        images = torch.zeros(len(samples), 3, *canvas, dtype=torch.float32)
         for image, sample, (height, width) in zip(images, samples, sizes, strict=True):
             image[:, :height, :width] = sample.image
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)
-    boxes = torch.zeros(len(samples), slots, 4)
+    boxes = torch.zeros(len(samples), slots, 4, dtype=torch.float32)
     counts = torch.zeros(len(samples), dtype=torch.int32)
     for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
         own_boxes, own_labels = sample.boxes_xyxy, sample.labels

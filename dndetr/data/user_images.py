@@ -61,7 +61,7 @@ class UserImages:
         picture = read_image(image) if isinstance(image, Path | _Content) else to_rgb(image)
         size = picture.size[::-1]
         tensor = self._transform.tensor(self._transform.view(size, rng).picture(picture), rng)
-        return Sample(tensor, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), index, size)
+        return Sample(tensor, torch.zeros(0, 4, dtype=torch.float32), torch.zeros(0, dtype=torch.int64), index, size)
 
     def coco_dict(self) -> dict:
         """There is none."""

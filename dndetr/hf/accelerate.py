@@ -11,6 +11,7 @@ from .denoise import NAME, Denoising
 from .installed import require_transformers
 from .matching import MatchedLoss, known_matcher
 from .rebind import set_loss_function
+from .wrapped import unwrapped
 
 
 class Acceleration:
@@ -22,14 +23,21 @@ class Acceleration:
         self.linear: list[str] = []
         self.matcher: str | None = None
         self._undo = []
-        for name, module in model.named_modules():
+        try:
+            self._replace()
+        except BaseException:  # all of it, or nothing
+            self.undo()
+            raise
+
+    def _replace(self) -> None:
+        for name, module in self.model.named_modules():
             if undo := replace_attention(module):
                 self.attention.append(name)
                 self._undo.append(undo)
-        loss = _loss(model)
+        loss = _loss(self.model)
         if loss is not None and (matcher := known_matcher(loss)):
+            _set_loss(self.model, MatchedLoss(loss))
             self.matcher = matcher
-            _set_loss(model, MatchedLoss(loss))
         if self.attention or self.matcher:
             self._replace_products()
 
@@ -80,12 +88,14 @@ def accelerate(model: nn.Module) -> Acceleration:
     Deformable DETR, RT-DETR (v2), D-FINE, DEIMv2, LW-DETR, RF-DETR, Grounding DINO and every other model of
     transformers that shares their layer. Matcher: the object-detection losses of all of these but Grounding DINO, and
     of DAB-DETR and Conditional DETR. ``print`` the result to see what was found; its ``undo()`` takes all of it back.
+    What torch.compile, PEFT or data parallelism has wrapped is replaced inside the wrapper. An error (TypeError where
+    there is nothing to replace, RuntimeError for layers that are not as expected) leaves the model as it was.
     """
     require_transformers("dndetr.accelerate")
-    done = Acceleration(model)
+    done = Acceleration(unwrapped(model))
     if not done.attention and done.matcher is None:
         raise TypeError(
-            f"dndetr.accelerate found nothing to replace in {type(model).__name__}: "
+            f"dndetr.accelerate found nothing to replace in {type(done.model).__name__}: "
             "it has no deformable attention and no matcher that is known, or is accelerated already"
         )
     return done

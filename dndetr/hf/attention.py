@@ -7,7 +7,7 @@ stay what they are.
 """
 
 import inspect
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -116,13 +116,13 @@ def replace_attention(module: nn.Module):
             return None
         _expect(core, _FUNCTION_ARGUMENTS)
         module.ms_deformable_attn_core = sample_points
-        return lambda: setattr(module, "ms_deformable_attn_core", core)
+        return partial(setattr, module, "ms_deformable_attn_core", core)
     elif kind.__name__ != "RTDetrV2MultiscaleDeformableAttention" or module.method != "default":
         return None
     else:
         _expect(kind.forward.__globals__[_FUNCTION], _FUNCTION_ARGUMENTS)
     module.__class__ = _on_our_op(kind)
-    return lambda: setattr(module, "__class__", kind)
+    return partial(setattr, module, "__class__", kind)
 
 
 def _expect(function, names: tuple[str, ...]) -> None:

@@ -6,19 +6,25 @@ the denoising loss. The outputs returned hold matching queries only. In any othe
 """
 
 import inspect
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from ..batch import Targets
 from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
 from ..ops import GroupLayout, LossWeights
+from ..ops._backend import plain_torch_only
 from .families import FAMILIES, Family, QueryEmbedding, Rows
 from .installed import TESTED, require_transformers
 from .labels import to_targets
 from .rebind import set_loss_function
+from .wrapped import of_compile_or_parallel, of_peft
 
 NAME = "denoising"  # of the submodule that a denoised model has
 
@@ -47,53 +53,69 @@ class Denoising(nn.Module):
         self.family, self.classes = family, config.num_labels
         self.groups, self.label_noise, self.box_noise, self.weight = groups, label_noise, box_noise, weight
         self.embedding = QueryEmbedding(config.num_labels, config.hidden_size, family.with_position)
-        self.step: Step | None = None  # kept after the forward pass: gradient checkpointing repeats parts of it
+        self.step: Step | None = None
         self.active = False  # whether a denoised forward pass is under way
+        # The mask of each layer's input, by the memory of that input: gradient checkpointing computes layers again long
+        # after the forward pass, which may not be the last one.
+        self.masks: dict[StorageWeakRef, Tensor] = {}
         self.own_loss = None
         self.handles = []
 
     def attach(self, model: nn.Module) -> None:
         """Register every hook and take the loss function's place."""
-        decoder = model.model.decoder
         parameters = list(inspect.signature(type(model).forward).parameters)
         self.labels_index = parameters.index("labels") - 1  # among positional arguments, without self
         self.own_loss = model.loss_function
         model.loss_function = self.loss
-        self.handles = [
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
-            model.register_forward_hook(self.after_model, always_call=True),
-            decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            model.model.register_forward_hook(self.after_base),
-            model.register_state_dict_post_hook(_leave_out),
-            model.register_load_state_dict_pre_hook(_keep),
-        ]
-        for name, rows in self.family.replaced.items():
-            handle = getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
-            self.handles.append(handle)
-        for layer in decoder.layers:
-            handle = layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+        for handle in self._hooks(model):
             self.handles.append(handle)
 
+    def _hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hooks, one after the other."""
+        decoder = model.model.decoder
+        yield model.register_forward_pre_hook(self.before_model, with_kwargs=True)
+        yield model.register_forward_hook(self.after_model, always_call=True)
+        yield decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)
+        yield model.model.register_forward_hook(self.after_base)
+        yield model.register_state_dict_post_hook(_leave_out)
+        yield model.register_load_state_dict_pre_hook(_keep)
+        for name, rows in self.family.replaced.items():
+            yield getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
+        for layer in decoder.layers:
+            yield layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+
     def detach(self, model: nn.Module) -> None:
-        """Undo ``attach``."""
+        """Undo ``attach``, or as much of it as was done."""
         for handle in self.handles:
             handle.remove()
-        set_loss_function(model, self.own_loss)
+        if self.own_loss is not None:
+            set_loss_function(model, self.own_loss)
 
     def before_model(self, model, args, kwargs):
         labels = args[self.labels_index] if len(args) > self.labels_index else kwargs.get("labels")
         self.active = model.training and labels is not None
         if not self.active:
             return None
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "denoising does not run under nn.DataParallel, whose threads share one module: start a process for "
+                "each GPU (torchrun, DistributedDataParallel), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         implementation = model.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"denoising needs an attention that takes masks, not {implementation!r}: "
                 "load the model with attn_implementation='sdpa'"
             )
+        if not self.embedding.label.weight.requires_grad:
+            warnings.warn(
+                "the weights of denoising are frozen, as PEFT leaves what it finds: wrap the model first, then denoise",
+                stacklevel=2,
+            )
         targets = to_targets(labels, self.embedding.label.weight.device)
         noise = draw_noise(targets, self.groups, self.classes)
         noised = noised_queries(targets, noise, self.label_noise, self.box_noise)
+        self.masks = {memory: mask for memory, mask in self.masks.items() if not memory.expired()}
         self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
         return args, {**kwargs, "return_dict": True}
 
@@ -117,11 +139,24 @@ class Denoising(nn.Module):
             output[name] = torch.cat((first.to(output[name].dtype), output[name]), dim=1)
 
     def before_attention(self, attention, args, kwargs):
-        # Looks at the shape, not at ``active``: a checkpointed layer runs again long after the forward pass.
-        queries, mask = kwargs["hidden_states"], self.step and self.step.mask
-        if attention.training and mask is not None and queries.shape[1] == mask.shape[-1]:
+        queries = kwargs["hidden_states"]
+        if (mask := self._mask(queries)) is not None:
             kwargs["attention_mask"] = mask.to(queries.dtype)
         return args, kwargs
+
+    def _mask(self, queries: Tensor) -> Tensor | None:
+        """The mask of the forward pass that a layer's input is part of, None where no noised queries are in it."""
+        if torch.compiler.is_compiling() or plain_torch_only():  # traced once, with the mask as a value of the graph
+            return self.step.mask if self.active else None
+        memory = StorageWeakRef(queries.untyped_storage())
+        if self.active:
+            self.masks[memory] = self.step.mask
+        elif memory not in self.masks and any(mask.shape[-1] == queries.shape[1] for mask in self.masks.values()):
+            raise RuntimeError(
+                "denoising: a layer is computed again for backward, but not from the tensor of its forward pass, so "
+                "its mask is not known: checkpoint layers without moving their inputs (activation offloading)"
+            )
+        return self.masks.get(memory)
 
     def after_replaced(self, rows: Rows, module, args, output):
         if not self.active:
@@ -173,8 +208,18 @@ class Denoising(nn.Module):
             output[name] = parts if isinstance(value, tuple) else parts[0]
         return output.to_tuple() if self.step.as_tuple else output
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As of every module, but all or nothing: RuntimeError for tensors of other shapes before any is taken."""
+        for name, own in self.state_dict().items():
+            if name in state_dict and state_dict[name].shape != own.shape:
+                raise RuntimeError(
+                    f"denoising: {name} is {list(state_dict[name].shape)} there and {list(own.shape)} here: these are "
+                    "the weights of a model with other classes or of another width"
+                )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def __getstate__(self):
-        return {**self.__dict__, "step": None, "active": False}
+        return {**self.__dict__, "step": None, "active": False, "masks": {}}
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
@@ -211,6 +256,7 @@ def denoise(
     parameters, in the submodule ``denoising`` (:class:`Denoising`).
     ``groups=0`` takes denoising out again; label_noise and box_noise as in :func:`dndetr.denoising.noised_queries`;
     weight: of the denoising loss beside the model's own.
+    A PeftModel is denoised inside; what torch.compile or data parallelism has wrapped is refused (TypeError).
     """
     require_transformers("dndetr.denoise")
     if groups < 0 or not 0 <= label_noise <= 1 or not 0 <= box_noise <= 1:
@@ -218,12 +264,18 @@ def denoise(
             f"dndetr.denoise: groups must be 0 or more, label_noise and box_noise between 0 and 1, "
             f"got {groups}, {label_noise}, {box_noise}"
         )
+    outer, model = model, of_peft(model) or model
+    if of_compile_or_parallel(model) is not None:
+        raise TypeError(
+            f"dndetr.denoise: {type(model).__name__} is already around the model and would not notice the change: "
+            "denoise the model first, then wrap it"
+        )
     present = getattr(model, NAME, None)
     if groups == 0:
         if isinstance(present, Denoising):
             present.detach(model)
             delattr(model, NAME)
-        return model
+        return outer
     if present is not None:
         raise ValueError(
             f"{type(model).__name__} is denoised already: set model.{NAME}.groups and the like, "
@@ -236,8 +288,13 @@ def denoise(
     added = Denoising(family, model.config, groups, label_noise, box_noise, weight)
     like = next(model.model.decoder.parameters())
     model.add_module(NAME, added.to(like.device, like.dtype))
-    added.attach(model)
-    return model
+    try:
+        added.attach(model)
+    except BaseException:  # all of it, or nothing
+        added.detach(model)
+        delattr(model, NAME)
+        raise
+    return outer
 
 
 def _check_structure(model: nn.Module, family: Family) -> None:

@@ -13,7 +13,7 @@ def to_targets(labels: list[dict], device: torch.device, slots: int | None = Non
     counts = [len(image["class_labels"]) for image in labels]
     slots = max(1, *counts) if slots is None else slots
     padded_labels = torch.zeros(len(labels), slots, dtype=torch.int64, device=device)
-    padded_boxes = torch.zeros(len(labels), slots, 4, device=device)
+    padded_boxes = torch.zeros(len(labels), slots, 4, dtype=torch.float32, device=device)
     for row, (image, count) in enumerate(zip(labels, counts, strict=True)):
         if image["boxes"].shape != (count, 4):
             raise ValueError(
@@ -22,4 +22,5 @@ def to_targets(labels: list[dict], device: torch.device, slots: int | None = Non
             )
         padded_labels[row, :count] = image["class_labels"]
         padded_boxes[row, :count] = image["boxes"]
-    return Targets(padded_labels, padded_boxes, torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True))
+    counts = torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+    return Targets(padded_labels, padded_boxes, counts)

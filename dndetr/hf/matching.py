@@ -33,7 +33,7 @@ class Matcher(nn.Module):
         query = match(logits[None], boxes[None], padded, self.weights, group_detr).query[0].cpu().long()
         pairs = []
         for found in query:  # [sets, T]
-            target = torch.arange(found.shape[1]).expand_as(found)[found >= 0]
+            target = torch.arange(found.shape[1], device=found.device).expand_as(found)[found >= 0]
             found, order = found[found >= 0].sort()
             pairs.append((found, target[order]))
         return pairs

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._backend import plain_torch_only
+
 
 class PReLU(nn.PReLU):
     """``nn.PReLU`` with one slope, whose gradients on a CPU are whole-tensor operations.
@@ -17,13 +19,14 @@ class PReLU(nn.PReLU):
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
     """x [...], slope [1] or one for each channel -> as ``F.prelu``; :class:`PReLU` as a function."""
+    if torch.compiler.is_compiling() or plain_torch_only():
+        return F.prelu(x, slope)
     ours = (
         x.is_cpu
         and x.dtype == slope.dtype == torch.float32
         and x.dim() > 0
         and slope.numel() == 1
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
     return _PReLU.apply(x, slope) if ours else F.prelu(x, slope)
 

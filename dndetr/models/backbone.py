@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _backend
+from ..ops._backend import plain_torch_only
 from ..ops.conv3x3 import conv3x3
 from ..ops.frozen_norm import frozen_norm
 from ..ops.stem import stem
@@ -73,8 +74,8 @@ def _can_be_kept(buffers: tuple[Tensor, ...]) -> bool:
     """Whether what is made of them now are plain tensors, of no trace, transform or graph of gradients."""
     return not (
         torch.compiler.is_compiling()
+        or plain_torch_only()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
         or any(type(x) is not Tensor or x.is_inference() or x.requires_grad for x in buffers)
     )
 

@@ -5,13 +5,17 @@ oneDNN does with the same numbers (docs/ops.md), and the products of a detector 
 order of summation differs. bfloat16 products are oneDNN's in torch as well.
 
 On a GPU in half precision, products are torch's; backward, one short kernel of ours takes the gradient of a ReLU or of
-a PReLU with one slope, and adds up those of the bias and the slope. Everything else takes torch's own way.
+a PReLU with one slope, and adds up those of the bias and the slope. Everything else, and all that torch
+compiles, traces or transforms, takes torch's own way.
 """
+
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._backend import plain_torch_only
 from ..ops.column_sums import column_sums, prelu_column_sums, relu_column_sums
 from ..ops.prelu import prelu
 from ..ops.weight_gradients import weight_gradients
@@ -27,6 +31,25 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, relu: bool = False, slope: Tensor | None = None) -> Tensor:
         return linear(x, self.weight, self.bias, relu, slope)
 
+    @property
+    def qconfig(self):
+        """How torch.ao.quantization would convert the layer, once it has asked."""
+        return self._qconfig
+
+    @qconfig.setter
+    def qconfig(self, config) -> None:
+        # It looks for nn.Linear itself, not for what derives from it, and says nothing of what it passes over.
+        warnings.warn(
+            "torch.ao.quantization converts no dndetr.models.linear.Linear, which stays as it is: quantise a model of "
+            "dndetr.accelerate after undo()",
+            stacklevel=2,
+        )
+        self._qconfig = config
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self._qconfig
+
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, slope: Tensor | None = None
@@ -38,6 +61,9 @@ def linear(
     """
     if relu and slope is not None:
         raise ValueError("linear: a ReLU or a slope may follow, not both")
+    if torch.compiler.is_compiling() or plain_torch_only():
+        out = F.linear(x, weight, bias)
+        return F.prelu(out, slope) if slope is not None else out.relu() if relu else out
     onednn = (
         x.dtype == torch.float32
         and x.is_cpu
@@ -45,8 +71,8 @@ def linear(
         and _HAS_ONEDNN
         and x.numel() > 0
         and min(weight.shape) >= _NARROW
+        and type(weight) in (Tensor, nn.Parameter)  # not one that quantisation or sharding put in its place
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
     half = None if bias is None else half_precision(x, weight)
     if slope is not None and half is None:
@@ -66,7 +92,7 @@ def linear(
 
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The half-precision type in which a GPU multiplies these, itself or under autocast; None for other products."""
-    if not x.is_cuda or x.numel() == 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or plain_torch_only() or not x.is_cuda or x.numel() == 0:
         return None
     dtypes = {x.dtype, weight.dtype}
     if torch.is_autocast_enabled("cuda") and torch.float64 not in dtypes:

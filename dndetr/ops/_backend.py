@@ -12,10 +12,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ..context import float32_by_default
 
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 
@@ -69,12 +72,27 @@ def choose(op: str, requested: str | None = None, device_type: str = "cpu") -> t
     Raises ValueError for a name the op does not know, RuntimeError if an explicitly requested backend cannot run.
     The environment is read once per op; ``forget()`` makes it be read again.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return "reference", "export keeps to plain torch"
+    if plain_torch_only():
+        return "reference", "exports, traces and transforms keep to plain torch"
     key = (op, requested, device_type)
     if key not in _decisions:
         _decisions[key] = _resolve(op, requested, device_type)
     return _decisions[key]
+
+
+def plain_torch_only() -> bool:
+    """Whether torch exports, traces or transforms what runs now, and can do so with plain operations alone.
+
+    torch.export and torch.jit.trace, and ONNX by either; torch.fx; vmap, grad and the rest of torch.func; derivatives
+    forwards.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def forget() -> None:
@@ -146,18 +164,7 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     if problem is not None:
         return Finding(backend.name, problem)
     try:
-        # The first call may come from inside a fake or tracing mode, or autocast; the self-test needs real tensors in
-        # the precision it makes them. References may do what torch refuses in deterministic mode. Hooks of our own hide
-        # those of a block that will be recomputed: what the self-test keeps for its backward is no part of it.
-        with (
-            torch.utils._python_dispatch._disable_current_modes(),
-            _not_deterministic(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
-            torch.no_grad(),
-        ):
-            error = float(backend.self_test(device_type))
+        error = _apart(backend.self_test, device_type)
     except Exception as failure:
         error, problem = float("nan"), f"self-test failed: {type(failure).__name__}: {failure}"
     else:
@@ -166,6 +173,25 @@ def _test(op: str, backend: Backend, device_type: str) -> Finding:
     if problem:
         warnings.warn(f"dndetr: {op} cannot use its {backend.name} backend on {device_type}: {problem}", stacklevel=2)
     return Finding(backend.name, problem, error)
+
+
+def _apart(self_test: Callable[[str], float], device_type: str) -> float:
+    """What the self-test returns, whatever the caller of its op is in the middle of.
+
+    A thread of its own has none of the caller's modes (inference, autocast, fake tensors, traces and transforms, hooks
+    of saved tensors, a default device). What all threads share is set aside: the default dtype, and deterministic mode,
+    in which torch refuses what references may do.
+    """
+    current = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else None
+
+    def run() -> float:
+        if current is not None:
+            torch.cuda.set_device(current)
+        with torch.no_grad():
+            return float(self_test(device_type))
+
+    with float32_by_default(), _not_deterministic(), ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def differentiable_once(op: str) -> None:

@@ -31,6 +31,27 @@ def _next_folder(name: str, root: Path) -> Path:
         return folder
 
 
+@contextlib.contextmanager
+def output_folder(output: str | Path | None, name: str, root: str | Path = "runs") -> Iterator[Path]:
+    """The folder that the user asked for, or else a new one, ``root/name-1`` or the next.
+
+    If the block fails, the folder, and those above it, are removed where they are new and nothing is in them.
+    """
+    if output is None:
+        folder = new_run_folder(name, root)
+        made = [folder]  # not the root: somebody else may be about to use it
+    else:
+        folder = Path(output)
+        made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]  # which does not raise
+    try:
+        yield folder if output is None else claim_output(folder)
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                path.rmdir()
+        raise
+
+
 def claim_output(path: str | Path) -> Path:
     """Make the folder a user asked for; FileExistsError if anything is in it already.
 

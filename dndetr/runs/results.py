@@ -1,12 +1,11 @@
 """Results on the disk: the folder of a command's, with all of them in it or as it was before; a run's detections."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import write_json_atomic, writing
-from .folder import claim_output, new_run_folder
+from .folder import output_folder
 from .listener import Listener, Run
 
 
@@ -33,20 +32,15 @@ def results_folder(output: Path | None, name: str, root: str | Path = "runs") ->
     If the block fails, what it wrote is removed, since half a result looks like a whole one; the folder, and those
     above it, only where they are new and nothing else is in them.
     """
-    if output is None:
-        folder = new_run_folder(name, root)
-        made = [folder]  # not the root: somebody else may be about to use it
-    else:
-        made = [path for path in (output, *output.parents) if not os.path.exists(path)]  # which does not raise
-        folder = claim_output(output)
-    results = ResultsFolder(folder)
-    try:
-        yield results
-    except BaseException:
-        for remove in (*(file.unlink for file in results.files), *(path.rmdir for path in made)):
-            with contextlib.suppress(OSError):  # the error that is on its way says more
-                remove()
-        raise
+    with output_folder(output, name, root) as folder:
+        results = ResultsFolder(folder)
+        try:
+            yield results
+        except BaseException:
+            for file in results.files:
+                with contextlib.suppress(OSError):  # the error that is on its way says more
+                    file.unlink()
+            raise
 
 
 class DetectionsFile(Listener):

@@ -1,6 +1,7 @@
 """Signals that ask a run to end: noted when they come, heeded between two steps."""
 
 import signal
+import threading
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -16,15 +17,17 @@ class Stopped(Exception):
 class StopSignal:
     """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    A SIGHUP that is ignored, as under nohup, stays so. Python lets the main thread alone handle signals. In another one
+    they are left to the caller, and ``ask`` remains.
     """
 
     def __init__(self):
         self.number: int | None = None
 
     def __enter__(self) -> "StopSignal":
+        main = threading.current_thread() is threading.main_thread()
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heeded = [number for number in _HEEDED if not (nohup and number == signal.SIGHUP)]
+        heeded = [number for number in _HEEDED if main and not (nohup and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 

@@ -1,7 +1,9 @@
 """Our attention and matcher inside Hugging Face models: equal results, and a way back."""
 
 import copy
+import io
 import pickle
+import re
 
 import hf_models
 import pytest
@@ -145,6 +147,73 @@ def test_copies_are_accelerated_too(name, clone):
     assert_equal_steps(step(model), step(other))
     with pytest.raises(TypeError, match="nothing to replace"):
         dndetr.accelerate(other)
+
+
+def test_a_copy_is_undone_by_its_own_acceleration():
+    model = build("d-fine")
+    kinds = [type(module) for module in model.modules()]
+    done = dndetr.accelerate(model)
+    for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        other, undone = clone((model, done))
+        undone.undo()
+        assert [type(module) for module in other.modules()] == kinds
+        assert not other.model.decoder.layers[0].encoder_attn.ms_deformable_attn_core.__module__.startswith("dndetr")
+        assert not isinstance(other.loss_function, MatchedLoss) and isinstance(model.loss_function, MatchedLoss)
+        assert model.model.decoder.layers[0].encoder_attn.ms_deformable_attn_core is sample_points
+
+
+class Detections(torch.nn.Module):
+    """What a model finds, as tensors alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        output = self.model(images)
+        return output.logits, output.pred_boxes
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["deformable", "rt-detr-v2", "d-fine"])
+def test_a_trace_holds_plain_operations(name):
+    plain, model = Detections(build(name).eval()), Detections(build(name).eval())
+    dndetr.accelerate(model.model)
+    traced = torch.jit.trace(model, pixels(1), check_trace=False)
+    assert not {"mkldnn", "dndetr"} & set(re.findall(r"(\w+)::", str(traced.inlined_graph)))
+    for found, expected in zip(traced(pixels(1)), plain(pixels(1)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_onnx_file_from_a_trace():
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    model = Detections(hf_models.build("dab").eval())
+    dndetr.accelerate(model.model)
+    file = io.BytesIO()
+    torch.onnx.export(model, (pixels(1),), file, dynamo=False)
+    model.eval()
+    session = onnxruntime.InferenceSession(file.getvalue())
+    found = session.run(None, {session.get_inputs()[0].name: pixels(1).numpy()})
+    for values, expected in zip(found, model(pixels(1)), strict=True):
+        torch.testing.assert_close(torch.from_numpy(values), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_functional_transforms_are_those_of_the_plain_model():
+    plain, model = Detections(build("deformable").eval()), Detections(build("deformable").eval())
+    dndetr.accelerate(model.model)
+
+    def gradients(detections):
+        def total(parameters):
+            return sum(x.sum() for x in torch.func.functional_call(detections, parameters, (pixels(1),)))
+
+        return torch.func.grad(total)(dict(detections.named_parameters()))
+
+    for (name, found), expected in zip(gradients(model).items(), gradients(plain).values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @every_model

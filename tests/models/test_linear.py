@@ -1,12 +1,17 @@
 """Linear layers: float32 products against torch's own in float64, and activations that follow at once."""
 
+import re
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dndetr.models import linear as module
 from dndetr.models.activations import PReLU
+from dndetr.models.layers import MLP
 from dndetr.models.linear import Linear, linear
 
 SHAPES = {"tokens": (2, 70, 24), "one-row": (24,), "nobody": (2, 0, 24), "wide-batch": (3, 2, 5, 24)}
@@ -54,6 +59,76 @@ def test_the_result_can_be_changed_in_place():
     out[..., :2] = out[..., :2] + 1
     out.sum().backward()
     assert layer.bias.grad.tolist() == [6] * 20
+
+
+def traced_by_fx(layer):
+    tracer = torch.fx.Tracer()
+    tracer.is_leaf_module = lambda *_: False
+    return torch.fx.GraphModule(layer, tracer.trace(layer))
+
+
+def forward_derivative(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.flip(0)))).tangent
+
+
+TRANSFORMS = {
+    "jit-trace": lambda layer, x: torch.jit.trace(layer, x)(x),
+    "fx": lambda layer, x: traced_by_fx(layer)(x),
+    "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).sin().sum())(x),
+    "jacobian": lambda layer, x: torch.func.jacrev(layer)(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x),
+    "forwards": forward_derivative,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("activation", ["", "relu", "slope"])
+def test_whatever_torch_traces_or_transforms_is_torchs(transform, activation):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 20), torch.randn(5, 24)
+    plain = nn.Linear(24, 20)
+    plain.load_state_dict(layer.state_dict())
+    ours, theirs = nn.Sequential(layer), plain
+    if activation == "relu":
+        ours = MLP(24, 20, 16)
+        theirs = nn.Sequential(ours.layers[0], nn.ReLU(), ours.layers[1])
+    elif activation == "slope":
+        ours = nn.Sequential(layer, PReLU(init=0.3))
+        theirs = nn.Sequential(plain, nn.PReLU(init=0.3))
+    torch.testing.assert_close(transform(ours, x), transform(theirs, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_holds_plain_operations():
+    traced = torch.jit.trace(MLP(24, 20, 16), torch.randn(5, 24))
+    assert not {"mkldnn", "dndetr"} & set(re.findall(r"(\w+)::", str(traced.inlined_graph)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantisation_that_passes_over_the_layer_does_not_do_so_silently():
+    with pytest.warns(UserWarning, match=r"converts no dndetr.models.linear.Linear.*after undo\(\)"):
+        made = torch.ao.quantization.quantize_dynamic(nn.Sequential(Linear(24, 20)), {nn.Linear})
+    assert type(made[0]) is Linear and not hasattr(made[0], "qconfig")
+    made[0](torch.randn(3, 24)).sum().backward()
+
+
+def test_weights_of_another_kind_are_torchs():
+    class Weight(torch.Tensor):
+        """As quantisation and sharding put in a parameter's place; the kernels see its memory alone."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            assert function is not module._Linear.apply and "mkldnn" not in str(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    torch.manual_seed(0)
+    layer, x = Linear(24, 20), torch.randn(5, 24)
+    expected = F.linear(x, layer.weight, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weight))
+    torch.testing.assert_close(layer(x).as_subclass(torch.Tensor), expected)
 
 
 @onednn

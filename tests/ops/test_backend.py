@@ -1,9 +1,11 @@
 import math
+import threading
 import warnings
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from callers import every_caller
 
 from dndetr.ops import _backend
 from dndetr.ops._attention import self_test_error
@@ -135,6 +137,47 @@ def test_self_test_may_do_what_is_not_deterministic(op, warn_only):
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@every_caller
+def test_what_runs_does_not_depend_on_what_the_caller_has_set(fresh_backends, caller):
+    usual = {op: choose(op) for op in _backend.operations()}
+    _backend.forget()
+    before, state = torch.get_default_dtype(), torch.get_rng_state()
+    with caller():
+        assert {op: choose(op) for op in _backend.operations()} == usual
+    assert torch.get_default_dtype() == before and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda function: torch.func.vmap(lambda x: x + function())(torch.zeros(2)),
+        lambda function: torch.func.grad(lambda x: x * function())(torch.ones(())),
+        lambda function: torch.jit.trace(lambda x: x + function(), torch.zeros(2)),
+    ],
+    ids=["vmap", "grad", "jit-trace"],
+)
+def test_self_test_is_no_part_of_a_transform(op, within):
+    def self_test(device_type):
+        return torch.zeros(1).add_(0).item()
+
+    op(Backend("cpp", ("cpu",), lambda device_type: None, self_test, 0.0))
+    within(lambda: len(choose("probe")[0]))
+    assert choose("probe")[0] == "cpp"
+
+
+def test_self_tests_in_threads_leave_the_default_dtype_alone(fresh_backends):
+    torch.set_default_dtype(torch.float64)
+    try:
+        threads = [threading.Thread(target=choose, args=(op,)) for op in _backend.operations()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_choice_is_a_constant_under_compile_and_the_reference_under_export(op):
