@@ -89,7 +89,7 @@ def plain_torch_only() -> bool:
     return (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
