@@ -102,10 +102,10 @@ def test_attention_and_matching_are_timed(on_a_cpu, call, monkeypatch):
 def test_a_training_run_is_told_as_far_as_it_got(tmp_path):
     log = tmp_path / "metrics.jsonl"
     rows = [
-        {"event": "train", "images_per_second": 50.0},
-        {"event": "train", "images_per_second": 60.0},
-        {"event": "eval", "epoch": 1, "AP": 0.25},
-        {"event": "end", "seconds": 84.6},
+        {"event": "train", "step": 1, "images_per_second": 50.0},
+        {"event": "train", "step": 2, "images_per_second": 60.0},
+        {"event": "eval", "step": 2, "epoch": 1, "AP": 0.25},
+        {"event": "end", "step": 2, "seconds": 84.6},
     ]
     assert gpu_programs.learned(log) == {"AP": {}, "run_seconds": None, "images_per_second": None}
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -15,10 +15,10 @@ from dndetr.training.signals import StopSignal
 FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--quiet"]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def hangup():
-    """Sets how SIGHUP is handled, and leaves it as it was."""
-    before = signal.getsignal(signal.SIGHUP)
+    """Sets how SIGHUP is handled, at first as in a terminal, also for tests under nohup; leaves it as it was."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield lambda how: signal.signal(signal.SIGHUP, how)
     signal.signal(signal.SIGHUP, before)
 
