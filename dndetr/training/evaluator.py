@@ -12,6 +12,7 @@ from ..models.dn_detr import Predictions
 from ..ops import CostWeights
 from ..scoring.coco import Evaluation, coco_evaluate, detect
 from .distributed import Processes
+from .memory import explain_memory
 
 
 class Evaluator:
@@ -38,7 +39,8 @@ class Evaluator:
         training = self.model.training
         self.model.eval()
         try:
-            return self.model.infer(batch, self.precision, noised)
+            with explain_memory([batch], self.config, lambda slots: 0):
+                return self.model.infer(batch, self.precision, noised)
         finally:
             self.model.train(training)
 

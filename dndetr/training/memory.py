@@ -15,6 +15,9 @@ _SIGNS = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    # oneDNN: what it is asked to make was accepted before, so only memory can be missing.
+    "could not create a primitive",
+    "could not create a memory object",
 )
 
 

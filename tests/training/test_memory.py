@@ -1,6 +1,7 @@
 """Running out of memory: one line that describes the batch and says what to lower, and an intact checkpoint."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,8 +45,9 @@ def explained(error: BaseException, config) -> str:
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),
     ],
-    ids=["gpu", "python", "cpu", "cublas"],
+    ids=["gpu", "python", "cpu", "cublas", "onednn"],
 )
 def test_the_batch_is_described_and_every_remedy_named(error):
     message = explained(error, replace(PRESETS["dn-detr-r50"](), data="coco"))
@@ -130,8 +132,16 @@ def test_a_process_that_runs_out_ends_with_one_line(tmp_path):
         timeout=200,
     )
     assert done.returncode == 1, done.stderr
-    assert (
-        done.stderr.startswith("error: out of memory: 64 images on a canvas of 128x128")
-        and done.stderr.count("\n") == 1
-    )
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] <= 1
+    # In the next step or in the evaluation behind it: what the allocator kept may be enough for a step.
+    assert re.match(r"error: out of memory: (64|4) images on a canvas of 128x128", done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] <= 2
+
+
+def test_an_evaluation_that_runs_out_is_explained_too(tmp_path, monkeypatch):
+    def starved(self, *_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr("dndetr.models.dn_detr.DNDETR.infer", starved)
+    with pytest.raises(OutOfMemory, match=r"images on a canvas of .*--batch-size"):
+        short_run(tmp_path / "run")
