@@ -1,13 +1,13 @@
 import importlib
 import itertools
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.ops import add_norm
@@ -222,31 +222,17 @@ def test_gpu_repeats_every_bit_in_a_graph_too():
 @on_architectures(80, 90)
 @pytest.mark.parametrize("columns", [256, 1000])
 @pytest.mark.parametrize("kernel", ["forward", "backward", "reduce"])
-def test_triton_compiles_for_gpus_without_spilling(kernel, columns, arch, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
+def test_triton_compiles_for_gpus_without_spilling(kernel, columns, arch, tmp_path):
+    pytest.importorskip("triton")
     from dndetr.kernels import add_norm as kernels
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     function = getattr(kernels, f"add_norm_{kernel}_kernel")
     types = dict.fromkeys(("y", "low", "positioned", "grad_low", "grad_positioned", "grad_y"), "*bf16")
     types |= {"rows": "i32", "programs": "i32", "eps": "fp32"}
     rows, block = (128, 16) if kernel == "reduce" else kernels._tile(columns)
     constants = {"COLUMNS": columns, "BLOCK_ROWS": rows, "BLOCK_PROGRAMS": rows, "BLOCK_C": block}
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    constants = {name: value for name, value in constants.items() if name in names}
-    source = ASTSource(function, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    compiled, usage = build(function, types, constants, arch, tmp_path, other="*fp32", num_warps=4)
     assert compiled.metadata.shared <= 48 * 1024
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-    command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "STACK:0" in usage and "LOCAL:0" in usage, usage
     if kernel != "reduce" and columns == 256:
         # A thread's part of a row moves in words of 16 bytes.

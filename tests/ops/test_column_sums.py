@@ -1,13 +1,13 @@
 """Sums over rows, with and without an activation before them: the kernel, interpreted and compiled for GPUs."""
 
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.ops import column_sums, prelu_column_sums, relu_column_sums
@@ -216,29 +216,17 @@ def test_gpu_in_awkward_cases():
     ],
     ids=["few-rows", "many-rows", "nothing-masked", "prelu-few-rows", "prelu-many-rows", "second-pass"],
 )
-def test_triton_compiles_for_gpus_without_spilling(size, grad, absent, arch, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
+def test_triton_compiles_for_gpus_without_spilling(size, grad, absent, arch, tmp_path):
+    pytest.importorskip("triton")
     from dndetr.kernels.column_sums import column_sums_kernel, plan
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     block_m, block_n, warps, _ = plan(*size, "x" not in absent, "slope" not in absent)
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n} | dict.fromkeys(absent)
     types = dict.fromkeys(("grad", "x", "masked"), grad) | dict.fromkeys(("slope", "sums", "slope_sums"), "*fp32")
-    names = column_sums_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     # As at a call: what 16 divides is known, and loads are as wide as that allows.
-    known = {(names.index(name),): [["tt.divisibility", 16]] for name in (*types, "columns") if name not in constants}
-    source = ASTSource(column_sums_kernel, signature, constants, known)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    known = (*types, "columns")
+    compiled, usage = build(column_sums_kernel, types, constants, arch, tmp_path, divisible=known, num_warps=warps)
     assert compiled.metadata.shared <= 48 * 1024
     assert "ld.global.v4" in compiled.asm["ptx"]
     assert "x" in absent or "st.global.v4" in compiled.asm["ptx"]
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-    command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "STACK:0" in usage and "LOCAL:0" in usage, usage

@@ -1,13 +1,13 @@
 import importlib
 import itertools
 import math
-import os
 import subprocess
 import sys
 from unittest import mock
 
 import pytest
 import torch
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.ops import frozen_norm
@@ -332,34 +332,20 @@ def test_gpu_replays_in_a_graph(added):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("channels", [24, 91, 256])
 @pytest.mark.parametrize("added", ADDED[1:])
-def test_triton_compiles_for_gpus_without_spilling(added, channels, dtype, arch, tmp_path, monkeypatch):
+def test_triton_compiles_for_gpus_without_spilling(added, channels, dtype, arch, tmp_path):
     triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
     from dndetr.kernels import frozen_norm as kernels
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     constants = {"RELU": True, "PRECISE": triton.language.float32, **kernels.tile(channels)}
     own = "shortcut_scale", "shortcut_shift"
     if added == "shortcut":
         constants |= dict.fromkeys(own)
     types = {"rows": "i32", "packs": "i32"} | dict.fromkeys(("scale", "shift", *own), "*fp32")
     for function in (kernels.frozen_norm_forward_kernel, kernels.frozen_norm_backward_kernel):
-        names = function.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-        given = {name: value for name, value in constants.items() if name in names}
-        source = ASTSource(function, signature, given, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+        compiled, usage = build(function, types, constants, arch, tmp_path, other=f"*{dtype}", num_warps=4)
         # Where channels fill vectors of 16 bytes these are read and written, and nothing goes through shared memory.
         whole = channels % 8 == 0
         assert compiled.metadata.shared == 0 or not whole
         for access in ("ld.global.v4.b32", "st.global.v4.b32"):
             assert (access in compiled.asm["ptx"]) == whole, access
-        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-        inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-        command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "STACK:0" in usage and "LOCAL:0" in usage, usage

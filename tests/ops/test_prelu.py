@@ -2,13 +2,13 @@
 
 import importlib
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.ops import prelu
@@ -103,25 +103,15 @@ def test_gpu_in_awkward_cases():
 
 @on_architectures(80, 90)
 @pytest.mark.parametrize(("dtype", "numbers"), [("*bf16", "i32"), ("*fp16", "i32"), ("*fp32", "i32"), ("*bf16", "i64")])
-def test_triton_compiles_for_gpus_without_spilling(dtype, numbers, arch, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
+def test_triton_compiles_for_gpus_without_spilling(dtype, numbers, arch, tmp_path):
+    pytest.importorskip("triton")
     from dndetr.kernels.prelu import BLOCK, prelu_kernel
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     signature = {"x": dtype, "slope": "*fp32", "out": dtype, "numbers": numbers, "BLOCK": "constexpr"}
     assert list(signature) == prelu_kernel.arg_names
-    known = {(i,): [["tt.divisibility", 16]] for i in range(4)}
-    source = ASTSource(prelu_kernel, signature, {"BLOCK": BLOCK}, known)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    known = ("x", "slope", "out", "numbers")
+    compiled, usage = build(prelu_kernel, signature, {"BLOCK": BLOCK}, arch, tmp_path, divisible=known, num_warps=4)
     assert compiled.metadata.shared == 0
     for access in ("ld.global.v4.b32", "st.global.v4.b32"):
         assert access in compiled.asm["ptx"], access
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-    command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "STACK:0" in usage and "LOCAL:0" in usage, usage

@@ -1,12 +1,12 @@
 import importlib
 import math
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.batch import Targets
@@ -312,15 +312,10 @@ def test_gpu_is_as_precise_as_the_reference(name):
 @on_architectures(80, 90)
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["forward", "reduce", "backward"])
-def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_path, monkeypatch):
+def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_path):
     triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
     from dndetr.kernels import set_loss as kernels
 
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     function = getattr(kernels, f"set_loss_{kernel}_kernel")
     types = dict.fromkeys(("logits", "grad_logits"), logits)
     types |= {"target": "*i32", "labels": "*i64", "counts": "*i32"}
@@ -329,14 +324,7 @@ def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_pat
     block_q, block_k = kernels._tile(91)
     constants = dict(zip(("LABEL", "L1", "GIOU", "ALPHA"), LossWeights(), strict=True)) | {"grad_parts": None}
     constants |= {"PRECISE": triton.language.float32, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK": 256}
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    source = ASTSource(function, signature, {name: value for name, value in constants.items() if name in names})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    compiled, usage = build(function, types, constants, arch, tmp_path, divisible=(), num_warps=4)
     assert compiled.metadata.shared <= 48 * 1024
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-    command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     most = 8 if (kernel, arch) == ("forward", 120) else 0  # there one number does not fit
     assert int(re.search(r"STACK:(\d+)", usage)[1]) <= most and "LOCAL:0" in usage, usage

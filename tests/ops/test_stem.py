@@ -2,13 +2,13 @@
 
 import importlib
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ahead_of_time import build
 from architectures import on_architectures
 
 from dndetr.ops import stem
@@ -189,28 +189,15 @@ def plans():
 
 @on_architectures(80, 90)
 @pytest.mark.parametrize("name", ["layout", "convolution", "pool"])
-def test_triton_compiles_for_gpus_without_spilling(name, arch, tmp_path, monkeypatch):
+def test_triton_compiles_for_gpus_without_spilling(name, arch, tmp_path):
     if arch < 80:
         pytest.skip("images take torch's convolution there")
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    pytest.importorskip("triton")
     function, constants, options, wanted = plans()[name]
     types = {"images": "*fp32", "scale": "*fp32", "shift": "*fp32"} | dict.fromkeys(
         ("squares", "weight", "x", "out"), "*bf16"
     )
-    names = function.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-    source = ASTSource(function, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled, usage = build(function, types, constants, arch, tmp_path, **options)
     assert compiled.metadata.shared <= 99 * 1024, "the smallest that a block may have on 8.6, 8.9 and 12.0"
     assert wanted in compiled.asm["ptx"]
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    inspector = os.path.join(os.path.dirname(driver.__file__), "bin", "cuobjdump")
-    command = [inspector, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "STACK:0" in usage and "LOCAL:0" in usage, usage
