@@ -220,17 +220,19 @@ void attention_backward(const dndetr::Attention& problem, const HeadsArgument& g
                              chosen);
 }
 
-dndetr::SetLoss set_loss_problem(std::array<int, 6> sizes, Pointer logits, Pointer boxes,
-                                 std::array<std::uintptr_t, 5> others, std::array<double, 4> weights) {
+dndetr::SetLoss set_loss_problem(std::array<int, 8> sizes, Pointer logits, Pointer boxes,
+                                 std::array<std::uintptr_t, 6> others, std::array<double, 4> weights) {
   return {sizes[0],        sizes[1],
           sizes[2],        sizes[3],
           sizes[4],        sizes[5],
+          sizes[6],        sizes[7],
           array_at(logits), array_at(boxes),
           reinterpret_cast<const std::int32_t*>(others[0]),
           reinterpret_cast<const std::int64_t*>(others[1]),
           reinterpret_cast<const void*>(others[2]),
           reinterpret_cast<const std::int32_t*>(others[3]),
-          reinterpret_cast<const void*>(others[4]),
+          reinterpret_cast<const std::int32_t*>(others[4]),
+          reinterpret_cast<const void*>(others[5]),
           weights[0],      weights[1],
           weights[2],      weights[3]};
 }

@@ -64,15 +64,19 @@ def _giou(ax, ay, aw, ah, bx, by, bw, bh):
 
 
 @triton.jit
-def _targets(target, labels, counts, problem, image, q, queries, noised, slots):
+def _targets(
+    target, labels, counts, counted, problem, layer, image, q, queries, noised, objects, per_object, proposals
+):
     """Per query: its target (-1: none), its class (-1: none), whether it counts."""
-    inside, denoising = q < queries, q < noised
-    slot = q % slots
-    own = tl.where(slot < tl.load(counts + image), slot, -1)
-    found = tl.load(target + problem * (queries - noised) + q - noised, mask=inside & (q >= noised), other=-1)
-    partner = tl.where(denoising, own, tl.where(found < slots, found, -1))
-    label = tl.load(labels + image * slots + partner, mask=inside & (partner >= 0), other=-1)
-    return partner, label, inside & ((q >= noised) | (partner >= 0))
+    inside, matching = q < queries, q >= noised
+    slot = q % (objects * per_object)
+    seen = inside & (matching | (slot < tl.where(layer < proposals, 0, tl.load(counted + image))))
+    restored = slot // per_object
+    restores = seen & (restored * per_object == slot) & (restored < tl.load(counts + image))
+    found = tl.load(target + problem * (queries - noised) + q - noised, mask=inside & matching, other=-1)
+    partner = tl.where(matching, tl.where(found < objects, found, -1), tl.where(restores, restored, -1))
+    label = tl.load(labels + image * objects + partner, mask=partner >= 0, other=-1)
+    return partner, label, seen
 
 
 @triton.jit
@@ -91,15 +95,18 @@ def set_loss_forward_kernel(
     logits,  # [Y, B, Q, K]
     boxes,  # [Y, B, Q, 4]
     target,  # [Y, B, Q - noised]
-    labels,  # [B, slots]
-    target_boxes,  # [B, slots, 4]
+    labels,  # [B, objects]
+    target_boxes,  # [B, objects, 4]
     counts,  # [B]
+    counted,  # [B]
     sums,  # [Y, 8, B, tiles of queries]
     batch,
     queries,
     classes,
     noised,
-    slots,
+    objects,
+    per_object,
+    proposals,
     ALPHA: tl.constexpr,
     PRECISE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -108,21 +115,23 @@ def set_loss_forward_kernel(
     problem = tl.program_id(0).to(tl.int64)
     layer, image = problem // batch, problem % batch
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    partner, label, counted = _targets(target, labels, counts, problem, image, q, queries, noised, slots)
+    partner, label, seen = _targets(
+        target, labels, counts, counted, problem, layer, image, q, queries, noised, objects, per_object, proposals
+    )
     row = problem * queries + q
 
     focal = tl.zeros([BLOCK_Q], PRECISE)
     for first in range(0, classes, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        read = counted[:, None] & (k < classes)[None, :]
+        read = seen[:, None] & (k < classes)[None, :]
         x = tl.load(logits + row[:, None] * classes + k[None, :], mask=read, other=0.0).to(PRECISE)
         positive = label[:, None] == k[None, :]
         p, _rest, softplus = _logistic(tl.where(positive, -x, x))
         weight = positive.to(PRECISE) * (2.0 * ALPHA - 1.0) + (1.0 - ALPHA)
         focal += tl.sum(tl.where(read, weight * p * p * softplus, 0.0), 1)
 
-    paired = counted & (partner >= 0)
-    truth = image * slots + partner
+    paired = partner >= 0
+    truth = image * objects + partner
     ax, ay, aw, ah, bx, by, bw, bh = _pairs(boxes, row, target_boxes, truth, paired, PRECISE)
     l1 = tl.where(paired, tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh), 0.0)
     overlap, _x, _y, _w, _h = _giou(ax, ay, aw, ah, bx, by, bw, bh)
@@ -182,6 +191,7 @@ def set_loss_backward_kernel(
     labels,
     target_boxes,
     counts,
+    counted,
     normalizers,
     grad_logits,
     grad_boxes,
@@ -189,7 +199,9 @@ def set_loss_backward_kernel(
     queries,
     classes,
     noised,
-    slots,
+    objects,
+    per_object,
+    proposals,
     LABEL: tl.constexpr,
     L1: tl.constexpr,
     GIOU: tl.constexpr,
@@ -202,7 +214,9 @@ def set_loss_backward_kernel(
     layer, image = problem // batch, problem % batch
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = q < queries
-    partner, label, counted = _targets(target, labels, counts, problem, image, q, queries, noised, slots)
+    partner, label, seen = _targets(
+        target, labels, counts, counted, problem, layer, image, q, queries, noised, objects, per_object, proposals
+    )
     row = problem * queries + q
 
     half = tl.where(q < noised, 1, 0)
@@ -220,7 +234,7 @@ def set_loss_backward_kernel(
     for first in range(0, classes, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         write = inside[:, None] & (k < classes)[None, :]
-        read = write & counted[:, None]
+        read = write & seen[:, None]
         place = row[:, None] * classes + k[None, :]
         x = tl.load(logits + place, mask=read, other=0.0).to(PRECISE)
         positive = label[:, None] == k[None, :]
@@ -230,8 +244,8 @@ def set_loss_backward_kernel(
         grad = tl.where(read, by_label[:, None] * slope, 0.0)
         tl.store(grad_logits + place, grad.to(grad_logits.dtype.element_ty), mask=write)
 
-    paired = counted & (partner >= 0)
-    truth = image * slots + partner
+    paired = partner >= 0
+    truth = image * objects + partner
     ax, ay, aw, ah, bx, by, bw, bh = _pairs(boxes, row, target_boxes, truth, paired, PRECISE)
     _value, x, y, w, h = _giou(ax, ay, aw, ah, bx, by, bw, bh)
     # Twice the share of a maximum, less one, is the sign of the difference.
@@ -258,11 +272,24 @@ def _precise(x: torch.Tensor):
 
 
 def set_loss_forward(
-    logits, boxes, target, labels, target_boxes, counts, normalizers, groups, weights, total, parts
+    logits,
+    boxes,
+    target,
+    labels,
+    target_boxes,
+    counts,
+    counted,
+    normalizers,
+    groups,
+    per_object,
+    proposals,
+    weights,
+    total,
+    parts,
 ) -> None:
     """Write total (scalar) and parts [Y, 6] of contiguous inputs; boxes and normalizers in the type of parts."""
     layers, batch, queries, classes = logits.shape
-    slots = labels.shape[1]
+    objects = labels.shape[1]
     block_q, block_k = _tile(classes)
     tiles = triton.cdiv(queries, block_q)
     sums = parts.new_empty((layers, 8, batch, tiles))
@@ -275,12 +302,15 @@ def set_loss_forward(
             labels,
             target_boxes,
             counts,
+            counted,
             sums,
             batch,
             queries,
             classes,
-            groups * slots,
-            max(slots, 1),
+            groups * per_object * objects,
+            max(objects, 1),
+            per_object,
+            proposals,
             ALPHA=alpha,
             PRECISE=_precise(parts),
             BLOCK_Q=block_q,
@@ -312,15 +342,18 @@ def set_loss_backward(
     labels,
     target_boxes,
     counts,
+    counted,
     normalizers,
     groups,
+    per_object,
+    proposals,
     weights,
     grad_logits,
     grad_boxes,
 ) -> None:
     """Write contiguous grad_logits and grad_boxes, given the gradients of total and parts (or None)."""
     layers, batch, queries, classes = logits.shape
-    slots = labels.shape[1]
+    objects = labels.shape[1]
     if grad_boxes.numel() == 0:
         return
     block_q, block_k = _tile(classes)
@@ -334,14 +367,17 @@ def set_loss_backward(
         labels,
         target_boxes,
         counts,
+        counted,
         normalizers,
         grad_logits,
         grad_boxes,
         batch,
         queries,
         classes,
-        groups * slots,
-        max(slots, 1),
+        groups * per_object * objects,
+        max(objects, 1),
+        per_object,
+        proposals,
         LABEL=label,
         L1=l1,
         GIOU=giou,

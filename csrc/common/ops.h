@@ -173,17 +173,22 @@ std::int64_t weight_gradients_workspace(const WeightGradients& problem, int thre
 void weight_gradients(const WeightGradients& problem, const float* grad_out, const float* x, float* grad_weight,
                       float* grad_bias, float* workspace, int threads, Simd simd);
 
-// The set loss of all decoder layers; everything is contiguous, denoising queries come first. What is `void` is double where
-// logits or boxes are, else float.
+// The set loss of all decoder layers; everything is contiguous, denoising queries come first. A group has per_object slots
+// for each object, of which the first restores it; its first counted[image] slots have a class loss. The first `proposals`
+// layers have no denoising queries that count. What is `void` is double where logits or boxes are, else float.
 struct SetLoss {
-  int layers, batch, queries, classes, groups, slots;
-  Array logits, boxes;         // [Y, B, Q, K], [Y, B, Q, 4]
-  const std::int32_t* target;  // [Y, B, Q - groups * slots], -1 for none
-  const std::int64_t* labels;  // [B, slots]
-  const void* target_boxes;    // [B, slots, 4]
-  const std::int32_t* counts;  // [B]
-  const void* normalizers;     // [2]
+  int layers, batch, queries, classes, objects, groups, per_object, proposals;
+  Array logits, boxes;          // [Y, B, Q, K], [Y, B, Q, 4]
+  const std::int32_t* target;   // [Y, B, Q - denoising()], -1 for none
+  const std::int64_t* labels;   // [B, objects]
+  const void* target_boxes;     // [B, objects, 4]
+  const std::int32_t* counts;   // [B]
+  const std::int32_t* counted;  // [B]
+  const void* normalizers;      // [2]
   double label, l1, giou, alpha;
+
+  int slots() const { return objects * per_object; }
+  int denoising() const { return groups * slots(); }
 };
 
 // total, a scalar, and parts [Y, 6]; backwards their gradients, or null, and those of logits and boxes.

@@ -97,27 +97,32 @@ BoxLoss<Real> box_loss(const Box<Real>& a, const Box<Real>& b, BoxLoss<Real> sca
 struct Task {
   const SetLoss& p;
   int image;
+  int counted;         // slots of each group
   std::int64_t first;  // query of this task, in the order of memory
 
   Task(const SetLoss& problem, int task)
-      : p(problem), image(task % problem.batch), first(std::int64_t(task) * problem.queries) {}
+      : p(problem),
+        image(task % problem.batch),
+        counted(task / problem.batch < problem.proposals ? 0 : problem.counted[image]),
+        first(std::int64_t(task) * problem.queries) {}
 
-  int denoising() const { return p.groups * p.slots; }
+  bool counts(int q) const { return q >= p.denoising() || q % p.slots() < counted; }
 
   // Number of a query's target, or -1.
   int partner(int q) const {
-    if (q < denoising()) return q % p.slots < p.counts[image] ? q % p.slots : -1;
-    const int matching = p.queries - denoising();
-    const int found = p.target[first / p.queries * matching + q - denoising()];
-    return found < p.slots ? found : -1;
+    if (q < p.denoising()) {
+      const int slot = q % p.slots(), object = slot / p.per_object;
+      return slot < counted && slot % p.per_object == 0 && object < p.counts[image] ? object : -1;
+    }
+    const int matching = p.queries - p.denoising();
+    const int found = p.target[first / p.queries * matching + q - p.denoising()];
+    return found < p.objects ? found : -1;
   }
-  // Denoising queries without an object do not.
-  bool counts(int q) const { return q >= denoising() || partner(q) >= 0; }
 
   // The target's class, or -1.
   int label(int q) const {
     const int t = partner(q);
-    const std::int64_t k = t < 0 ? -1 : p.labels[std::int64_t(image) * p.slots + t];
+    const std::int64_t k = t < 0 ? -1 : p.labels[std::int64_t(image) * p.objects + t];
     return k < p.classes ? static_cast<int>(k) : -1;
   }
 
@@ -130,7 +135,8 @@ struct Task {
   template <class Real>
   Box<Real> truth(int t) const {
     Box<Real> to;
-    std::memcpy(to.data(), static_cast<const Real*>(p.target_boxes) + (std::int64_t(image) * p.slots + t) * 4, sizeof to);
+    const std::int64_t object = std::int64_t(image) * p.objects + t;
+    std::memcpy(to.data(), static_cast<const Real*>(p.target_boxes) + object * 4, sizeof to);
     return to;
   }
 
@@ -177,14 +183,14 @@ struct Task {
 struct Range {
   int begin, end;
 };
-Range half_of(const Task& task, int half) {
-  return half == 0 ? Range{task.denoising(), task.p.queries} : Range{0, task.denoising()};
+Range half_of(const SetLoss& p, int half) {
+  return half == 0 ? Range{p.denoising(), p.queries} : Range{0, p.denoising()};
 }
 
 template <class Real>
 void add_losses(const Task& task, const Loops<Real>& loops, double* sums) {
   for (int half = 0; half < 2; ++half, sums += 3) {
-    const Range range = half_of(task, half);
+    const Range range = half_of(task.p, half);
     task.for_each_block<Real>(range.begin, range.end, [&](Real* values, int count, const std::vector<int>& rows) {
       double positive = 0;
       const double all = loops.losses(values, count);
@@ -213,9 +219,9 @@ void write_grads(const Task& task, const Loops<Real>& loops, const Real* scale, 
                                               p.queries * width * sizeof(Element)))
   };
   zero(grad_boxes, 4);
-  if (task.denoising() > 0) zero(grad_logits, p.classes);
+  if (p.denoising() > 0) zero(grad_logits, p.classes);
   for (int half = 0; half < 2; ++half, scale += 3) {
-    const Range range = half_of(task, half);
+    const Range range = half_of(p, half);
     const Real negative = scale[0] * static_cast<Real>(1 - p.alpha), positive = -scale[0] * static_cast<Real>(p.alpha);
     task.for_each_block<Real>(range.begin, range.end, [&](Real* values, int count, const std::vector<int>& rows) {
       loops.slopes(values, count);

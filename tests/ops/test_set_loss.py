@@ -8,6 +8,7 @@ import pytest
 import torch
 from ahead_of_time import build
 from architectures import on_architectures
+from set_losses import NAMES, WEIGHTS, check_precision, run
 
 from dndetr.batch import Targets
 from dndetr.ops import PARTS, GroupLayout, LossWeights, Matches, _backend, set_loss
@@ -16,22 +17,6 @@ from dndetr.ops import PARTS, GroupLayout, LossWeights, Matches, _backend, set_l
 op = importlib.import_module("dndetr.ops.set_loss")
 
 SIMD = ("plain", "avx2", "avx512")
-WEIGHTS = LossWeights(1.5, 4.0, 3.0, 0.3)
-NAMES = ("total", "parts", "grad logits", "grad boxes")
-
-
-def run(case, backend, dtype=None, weights=WEIGHTS):
-    """Total, parts and gradients by name; the gradient of the total and of every part differs from one."""
-    logits, boxes, *rest = case
-    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (logits, boxes)]
-    total, parts = set_loss(*inputs, *rest, weights, backend)
-    slant = torch.linspace(0.5, 2, parts.numel(), dtype=parts.dtype, device=parts.device).view_as(parts)
-    grads = torch.autograd.grad(0.7 * total + (slant * parts).sum(), inputs)
-    return dict(zip(NAMES, (total.detach(), parts.detach(), *grads), strict=True))
-
-
-def error(given, exact):
-    return ((given.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-6)).item() if exact.numel() else 0.0
 
 
 @pytest.fixture
@@ -98,12 +83,7 @@ def test_formula(backend, extension):
 @pytest.mark.parametrize("name", op.CASES)
 def test_as_precise_as_the_reference(on, name, simd):
     on(simd)
-    case = op.make_case(name)
-    exact, plain, given = (run(case, *how) for how in (("reference", torch.float64), ("reference",), ("cpp",)))
-    rounding = 1e-13 if case[0].dtype == torch.float64 else 2e-6
-    for part in NAMES:
-        assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
-        assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
+    check_precision(name, "cpp", 1e-13 if op.CASES[name][-1] == torch.float64 else 2e-6)
 
 
 @pytest.mark.parametrize("simd", SIMD)
@@ -142,25 +122,30 @@ def test_threads_change_no_bit(on, name):
 
 def fast_arguments(name, backend="cpp"):
     logits, boxes, matches, layout, targets, normalizers = op.make_case(name)
+    per_object, counted, proposals = op.DENOISING.get(name, (1, None, 0))
+    counted = targets.counts if counted is None else torch.tensor(counted, dtype=torch.int32)
     tensors = (logits.requires_grad_(), boxes.requires_grad_(), matches.target, targets.labels, targets.boxes)
-    return *tensors, targets.counts, normalizers, layout.groups, list(WEIGHTS), backend
+    numbers = layout.groups, per_object, proposals
+    return *tensors, targets.counts, counted, normalizers, *numbers, list(WEIGHTS), backend
 
 
-def test_gradients_by_finite_differences(extension):
-    logits, boxes, *rest = fast_arguments("f64")
+@pytest.mark.parametrize("name", ["f64", "contrastive-f64"])
+def test_gradients_by_finite_differences(extension, name):
+    logits, boxes, *rest = fast_arguments(name)
     assert torch.autograd.gradcheck(lambda *x: torch.ops.dndetr.set_loss(*x, *rest), (logits, boxes))
 
 
-@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images"])
+@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images", "contrastive"])
 def test_opcheck(extension, name):
     torch.library.opcheck(torch.ops.dndetr.set_loss.default, fast_arguments(name))
 
 
-def test_compiles_without_a_graph_break(extension):
-    case = op.make_case("uneven")
+@pytest.mark.parametrize("name", ["uneven", "contrastive"])
+def test_compiles_without_a_graph_break(extension, name):
+    case, options = op.make_case(name), op.make_options(name)
 
     def loss(logits, boxes):
-        return set_loss(logits, boxes, *case[2:], WEIGHTS)
+        return set_loss(logits, boxes, *case[2:], WEIGHTS, **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     results = []
@@ -259,8 +244,11 @@ def test_fake_tensors(fake_cuda):
         empty(2, 8, dtype=torch.int64),
         empty(2, 8, 4),
         empty(2, dtype=torch.int32),
+        empty(2, dtype=torch.int32),
         empty(2),
         2,
+        1,
+        0,
         list(WEIGHTS),
         "triton",
     )
@@ -271,17 +259,13 @@ INTERPRETED = """
 import importlib, math
 import torch
 op = importlib.import_module("dndetr.ops.set_loss")
-from test_set_loss import NAMES, error, run
+from set_losses import check_precision, run
 
 for name in op.CASES:
     if name in ("coco", "uneven", "no-targets", "more-targets", "f16"):
         continue  # slow, and like the others
-    case = op.make_case(name)
-    exact, plain, given = (run(case, *how) for how in (("reference", torch.float64), ("reference",), ("triton",)))
-    rounding = {torch.float64: 1e-13, torch.bfloat16: 8e-3}.get(case[0].dtype, 2e-6)  # bfloat16 is truncated here
-    for part in NAMES:
-        assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
-        assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), (name, part)
+    # bfloat16 is truncated here
+    check_precision(name, "triton", {torch.float64: 1e-13, torch.bfloat16: 8e-3}.get(op.CASES[name][-1], 2e-6))
 
 case = op.make_case("tiny")
 case[0][1, 0, -1, 2] = math.nan
@@ -301,12 +285,7 @@ def test_triton_in_the_interpreter(interpreter):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", op.CASES)
 def test_gpu_is_as_precise_as_the_reference(name):
-    case = op.make_case(name, "cuda")
-    exact, plain, given = (run(case, *how) for how in (("reference", torch.float64), ("reference",), ("triton",)))
-    rounding = 1e-12 if case[0].dtype == torch.float64 else 4e-6
-    for part in NAMES:
-        assert given[part].dtype == plain[part].dtype and given[part].shape == plain[part].shape
-        assert error(given[part], exact[part]) <= max(2 * error(plain[part], exact[part]), rounding), part
+    check_precision(name, "triton", 1e-12 if op.CASES[name][-1] == torch.float64 else 4e-6, "cuda")
 
 
 @on_architectures(80, 90)
@@ -318,7 +297,7 @@ def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_pat
 
     function = getattr(kernels, f"set_loss_{kernel}_kernel")
     types = dict.fromkeys(("logits", "grad_logits"), logits)
-    types |= {"target": "*i32", "labels": "*i64", "counts": "*i32"}
+    types |= {"target": "*i32", "labels": "*i64", "counts": "*i32", "counted": "*i32"}
     floats = ("boxes", "grad_boxes", "target_boxes", "normalizers", "sums", "total", "parts", "grad_total")
     types |= dict.fromkeys(floats, "*fp32")
     block_q, block_k = kernels._tile(91)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dndetr.batch import Targets
 from dndetr.boxes import cxcywh_to_xyxy
 from dndetr.models.dn_detr import Predictions
-from dndetr.ops import CostWeights, LossWeights
+from dndetr.ops import CostWeights, GroupLayout, LossWeights
 
 
 def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
@@ -56,8 +56,26 @@ def paired_losses(boxes: Tensor, truth: Tensor, objects: float) -> tuple[Tensor,
     return l1, (1 - overlap).sum() / objects
 
 
+def denoising_rows(layout: GroupLayout, counts: list[int], counted: list[int], per_object: int) -> list[Tensor]:
+    """Image, query and object of the denoising queries that count, object -1 where they restore none."""
+    image, query, restored = [], [], []
+    for number, (count, slots) in enumerate(zip(counts, counted, strict=True)):
+        slot = torch.arange(slots)
+        owner = slot.div(per_object, rounding_mode="floor")
+        owner[(slot % per_object > 0) | (owner >= count)] = -1
+        image.append(torch.full((slots * layout.groups,), number))
+        query += [slot + layout.slots * group for group in range(layout.groups)]
+        restored += [owner] * layout.groups
+    return [torch.cat(rows) for rows in (image, query, restored)]
+
+
 def per_layer_losses(
-    predictions: Predictions, targets: Targets, cost: CostWeights, weights: LossWeights
+    predictions: Predictions,
+    targets: Targets,
+    cost: CostWeights,
+    weights: LossWeights,
+    counted: Tensor | None = None,
+    proposals: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Total loss and parts [Y, 6], as :func:`dndetr.ops.set_loss` gives them."""
     logits, boxes, layout = predictions
@@ -66,11 +84,13 @@ def per_layer_losses(
     labels = [row[:count] for row, count in zip(targets.labels, counts, strict=True)]
     truths = [row[:count] for row, count in zip(targets.boxes, counts, strict=True)]
     objects = torch.as_tensor([sum(counts)], dtype=torch.float).clamp(min=1).item()
-    in_image = [torch.arange(count) + layout.slots * g for count in counts for g in range(layout.groups)]
-    slots = torch.cat(in_image).to(device) if in_image else None
-    image = torch.cat([torch.full((count * layout.groups,), b) for b, count in enumerate(counts)]).to(device)
+    noised = None
+    if layout.groups:
+        per_object = layout.slots // max(targets.labels.shape[1], 1)
+        seen = [count * per_object for count in counts] if counted is None else counted.tolist()
+        noised = [x.to(device) for x in denoising_rows(layout, counts, seen, per_object)]
     rows = []
-    for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
+    for layer, (layer_logits, layer_boxes) in enumerate(zip(logits, boxes, strict=True)):
         noised_logits, own_logits = layer_logits.split([layout.denoising, layout.matching], 1)
         noised_boxes, own_boxes = layer_boxes.split([layout.denoising, layout.matching], 1)
         with torch.no_grad():
@@ -84,15 +104,19 @@ def per_layer_losses(
         label_loss = focal(own_logits, onehot, objects, weights.alpha)
         truth = torch.cat([boxes[found] for boxes, (_, found) in zip(truths, pairs, strict=True)])
         l1, giou = paired_losses(own_boxes[batch, queries], truth, objects)
-        if layout.groups:
-            picked = noised_logits[image, slots]
-            known = torch.cat([label for label in labels for _ in range(layout.groups)])
-            onehot = torch.zeros(len(known), picked.shape[1] + 1, device=device)
+        if noised is not None and len(noised[0]) and layer >= proposals:
+            image, query, restored = noised
+            picked = noised_logits[image, query]
+            positive = restored >= 0
+            image, query, restored = image[positive], query[positive], restored[positive]
+            known = torch.full((len(picked),), picked.shape[1], device=device)
+            known[positive] = targets.labels[image, restored]
+            onehot = torch.zeros(len(known), picked.shape[1] + 1, dtype=picked.dtype, device=device)
             onehot = onehot.scatter_(1, known[:, None], 1)[None, :, :-1]
             noised_objects = objects * layout.groups
             dn_label = focal(picked[None], onehot, noised_objects, weights.alpha)
-            truth = torch.cat([boxes for boxes in truths for _ in range(layout.groups)])
-            dn_l1, dn_giou = paired_losses(noised_boxes[image, slots], truth, noised_objects)
+            truth = targets.boxes[image, restored]
+            dn_l1, dn_giou = paired_losses(noised_boxes[image, query], truth, noised_objects)
         else:
             dn_label = dn_l1 = dn_giou = torch.as_tensor(0.0, device=device)
         rows.append(torch.stack((label_loss, l1, giou, dn_label, dn_l1, dn_giou)))
