@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -55,6 +56,9 @@ def our_step(
 ) -> TrainStep:
     """The whole step of a preset, without moving average (Hugging Face's has none); graph: captured, on a GPU."""
     config = PRESETS[preset]()
+    denoising = replace(config.denoising, padding="hidden")
+    if groups is not None:
+        denoising = replace(denoising, groups=groups)
     torch.manual_seed(0)
     model = build_model(config.model, CLASSES).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, config.lr)
@@ -64,13 +68,9 @@ def our_step(
         optimizer,
         Schedule(optimizer, lambda step: 1.0),
         None,
-        Record(10, config.model.decoder_layers, device),
+        Record(10, config.model.decoder_layers, device, int(config.model.proposals != "none")),
         classes=CLASSES,
-        groups=config.denoising.groups if groups is None else groups,
-        label_noise=config.denoising.label_noise,
-        box_noise=config.denoising.box_noise,
-        batch_active=False,
-        max_queries=config.denoising.max_queries,
+        denoising=denoising,
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
         noise_generator=torch.Generator().manual_seed(0),

@@ -65,6 +65,10 @@ class BackboneConfig:
         demand(self.frozen >= 0, "model.backbone.frozen", self.frozen, "0 or more")
 
 
+# Settings of the model that dn-deformable-detr alone has.
+_DEFORMABLE_DECODER = ("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The detector's architecture."""
@@ -104,6 +108,23 @@ class ModelConfig:
     """Keep only the layers' inputs for backward and compute the rest again: a third slower, far less memory."""
     position_shift: float = 0.0
     """Shift of the pixels' positions in that encoding (Deformable-DETR: half a pixel)."""
+    proposals: Literal["none", "selected", "objects"] = "none"
+    """Two stages: queries start at the encoder's best proposals, by class with a loss of those (selected, DINO), or
+    by being an object with a loss of all tokens (objects, Deformable-DETR)."""
+    proposal_padding: Literal["hidden", "official"] = "hidden"
+    """Tokens outside the image or at its very border: not proposed while there are others, or like any other."""
+    content: Literal["learned", "selected"] = "learned"
+    """With proposals: the queries' content is learned, by rank (DINO's mixed selection), or the selected token's."""
+    look_forward_twice: bool = False
+    """The loss of a layer's boxes also trains the layer before (DINO)."""
+    shared_heads: bool = False
+    """One pair of heads for all layers of a deformable decoder (DINO)."""
+    decoder_norm: bool = False
+    """A norm before the heads of a deformable decoder (DINO)."""
+    query_scale: bool = True
+    """Scale the queries' positions by their content from the second deformable decoder layer on (DINO: not)."""
+    label_indicator: bool = True
+    """One channel of a query's content says whether it is for denoising (DINO: not)."""
 
     @property
     def encoder(self) -> str:
@@ -126,8 +147,15 @@ class ModelConfig:
                 f"--model.levels {self.levels}: the backbone gives {len(self.backbone.outputs)} maps; "
                 "give as many levels or more, or fewer --model.backbone.outputs"
             )
-        if self.patterns and self.variant == "dn-deformable-detr":
-            raise ValueError("dn-deformable-detr has no patterns: use --model.patterns 0")
+        if self.variant == "dn-deformable-detr":
+            demand(self.patterns == 0, "model.patterns", self.patterns, "0 with dn-deformable-detr, which has none")
+        else:
+            for f in fields(self):
+                if f.name in _DEFORMABLE_DECODER:
+                    flag, value = f.name.replace("_", "-"), getattr(self, f.name)
+                    demand(value == f.default, f"model.{flag}", value, f"{f.default} with {self.variant}")
+        if self.proposals == "none":
+            demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
 
 
 @dataclass(frozen=True)
@@ -144,9 +172,29 @@ class DenoisingConfig:
     """Most denoising queries per image: crowded batches get fewer groups, or none, instead of running out of memory."""
     padding: Literal["hidden", "official"] = "hidden"
     """Slots without an object: hidden from attention, or seen up to the batch's largest count (official code)."""
+    contrastive: bool = False
+    """Also make a negative of every object, with more noise, that is to be rejected (DINO)."""
+    fill: int = 0
+    """No more groups than have so many queries per image together, but at least one (DINO: 200; 0: no such limit)."""
+    slots: Literal["bucket", "batch"] = "bucket"
+    """Room for objects in a group: 8, 16, 32, ..., so that shapes are few, or the batch's largest count (official)."""
+
+    @property
+    def copies(self) -> int:
+        """Slots of a group for every object."""
+        return 2 if self.contrastive else 1
+
+    def groups_wanted(self, slots: int) -> int:
+        """How many groups a batch with room for so many objects per image gets where memory is no question."""
+        return min(self.groups, max(1, self.fill // (self.copies * slots))) if self.fill else self.groups
+
+    def groups_for(self, slots: int) -> int:
+        """The same, of which no more than fit under ``max_queries``."""
+        return min(self.groups_wanted(slots), self.max_queries // (self.copies * slots))
 
     def __post_init__(self):
         demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
+        demand(self.fill >= 0, "denoising.fill", self.fill, "0 (off) or more")
         _demand_counts(self, "denoising.", "max_queries")
         for name in ("label_noise", "box_noise"):
             value = getattr(self, name)
@@ -194,7 +242,8 @@ class OptimizerConfig:
     warmup: float = 0.0
     """Share of the run in which the learning rate rises from zero."""
     drops: tuple[float, ...] = (0.8,)
-    """Shares of the run after which step (its first) and multistep (all) multiply the rate by gamma; whole epochs."""
+    """Shares of the run after which step (its first) and multistep (all) multiply the rate by gamma; whole epochs.
+    None: 11/12 of a run of up to 12 epochs and 5/6 of a longer one, as DINO was released."""
     gamma: float = 0.1
     """That factor."""
     floor: float = 0.01
@@ -212,8 +261,7 @@ class OptimizerConfig:
         demand(0 <= self.ema < 1, "optimizer.ema", self.ema, "0 (off) to below 1")
         demand(self.gamma > 0, "optimizer.gamma", self.gamma, "a positive number")
         ascending = list(self.drops) == sorted(self.drops) and all(0 < share <= 1 for share in self.drops)
-        needed = self.schedule not in ("step", "multistep") or bool(self.drops)
-        demand(ascending and needed, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
+        demand(ascending, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ class Detector:
     @own_context()
     def infer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The last decoder layer's logits [B, N, K] and boxes [B, N, 4] for a batch, float32, on the device."""
-        logits, boxes, _ = self.model.infer(batch, self.precision)
-        return logits[-1], boxes[-1]
+        predictions = self.model.infer(batch, self.precision)
+        return predictions.logits[-1], predictions.boxes[-1]
 
 
 @own_context()

@@ -173,8 +173,8 @@ def exported_program(detector: "Detector", batch: "Batch"):
             self.model = detector.model
 
         def forward(self, images, sizes):
-            logits, boxes, _ = self.model(images, sizes)
-            return tuple(postprocess(logits[-1], boxes[-1], torch.ones_like(sizes), detector.config.detections))
+            logits, boxes = self.model.predict(images, sizes)
+            return tuple(postprocess(logits, boxes, torch.ones_like(sizes), detector.config.detections))
 
     any_batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad():

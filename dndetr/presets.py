@@ -64,6 +64,37 @@ def dn_deformable_encoder_r50() -> Config:
     return replace(config, preset="dn-deformable-encoder-r50", model=model)
 
 
+def dino_r50() -> Config:
+    """DINO: queries from the encoder's proposals, contrastive denoising; released for 12, 24 and 36 epochs."""
+    config = dn_detr_r50()
+    model = ModelConfig(
+        variant="dn-deformable-detr",
+        backbone=BackboneConfig(outputs=_MULTI_SCALE),
+        levels=4,
+        queries=900,
+        size_bias=0.0,
+        proposals="selected",
+        proposal_padding="official",
+        look_forward_twice=True,
+        shared_heads=True,
+        decoder_norm=True,
+        query_scale=False,
+        label_indicator=False,
+    )
+    denoising = DenoisingConfig(
+        groups=100, label_noise=0.25, box_noise=1.0, padding="official", contrastive=True, fill=200
+    )
+    optimizer = replace(config.optimizer, drops=())
+    return replace(config, preset="dino-r50", epochs=12, model=model, denoising=denoising, optimizer=optimizer)
+
+
+def dino_r50_5scale() -> Config:
+    """DINO with the backbone's finest maps too."""
+    config = dino_r50()
+    model = replace(config.model, backbone=replace(config.model.backbone, outputs=(1, *_MULTI_SCALE)), levels=5)
+    return replace(config, preset="dino-r50-5scale", model=model)
+
+
 def tiny() -> Config:
     """A small detector on the built-in shapes, from nothing, in minutes on two CPU cores."""
     return Config(
@@ -144,6 +175,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
         dn_detr_r101,
         dn_deformable_detr_r50,
         dn_deformable_encoder_r50,
+        dino_r50,
+        dino_r50_5scale,
     )
 }
 

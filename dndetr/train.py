@@ -163,10 +163,13 @@ def _summary(trainer: "Trainer") -> str:
     config, data, world = trainer.config, trainer.data, trainer.processes.world
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     shared = f", {world} processes" if world > 1 else ""
+    noise = config.denoising
+    groups = f"{'contrastive ' * noise.contrastive}denoising groups"
+    groups = f"{noise.fill} queries in {groups}" if noise.fill and noise.groups else f"{noise.groups} {groups}"
     return (
         f"{config.model.variant}, {parameters:.1f} M parameters, {len(data.classes)} classes, "
         f"{data.images['train']:,} training and {data.images['val']:,} validation images, "
-        f"{config.batch_size * config.accumulate * world} a step, {config.denoising.groups} denoising groups, "
+        f"{config.batch_size * config.accumulate * world} a step, {groups}, "
         f"{trainer.device.type} {str(trainer.precision).removeprefix('torch.')}, {trainer.mode} steps{shared}"
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from dndetr.batch import Targets
+from dndetr.boxes import cxcywh_to_xyxy
 from dndetr.denoising import Noise, denoising_loss, draw_noise, noised_queries
 from dndetr.ops import match, set_loss
 from dndetr.training.criterion import Criterion
@@ -17,12 +18,13 @@ GROUPS = 3
 COUNTS = [3, 0, 6, 1]
 
 
-def fixed_noise(batch: int, slots: int, classes: int = detectors.CLASSES) -> Noise:
+def fixed_noise(batch: int, slots: int, contrastive: bool = False, classes: int = detectors.CLASSES) -> Noise:
     """Noise whose draws for a slot do not depend on the number of slots or images."""
+    slots *= 2 if contrastive else 1
     draws = []
     for image in range(batch):
         generator = torch.Generator().manual_seed(7 + image)
-        largest = 64
+        largest = 128
         flip, box = (torch.rand(GROUPS, largest, n, generator=generator, dtype=torch.float64) for n in (1, 4))
         label = torch.randint(classes, (GROUPS, largest), generator=generator)
         draws.append((flip[..., 0], label, box))
@@ -34,13 +36,14 @@ def run(name: str, counts=COUNTS, slots: int = 8, only: int | None = None, batch
     """A training forward in float64 on a fixed canvas -> predictions, targets; of one image alone with ``only``."""
     model = detectors.build(name, dtype=torch.float64).eval()
     batch = detectors.make_batch(counts, slots, torch.float64)
-    noise = fixed_noise(len(counts), slots)
+    contrastive = name == "dino"
+    noise = fixed_noise(len(counts), slots, contrastive)
     images, sizes, targets = batch.images, batch.sizes, batch.targets
     if only is not None:
         one = slice(only, only + 1)
         images, sizes, noise = images[one], sizes[one], Noise(*(part[one] for part in noise))
         targets = Targets(targets.labels[one], targets.boxes[one], targets.counts[one])
-    noised = noised_queries(targets, noise, batch_active=batch_active)
+    noised = noised_queries(targets, noise, batch_active=batch_active, contrastive=contrastive)
     with torch.no_grad():
         return model(images, sizes, noised), targets
 
@@ -55,13 +58,27 @@ def per_image(predictions, targets):
         noised = predictions.layout.denoising
         matches = match(logits[:, :, noised:], boxes[:, :, noised:], alone)
         unit = torch.ones(2, dtype=logits.dtype)
-        terms.append(set_loss(logits, boxes, matches, predictions.layout, alone, unit, Criterion().weights)[1])
+        counted = predictions.counted[one]
+        terms.append(
+            set_loss(
+                logits,
+                boxes,
+                matches,
+                predictions.layout,
+                alone,
+                unit,
+                Criterion().weights,
+                counted=counted,
+                proposals=predictions.proposals,
+            )[1]
+        )
     return torch.stack(terms)
 
 
 def live_rows(predictions, targets, image: int):
     """Outputs of an image's live denoising queries, group by group, then of its matching queries."""
-    layout, count = predictions.layout, int(targets.counts[image])
+    layout = predictions.layout
+    count = int(targets.counts[image]) * (layout.slots // targets.labels.shape[1])
     rows = []
     for x in (predictions.logits[:, image], predictions.boxes[:, image]):
         noised = x[:, : layout.denoising].unflatten(1, (layout.groups, layout.slots))[:, :, :count].flatten(1, 2)
@@ -105,12 +122,14 @@ def test_official_padding_does_depend_on_the_others():
 def test_matching_queries_do_not_see_the_ground_truth(name):
     model = detectors.build(name, dtype=torch.float64).eval()
     batch = detectors.make_batch(COUNTS, 8, torch.float64)
-    noise = fixed_noise(len(COUNTS), 8)
+    contrastive = name == "dino"
+    noise = fixed_noise(len(COUNTS), 8, contrastive)
     other = Targets((batch.targets.labels + 1) % detectors.CLASSES, 1 - batch.targets.boxes, batch.targets.counts)
     outputs = []
     with torch.no_grad():
         for targets in (batch.targets, other):
-            predictions = model(batch.images, batch.sizes, noised_queries(targets, noise))
+            noised = noised_queries(targets, noise, contrastive=contrastive)
+            predictions = model(batch.images, batch.sizes, noised)
             noised = predictions.layout.denoising
             outputs.append((predictions.logits[:, :, noised:], predictions.boxes[:, :, noised:]))
         outputs.append(model(batch.images, batch.sizes)[:2])
@@ -123,16 +142,20 @@ def test_matching_queries_do_not_see_the_ground_truth(name):
 def test_groups_do_not_see_each_other(name):
     model = detectors.build(name, dtype=torch.float64).eval()
     batch = detectors.make_batch(COUNTS, 8, torch.float64)
-    noise = fixed_noise(len(COUNTS), 8)
+    contrastive = name == "dino"
+    noise = fixed_noise(len(COUNTS), 8, contrastive)
     order = torch.tensor([2, 0, 1])
     permuted = Noise(*(part[:, order] for part in noise))
     with torch.no_grad():
-        plain = model(batch.images, batch.sizes, noised_queries(batch.targets, noise))
-        turned = model(batch.images, batch.sizes, noised_queries(batch.targets, permuted))
+        plain, turned = (
+            model(batch.images, batch.sizes, noised_queries(batch.targets, each, contrastive=contrastive))
+            for each in (noise, permuted)
+        )
+    noised = plain.layout.denoising
     for a, b in zip(plain[:2], turned[:2], strict=True):
-        grouped = a[:, :, : GROUPS * 8].unflatten(2, (GROUPS, 8))[:, :, order].flatten(2, 3)
-        close(grouped, b[:, :, : GROUPS * 8])
-        close(a[:, :, GROUPS * 8 :], b[:, :, GROUPS * 8 :])
+        grouped = a[:, :, :noised].unflatten(2, (GROUPS, -1))[:, :, order].flatten(2, 3)
+        close(grouped, b[:, :, :noised])
+        close(a[:, :, noised:], b[:, :, noised:])
 
 
 def test_padding_the_canvas_does_not_matter_to_the_encoder():
@@ -161,43 +184,84 @@ def test_noise_is_what_the_paper_says():
     assert noised.active.tolist() == [8] * 64 and noised.live.all()
 
 
-def test_more_slots_do_not_move_the_noise():
-    narrow, wide = (detectors.make_step(detectors.build("dn-detr")) for _ in range(2))
+def test_contrastive_noise_is_what_the_paper_says():
+    targets = detectors.make_targets([8] * 64, 8)
+    noise = draw_noise(targets, 40, detectors.CLASSES, torch.Generator().manual_seed(0), contrastive=True)
+    noised = noised_queries(targets, noise, label_noise=0.25, box_noise=0.4, contrastive=True)
+    assert noised.active.tolist() == noised.counted.tolist() == [16] * 64 and noised.live.all()
+    labels, boxes = noised.positives(targets)
+    negative_labels, negative_boxes = noised.labels[:, :, 1::2], noised.boxes[:, :, 1::2]
+    clean = targets.boxes[:, None]
+    for some in (labels, negative_labels):
+        assert abs((some != targets.labels[:, None]).double().mean() - 0.25 * (1 - 1 / detectors.CLASSES)) < 0.01
+    # Moved corners, in halves of the size: up to the bound for positives, from there to twice as much for negatives.
+    near, far = (
+        ((cxcywh_to_xyxy(some) - cxcywh_to_xyxy(clean)).abs() / (clean[..., 2:] / 2).repeat(1, 1, 1, 2))
+        for some in (boxes, negative_boxes)
+    )
+    assert near.max() <= 0.4 + 1e-4 and near.max() > 0.39 and near.min() < 0.01
+    assert far.max() <= 0.8 + 1e-4 and far.max() > 0.79 and far.min() >= 0.4 - 1e-4
+    assert ((cxcywh_to_xyxy(negative_boxes) > cxcywh_to_xyxy(clean)).double().mean() - 0.5).abs() < 0.01
+
+
+def test_corners_may_pass_each_other_but_not_the_border():
+    targets = detectors.make_targets([8] * 16, 8)
+    noise = draw_noise(targets, 10, detectors.CLASSES, torch.Generator().manual_seed(0), contrastive=True)
+    boxes = noised_queries(targets, noise, box_noise=1.0, contrastive=True).boxes
+    corners = cxcywh_to_xyxy(boxes)
+    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
+    assert (boxes[:, :, 1::2, 2:] < 0).any() and (boxes[:, :, ::2, 2:] >= -1e-6).all()
+
+
+def test_noise_for_other_slots_is_refused():
+    targets = detectors.make_targets([2], 8)
+    noise = draw_noise(targets, 2, detectors.CLASSES)
+    with pytest.raises(ValueError, match="noise for 8 slots of a group, but there are 16"):
+        noised_queries(targets, noise, contrastive=True)
+
+
+@pytest.mark.parametrize("name", ["dn-detr", "dino"])
+def test_more_slots_do_not_move_the_noise(name):
+    narrow, wide = (detectors.make_step(detectors.build(name)) for _ in range(2))
+    each = narrow.denoising.copies
     for counts in ([3, 8], [0, 1]):
         few, many = (detectors.make_batch(counts, slots) for slots in (8, 32))
         many = replace(many, targets=replace(many.targets, needed=8))
         for a, b in zip(narrow.draw(few), wide.draw(many), strict=True):
-            assert b.shape[2] == 32 and torch.equal(a, b[:, :, :8]) and not b[:, :, 8:].any()
+            assert b.shape[2] == 32 * each and torch.equal(a, b[:, :, : 8 * each]) and not b[:, :, 8 * each :].any()
     assert torch.equal(narrow.noise_generator.get_state(), wide.noise_generator.get_state())
 
 
-def test_without_noise_the_targets_come_back():
+@pytest.mark.parametrize("contrastive", [False, True])
+def test_without_noise_the_targets_come_back(contrastive):
     targets = detectors.make_targets([2, 0], 8)
-    noised = noised_queries(targets, draw_noise(targets, 2, detectors.CLASSES), 0.0, 0.0)
-    assert torch.equal(noised.labels, targets.labels[:, None].expand(-1, 2, -1))
-    close(noised.boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
+    noise = draw_noise(targets, 2, detectors.CLASSES, contrastive=contrastive)
+    noised = noised_queries(targets, noise, 0.0, 0.0, contrastive=contrastive)
+    assert noised.labels.shape[2] == 8 * (1 + contrastive)
+    labels, boxes = noised.positives(targets)
+    assert torch.equal(labels, targets.labels[:, None].expand(-1, 2, -1))
+    close(boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
 
 
-def test_no_objects_at_all_still_trains():
-    step = detectors.make_step(detectors.build("dn-detr"))
+@every_model
+def test_no_objects_at_all_still_trains(name):
+    model = detectors.build(name)
+    step = detectors.make_step(model)
     losses, norm = step(detectors.make_batch([0, 0], 8))
     assert losses.total.isfinite() and norm.isfinite()
-    assert torch.equal(losses.parts[:, 1:], torch.zeros(3, 5))
+    assert torch.equal(losses.parts[:, 1:], torch.zeros(3 + (model.proposals is not None), 5))
 
 
+@pytest.mark.parametrize("name", ["dn-detr", "dino"])
 @pytest.mark.parametrize("counts", [COUNTS, [0, 0, 0, 0]], ids=str)
-def test_the_denoising_loss_alone_is_its_part_of_the_whole(counts):
-    predictions, targets = run("dn-detr", counts)
+def test_the_denoising_loss_alone_is_its_part_of_the_whole(name, counts):
+    predictions, targets = run(name, counts)
+    first = predictions.proposals
     noised = predictions.layout.denoising
     whole = Criterion()(predictions, targets)
-    total, parts = denoising_loss(predictions.logits[:, :, :noised], predictions.boxes[:, :, :noised], targets, GROUPS)
-    close(parts, whole.parts[:, 3:])
+    logits, boxes = predictions.logits[first:, :, :noised], predictions.boxes[first:, :, :noised]
+    total, parts = denoising_loss(logits, boxes, targets, GROUPS)
+    close(parts, whole.parts[first:, 3:])
     close(total, (parts * torch.tensor([1.0, 5.0, 2.0])).sum())
-    halved, _ = denoising_loss(
-        predictions.logits[:, :, :noised],
-        predictions.boxes[:, :, :noised],
-        targets,
-        GROUPS,
-        objects=2 * targets.counts.sum(),
-    )
+    halved, _ = denoising_loss(logits, boxes, targets, GROUPS, objects=2 * targets.counts.sum())
     close(halved, total / 2)

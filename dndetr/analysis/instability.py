@@ -53,7 +53,8 @@ class MatchingProbe:
 
     def _note(self, predictions: Predictions, batch: Batch) -> None:
         targets = batch.targets.to(predictions.boxes.device)
-        matches = match(predictions.logits, predictions.boxes, targets, self._cost)
+        logits, boxes = (layers[predictions.proposals :] for layers in (predictions.logits, predictions.boxes))
+        matches = match(logits, boxes, targets, self._cost)
         rows = matches.target.transpose(0, 1).to("cpu", torch.int16)
         for image_id, row in zip(batch.ids.tolist(), rows, strict=True):
             if len(self.fresh) < self._images:

@@ -5,6 +5,7 @@ the image, and fail without them at test time. Here the targets are exchanged an
 matching queries must not change, nor those of a group when another group's queries do.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ def leak_check(model: nn.Module, batch: Batch, classes: int, groups: int = 5, ba
 
     first = draw()
     # Other objects altogether: every class another one, every box elsewhere.
-    other = NoisedQueries((first.labels + 1) % classes, _moved(first.boxes), first.live, first.active)
-    mixed = NoisedQueries(first.labels.clone(), first.boxes.clone(), first.live, first.active)
+    other = replace(first, labels=(first.labels + 1) % classes, boxes=_moved(first.boxes))
+    mixed = replace(first, labels=first.labels.clone(), boxes=first.boxes.clone())
     mixed.labels[:, 0], mixed.boxes[:, 0] = other.labels[:, 0], other.boxes[:, 0]
     try:
         plain, changed, partly = (_outputs(model, batch, noised) for noised in (first, other, mixed))
@@ -77,8 +78,8 @@ def _moved(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _outputs(model: nn.Module, batch: Batch, noised: NoisedQueries | None) -> torch.Tensor:
-    logits, boxes, _ = model(batch.images, batch.sizes, noised)
-    return torch.cat((logits.float(), boxes.float()), dim=-1)
+    predictions = model(batch.images, batch.sizes, noised)
+    return torch.cat((predictions.logits.float(), predictions.boxes.float()), dim=-1)
 
 
 def _largest(difference: torch.Tensor) -> float:

@@ -74,7 +74,8 @@ def measure_reconstruction(
         targets = batch.targets
         noise = draw_noise(targets, len(levels), classes, generator)
         noised = noised_queries(targets, noise, label_noise, box_noise)
-        logits, boxes, layout = infer(batch, noised)
+        predictions = infer(batch, noised)
+        logits, boxes, layout = predictions.logits, predictions.boxes[predictions.proposals :], predictions.layout
         shape = (len(boxes), *noised.labels.shape)
         restored = boxes[:, :, : layout.denoising].float().reshape(*shape, 4)
         named = logits[-1, :, : layout.denoising].argmax(-1).view(shape[1:])

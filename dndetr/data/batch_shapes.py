@@ -77,7 +77,12 @@ class BatchShapes(NamedTuple):
 
 def choose_shapes(dataset: Drawn, config: Config, steps: int) -> BatchShapes:
     """Shapes for the training batches of a run of so many steps; of a data set whose images have no common canvas."""
-    groups, full = config.denoising.groups, config.denoising.max_queries // max(config.denoising.groups, 1)
+    denoising = config.denoising
+    if denoising.fill:  # a bucket decides the number of groups, so none may be exchanged for a larger one
+        groups, full = 0, 0
+    else:
+        groups = denoising.groups * denoising.copies
+        full = denoising.max_queries // max(groups, 1)
     batches = _draw_batches(dataset, config.batch_size, config.seed)
     own = np.array([_own_shape(extents, config.images.multiple) for extents in batches])
     largest = int((own[:, 0] * own[:, 1]).max())

@@ -30,17 +30,23 @@ def largest_objects(boxes_xyxy: Tensor, keep: int) -> Tensor:
 
 
 def collate(
-    samples: Sequence[Sample], multiple: int = 64, canvas: tuple[int, int] | None = None, slots: int | None = None
+    samples: Sequence[Sample],
+    multiple: int = 64,
+    canvas: tuple[int, int] | None = None,
+    slots: int | None = None,
+    exact: bool = False,
 ) -> Batch:
     """Puts samples on one canvas, top left, zero (the mean colour) elsewhere.
 
     canvas (height, width), by default the smallest in multiples of ``multiple``; slots T, by default the bucket of the
-    largest count. Of an image with more objects than slots the largest objects are kept.
+    largest count, or with ``exact`` that count (at least 1). Of an image with more objects than slots the largest
+    objects are kept.
     """
     sizes = [tuple(sample.image.shape[1:]) for sample in samples]
     if canvas is None:
         canvas = canvas_bucket(sizes, multiple)
-    needed = target_bucket(max(len(sample.labels) for sample in samples))
+    largest = max(len(sample.labels) for sample in samples)
+    needed = min(max(largest, 1), TARGET_BUCKETS[-1]) if exact else target_bucket(largest)
     slots = needed if slots is None else slots
 
     if all(size == canvas for size in sizes):

@@ -42,9 +42,9 @@ class Dataset(Protocol):
 class Loader:
     """Batches of a data set, epoch by epoch; made by ``build_loader``."""
 
-    def __init__(self, dataset: Dataset, order: Order, workers: int, multiple: int, slots: int | None):
+    def __init__(self, dataset: Dataset, order: Order, workers: int, multiple: int, slots: int | None, exact: bool):
         self._order = order
-        self._reader = _Reader(dataset, multiple, slots)
+        self._reader = _Reader(dataset, multiple, slots, exact)
         self._workers = Workers(self._reader, workers) if workers else None
 
     def __len__(self) -> int:
@@ -68,6 +68,7 @@ def build_loader(
     workers: int = 0,
     multiple: int = 64,
     slots: int | None = None,
+    exact: bool = False,
     rank: int = 0,
     world: int = 1,
     held: int = 1,
@@ -76,8 +77,8 @@ def build_loader(
     """A loader of shuffled whole batches (training), or of everything once in a fixed order.
 
     Images without a common size are batched landscape with landscape and portrait with portrait, so that canvases are
-    few. multiple, slots: as in ``collate``. rank, world: this process reads every ``world``-th batch; in training all
-    processes get equally many. Nothing depends on the number of workers; they need shared memory, also for the batches
+    few. multiple, slots, exact: as in ``collate``. rank, world: this process reads every ``world``-th batch; in training
+    all processes get equally many. Nothing depends on the number of workers; they need shared memory, also for the batches
     that are ``held`` at once, and ``neighbours`` processes share that of a machine. ValueError where it has no room.
     """
     order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world)
@@ -97,7 +98,7 @@ def build_loader(
         )
     if workers:
         demand_room(workers, largest_batch(dataset, order, multiple), len(order), held, neighbours)
-    return Loader(dataset, order, workers, multiple, slots)
+    return Loader(dataset, order, workers, multiple, slots, exact)
 
 
 def largest_batch(dataset: Dataset, order: Order, multiple: int) -> int:
@@ -116,15 +117,15 @@ def largest_batch(dataset: Dataset, order: Order, multiple: int) -> int:
 class _Reader:
     """Reads and collates the batch of a key; runs in the workers, where there are some."""
 
-    def __init__(self, dataset: Dataset, multiple: int, slots: int | None):
-        self._dataset, self._multiple, self._slots = dataset, multiple, slots
+    def __init__(self, dataset: Dataset, multiple: int, slots: int | None, exact: bool):
+        self._dataset, self._multiple, self._slots, self._exact = dataset, multiple, slots, exact
         self.shapes: BatchShapes | None = None
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
         epoch, images = key
         samples = [self._dataset.sample(image, epoch) for image in images]
         if self.shapes is None:
-            return collate(samples, self._multiple, self._dataset.canvas, self._slots)
+            return collate(samples, self._multiple, self._dataset.canvas, self._slots, self._exact)
         extents = [(*sample.image.shape[1:], len(sample.labels)) for sample in samples]
         height, width, slots = self.shapes.shape_for(extents, self._multiple)
         return collate(samples, canvas=(height, width), slots=slots)

@@ -57,7 +57,10 @@ class TrainingData:
         self.ground_truth = val.coco_dict()
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
         share = {"rank": rank, "world": world, "neighbours": neighbours}
-        self._train = build_loader(train, config.batch_size, training=True, held=config.accumulate, **options, **share)
+        exact = config.denoising.slots == "batch"
+        self._train = build_loader(
+            train, config.batch_size, training=True, held=config.accumulate, exact=exact, **options, **share
+        )
         self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
         self.images = {"train": config.overfit or len(train), "val": len(val)}
         if config.overfit or config.data == "shapes":
@@ -73,10 +76,11 @@ class TrainingData:
     def choose_shapes(self, steps: int) -> BatchShapes | None:
         """Give the training batches few shapes, for CUDA graphs, in a run of so many steps -> those that were chosen.
 
-        To be called before the first epoch. None, and nothing changes, where images have one canvas anyway, and where
-        a step is of several batches, whose shapes would all have to be the same.
+        To be called before the first epoch. None, and nothing changes, where images have one canvas anyway, where a
+        step is of several batches, whose shapes would all have to be the same, and where groups have no slots to spare.
         """
-        if self._train_images.canvas is not None or self._config.accumulate > 1:
+        config = self._config
+        if self._train_images.canvas is not None or config.accumulate > 1 or config.denoising.slots == "batch":
             return None
         shapes = choose_shapes(self._train_images, self._config, steps)
         self._train.take(shapes)

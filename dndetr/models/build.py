@@ -10,6 +10,7 @@ from .dn_detr import DNDETR
 from .encoder import DeformableEncoder, DenseEncoder
 from .features import InputProjection
 from .layers import Recomputable
+from .proposals import ProposalHead
 from .queries import Queries
 
 
@@ -57,13 +58,35 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             activation=config.activation,
             directed=deformable_decoder,
         )
-    queries = Queries(width, config.queries, classes, deformable_decoder, config.patterns, config.anchors)
+    proposed = config.proposals != "none"
+    queries = Queries(
+        width,
+        config.queries,
+        classes,
+        learned_content=deformable_decoder and config.content == "learned",
+        patterns=config.patterns,
+        anchors=config.anchors,
+        indicator=config.label_indicator,
+        proposed=proposed,
+    )
+    proposals = None
+    if proposed:
+        official = config.proposal_padding == "official"
+        proposals = ProposalHead(width, classes, config.queries, config.proposals == "objects", official)
     shape |= {"layers": config.decoder_layers, "classes": classes, "levels": levels, "activation": config.activation}
     if deformable_decoder:
-        decoder = DeformableDecoder(**shape, points=config.decoder_points, size_bias=config.size_bias)
+        decoder = DeformableDecoder(
+            **shape,
+            points=config.decoder_points,
+            size_bias=config.size_bias,
+            query_scale=config.query_scale,
+            norm=config.decoder_norm,
+            shared_heads=config.shared_heads,
+            look_forward_twice=config.look_forward_twice,
+        )
     else:
         decoder = DABDecoder(**shape)
-    model = DNDETR(backbone, projection, encoder, queries, decoder)
+    model = DNDETR(backbone, projection, encoder, queries, decoder, proposals)
     for block in model.modules():
         # Batch norm's running statistics would advance twice.
         if isinstance(block, Recomputable) and not any(isinstance(m, nn.BatchNorm2d) for m in block.modules()):

@@ -101,8 +101,8 @@ class DABDecoder(nn.Module):
 
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4]."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens), position=lowered(features.position))
         reference = anchors.sigmoid()
@@ -124,4 +124,4 @@ class DABDecoder(nn.Module):
             if index + 1 < len(self.layers):
                 attached = (self.bbox_embed(x.low) + inverse_sigmoid(reference)).sigmoid()
                 reference = attached.detach()
-        return torch.stack(logits), torch.stack(boxes)
+        return logits, boxes

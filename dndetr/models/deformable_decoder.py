@@ -1,6 +1,8 @@
 """DAB-Deformable-DETR's decoder: anchors as boxes, refined layer by layer, with deformable cross-attention."""
 
-import torch
+import itertools
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from ..boxes import inverse_sigmoid
@@ -40,9 +42,13 @@ class DeformableDecoderLayer(Recomputable):
 
 
 class DeformableDecoder(nn.Module):
-    """Decoder layers with anchor refinement and heads of their own; no gradient crosses the refined anchors.
+    """Decoder layers with anchor refinement; no gradient crosses the refined anchors that layers look at.
 
     size_bias: initial correction of w and h in the first layer (-2 in the official code, for anchors of random size).
+    In what follows DINO (arXiv 2203.03605) differs. query_scale: from the second layer on, positions are scaled by an
+    MLP of the content; norm: the heads predict from normalised outputs, and refine from plain ones; shared_heads: one
+    pair of heads for all layers; look_forward_twice: a layer's boxes are corrections of what the layer before has
+    refined, with its gradient, so that their loss trains both.
     """
 
     def __init__(
@@ -56,36 +62,61 @@ class DeformableDecoder(nn.Module):
         points: int,
         activation: str = "relu",
         size_bias: float = -2.0,
+        query_scale: bool = True,
+        norm: bool = False,
+        shared_heads: bool = False,
+        look_forward_twice: bool = False,
     ):
         super().__init__()
+        self.look_forward_twice = look_forward_twice
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(width, heads, hidden, levels, points, activation) for _ in range(layers)
         )
-        self.query_scale = MLP(width, width, width)
+        self.query_scale = MLP(width, width, width) if query_scale else None
         self.ref_point_head = MLP(2 * width, width, width)
+        self.norm = nn.LayerNorm(width) if norm else None
         xavier(self)
-        self.class_embed = nn.ModuleList(class_head(width, classes) for _ in range(layers))
-        self.bbox_embed = nn.ModuleList(
-            box_head(width, size_bias=size_bias if index == 0 else 0.0) for index in range(layers)
-        )
+        if shared_heads:
+            self.class_embed, self.bbox_embed = class_head(width, classes), box_head(width, size_bias=size_bias)
+        else:
+            self.class_embed = nn.ModuleList(class_head(width, classes) for _ in range(layers))
+            self.bbox_embed = nn.ModuleList(
+                box_head(width, size_bias=size_bias if index == 0 else 0.0) for index in range(layers)
+            )
+
+    def _heads(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Every layer's class and box head."""
+        if isinstance(self.class_embed, nn.ModuleList):
+            return zip(self.class_embed, self.bbox_embed, strict=True)
+        return itertools.repeat((self.class_embed, self.bbox_embed), len(self.layers))
 
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4]."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens))
         reference = anchors.sigmoid()
+        attached = reference
         ratios = features.valid_ratios(reference.dtype).repeat(1, 1, 2)  # [B, L, 4] (x, y, x, y)
         logits, boxes = [], []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, (class_embed, bbox_embed)) in enumerate(zip(self.layers, self._heads(), strict=True)):
             reference_points = reference[:, :, None] * ratios[:, None]
             position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
-            if index:
+            if index and self.query_scale is not None:
                 position = position * self.query_scale(x.low)
             x = layer(x, position, reference_points, features, layout, active)
-            logits.append(self.class_embed[index](x.low))
-            # Refinement and prediction are one and the same here: the head is evaluated once.
-            boxes.append((self.bbox_embed[index](x.low) + inverse_sigmoid(reference)).sigmoid())
-            reference = boxes[-1].detach()
-        return torch.stack(logits), torch.stack(boxes)
+            out = x.low if self.norm is None else self.norm(x.full)
+            logits.append(class_embed(out))
+            correction = bbox_embed(out)
+            boxes.append((correction + inverse_sigmoid(attached)).sigmoid())
+            if index + 1 == len(self.layers):
+                break
+            # Without a norm, refinement and prediction have the same correction, and mostly the same gradient too.
+            if self.norm is not None:
+                correction = bbox_embed(x.low)
+            same = self.norm is None and attached is reference
+            refined = boxes[-1] if same else (correction + inverse_sigmoid(reference)).sigmoid()
+            reference = refined.detach()
+            attached = refined if self.look_forward_twice else reference
+        return logits, boxes

@@ -8,22 +8,40 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..denoising import NoisedQueries
 from ..ops.group_attention import GroupLayout
+from .proposals import ProposalHead
 from .queries import Queries
 
 
 class Predictions(NamedTuple):
-    """Every decoder layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4] cxcywh, queries ordered as ``layout`` says."""
+    """Every decoder layer's logits [Y, B, Q, K] and boxes [Y, B, Q, 4] cxcywh, queries ordered as ``layout`` says.
+
+    counted [B] int32: as of the noised queries. proposals: so many of the first layers are none of the decoder but the
+    encoder's selected proposals, as matching queries, with zeros for denoising ones. tokens: logits [1, B, S, K] and
+    boxes [1, B, S, 4] where the encoder's loss is of the proposals of all tokens.
+    """
 
     logits: Tensor
     boxes: Tensor
     layout: GroupLayout
+    counted: Tensor | None = None
+    proposals: int = 0
+    tokens: tuple[Tensor, Tensor] | None = None
 
 
 class DNDETR(nn.Module):
-    """A DETR whose decoder can be fed noised ground truth beside its own queries (arXiv 2203.01305)."""
+    """A DETR whose decoder can be fed noised ground truth beside its own queries (arXiv 2203.01305).
+
+    With ``proposals`` it has two stages: the encoder's proposals are where the queries start.
+    """
 
     def __init__(
-        self, backbone: nn.Module, projection: nn.Module, encoder: nn.Module, queries: Queries, decoder: nn.Module
+        self,
+        backbone: nn.Module,
+        projection: nn.Module,
+        encoder: nn.Module,
+        queries: Queries,
+        decoder: nn.Module,
+        proposals: ProposalHead | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -31,6 +49,7 @@ class DNDETR(nn.Module):
         self.encoder = encoder
         self.queries = queries
         self.decoder = decoder
+        self.proposals = proposals
 
     def forward(self, images: Tensor, sizes: Tensor, noised: NoisedQueries | None = None) -> Predictions:
         """images [B, 3, H, W] on one canvas, sizes [B, 2] int64 valid (height, width) -> Predictions.
@@ -39,18 +58,28 @@ class DNDETR(nn.Module):
         """
         maps = self.backbone(images)
         features = self.encoder(self.projection(maps, sizes, tuple(images.shape[-2:])))
-        content, anchors = self.queries(images.shape[0], noised)
+        proposals = None if self.proposals is None else self.proposals(features)
+        content, anchors = self.queries(images.shape[0], noised, proposals)
         matching = self.queries.matching
         layout = GroupLayout(0, 0, matching) if noised is None else noised.layout(matching)
-        active = None if noised is None else noised.active
+        active, counted = (None, None) if noised is None else (noised.active, noised.counted)
         logits, boxes = self.decoder(content, anchors, features, layout, active)
-        return Predictions(logits, boxes, layout)
+        tokens = None
+        if proposals is not None and self.proposals.objects:
+            tokens = proposals.logits[None], proposals.boxes[None]
+        elif proposals is not None:
+            first = (0, 0, layout.denoising, 0)
+            logits = [nn.functional.pad(proposals.logits, first), *logits]
+            boxes = [nn.functional.pad(proposals.boxes, first), *boxes]
+        return Predictions(
+            torch.stack(logits), torch.stack(boxes), layout, counted, len(logits) - len(self.decoder.layers), tokens
+        )
 
     @torch.no_grad()
     def predict(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The last layer's logits [B, N, K] and boxes [B, N, 4] cxcywh."""
-        logits, boxes, _ = self(images, sizes)
-        return logits[-1], boxes[-1]
+        predictions = self(images, sizes)
+        return predictions.logits[-1], predictions.boxes[-1]
 
     @torch.no_grad()
     def infer(self, batch: Batch, precision: torch.dtype, noised: NoisedQueries | None = None) -> Predictions:
@@ -58,5 +87,5 @@ class DNDETR(nn.Module):
         device = next(self.parameters()).device
         batch = batch.to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits, boxes, layout = self(batch.images, batch.sizes, noised)
-        return Predictions(logits.float(), boxes.float(), layout)
+            predictions = self(batch.images, batch.sizes, noised)
+        return predictions._replace(logits=predictions.logits.float(), boxes=predictions.boxes.float())

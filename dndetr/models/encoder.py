@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.ms_deform_attn import ms_deform_attn_fused
-from .features import Features
+from .features import Features, token_centres
 from .layers import (
     MLP,
     FeedForward,
@@ -140,16 +140,8 @@ class DeformableEncoder(nn.Module):
 
 def pixel_reference_points(features: Features) -> Tensor:
     """Centre of every token, relative to each level's full size: [B, S, L, 2] (x, y)."""
-    ratios = features.valid_ratios(features.position.dtype)
-    centres = []
-    for level, (h, w) in enumerate(features.shapes):
-        size = features.valid_sizes[:, level].to(ratios.dtype)
-        row = torch.arange(h, device=ratios.device, dtype=ratios.dtype) + 0.5
-        column = torch.arange(w, device=ratios.device, dtype=ratios.dtype) + 0.5
-        y = (row / size[:, :1])[:, :, None].expand(-1, h, w)
-        x = (column / size[:, 1:])[:, None, :].expand(-1, h, w)
-        centres.append(torch.stack((x, y), dim=-1).flatten(1, 2))
-    return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]
+    dtype = features.position.dtype
+    return token_centres(features, dtype)[:, :, None] * features.valid_ratios(dtype)[:, None]
 
 
 def xavier(module: nn.Module, directed: bool = True) -> None:

@@ -33,6 +33,19 @@ class Features(NamedTuple):
         return torch.stack(ratios, dim=1)
 
 
+def token_centres(features: Features, dtype: torch.dtype) -> Tensor:
+    """Centre of every token, relative to the valid part of its level: [B, S, 2] (x, y)."""
+    centres = []
+    for level, (h, w) in enumerate(features.shapes):
+        size = features.valid_sizes[:, level].to(dtype)
+        row = torch.arange(h, device=size.device, dtype=dtype) + 0.5
+        column = torch.arange(w, device=size.device, dtype=dtype) + 0.5
+        y = (row / size[:, :1])[:, :, None].expand(-1, h, w)
+        x = (column / size[:, 1:])[:, None, :].expand(-1, h, w)
+        centres.append(torch.stack((x, y), dim=-1).flatten(1, 2))
+    return torch.cat(centres, dim=1)
+
+
 def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
     """Valid (height, width) [B, 2] on the canvas -> [B, L, 2] on the levels.
 

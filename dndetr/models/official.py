@@ -1,4 +1,4 @@
-"""Reads state dictionaries of the official DN-DETR and DAB-DETR code: the same tensors under our names."""
+"""Reads state dictionaries of the official DN-DETR, DINO and DAB-DETR code: the same tensors under our names."""
 
 import re
 
@@ -9,7 +9,9 @@ _RENAMES = (
     (r"backbone\.0\.body\.(.*)", r"backbone.\1"),
     (r"(class|bbox)_embed\.(.*)", r"decoder.\1_embed.\2"),
     (r"(label_enc|refpoint_embed|tgt_embed)\.weight", r"queries.\1.weight"),
-    (r"transformer\.patterns\.weight", "queries.patterns.weight"),
+    (r"transformer\.(patterns|tgt_embed)\.weight", r"queries.\1.weight"),
+    (r"transformer\.enc_out_(class|bbox)_embed\.(.*)", r"proposals.\1_embed.\2"),
+    (r"transformer\.(enc_output|enc_output_norm)\.(.*)", r"proposals.\1.\2"),
     (r"transformer\.level_embed", "projection.level_embed"),
     (r"input_proj\.(weight|bias)", r"projection.projections.0.\1"),
     (r"input_proj\.(.*)", r"projection.projections.\1"),
@@ -34,8 +36,14 @@ def official_names(names) -> dict[str, str]:
     The heads appear there under two names, once in the decoder; both become the same one.
     """
     names = list(names)
-    dense = any(name.endswith("sa_qcontent_proj.weight") for name in names)
-    renames = (*_DENSE_RENAMES, *_RENAMES) if dense else _RENAMES
+    renames = _RENAMES
+    if any(name.endswith("sa_qcontent_proj.weight") for name in names):
+        renames = (*_DENSE_RENAMES, *renames)
+    layers = [int(found[1]) for name in names if (found := re.fullmatch(r"class_embed\.(\d+)\.weight", name))]
+    if "transformer.enc_output.weight" in names and "transformer.enc_out_class_embed.weight" not in names:
+        # The encoder's heads are one more of the decoder's.
+        last = (rf"(?:transformer\.decoder\.)?(class|bbox)_embed\.{max(layers)}\.(.*)", r"proposals.\1_embed.\2")
+        renames = (last, *renames)
     ours = {}
     for name in names:
         for pattern, replacement in renames:

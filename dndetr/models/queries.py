@@ -5,31 +5,46 @@ from torch import Tensor, nn
 
 from ..boxes import inverse_sigmoid
 from ..denoising import NoisedQueries
+from .proposals import Proposals
 
 
 class Queries(nn.Module):
     """Embeds labels and boxes as decoder queries.
 
-    A query's content is a label embedding of width C - 1 and an indicator: 1 for denoising, 0 for matching queries.
+    A query's content is a label embedding of width C - 1 and an indicator: 1 for denoising, 0 for matching queries;
+    without ``indicator`` (DINO) the embedding alone, of width C.
     ``learned_content``: matching queries have content of their own (the deformable model) instead of the shared row
     "unknown", number K, of the label table. ``patterns`` > 0 repeats the anchors once per learned pattern vector,
     which is added to the content. anchors: "normal" (logits from N(0, 1)), "uniform" (centres uniform in the image) or
     "grid" (centres on a regular grid, sides 0.25).
+    ``proposed``: the anchors are the encoder's proposals instead; so is the content where it is not learned, and where
+    it is (mixed query selection), the i-th belongs to the i-th best, and has no indicator.
     """
 
     def __init__(
-        self, width: int, queries: int, classes: int, learned_content: bool, patterns: int = 0, anchors: str = "normal"
+        self,
+        width: int,
+        queries: int,
+        classes: int,
+        learned_content: bool,
+        patterns: int = 0,
+        anchors: str = "normal",
+        indicator: bool = True,
+        proposed: bool = False,
     ):
         super().__init__()
-        self.classes = classes
-        self.label_enc = nn.Embedding(classes + 1, width - 1)
-        self.refpoint_embed = nn.Embedding(queries, 4)
-        self.tgt_embed = nn.Embedding(queries, width - 1) if learned_content else None
-        self.patterns = nn.Embedding(patterns, width) if patterns else None
-        if patterns and learned_content:
+        if patterns and (learned_content or proposed):
             raise ValueError("patterns need queries that share their content; use --model.patterns 0")
-        with torch.no_grad():
-            self._place_anchors(anchors)
+        self.classes, self.indicator, self.count = classes, indicator, queries
+        self.label_enc = nn.Embedding(classes + 1, width - indicator)
+        self.refpoint_embed = None if proposed else nn.Embedding(queries, 4)
+        self.tgt_embed = nn.Embedding(queries, width - (indicator and not proposed)) if learned_content else None
+        self.patterns = nn.Embedding(patterns, width) if patterns else None
+        if not proposed:
+            with torch.no_grad():
+                self._place_anchors(anchors)
+        elif learned_content:
+            nn.init.xavier_uniform_(self.tgt_embed.weight)
 
     def _place_anchors(self, kind: str) -> None:
         anchors = self.refpoint_embed.weight
@@ -50,24 +65,36 @@ class Queries(nn.Module):
     @property
     def matching(self) -> int:
         """Number of matching queries."""
-        return self.refpoint_embed.num_embeddings * (self.patterns.num_embeddings if self.patterns is not None else 1)
+        return self.count * (self.patterns.num_embeddings if self.patterns is not None else 1)
 
-    def forward(self, batch: int, noised: NoisedQueries | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None
+    ) -> tuple[Tensor, Tensor]:
         """-> content [B, Q, C] and anchor logits [B, Q, 4], denoising queries first."""
+        content, anchors = self._matching(proposals)
+        content, anchors = content.expand(batch, -1, -1), anchors.expand(batch, -1, -1)
+        if noised is None:
+            return content, anchors
+        live = noised.live[:, None, :, None]
+        noised_content = self._padded(self.label_enc(noised.labels), 1.0) * live
+        noised_anchors = inverse_sigmoid(noised.boxes).to(anchors.dtype) * live
+        content = torch.cat((noised_content.flatten(1, 2), content), dim=1)
+        return content, torch.cat((noised_anchors.flatten(1, 2), anchors), dim=1)
+
+    def _matching(self, proposals: Proposals | None) -> tuple[Tensor, Tensor]:
+        """Content [N, C] and anchors [N, 4] of the matching queries, or of each image [B, N, ...]."""
+        if proposals is not None:
+            return proposals.content if self.tgt_embed is None else self.tgt_embed.weight[None], proposals.anchors
         anchors = self.refpoint_embed.weight
         if self.tgt_embed is not None:
             label = self.tgt_embed.weight
         else:
             label = self.label_enc.weight[self.classes].expand(len(anchors), -1)
-        content = nn.functional.pad(label, (0, 1))
-        if self.patterns is not None:
-            content = (content + self.patterns.weight[:, None]).flatten(0, 1)
-            anchors = anchors.repeat(self.patterns.num_embeddings, 1)
-        content, anchors = content.expand(batch, -1, -1), anchors.expand(batch, -1, -1)
-        if noised is None:
+        content = self._padded(label, 0.0)
+        if self.patterns is None:
             return content, anchors
-        live = noised.live[:, None, :, None]
-        noised_content = nn.functional.pad(self.label_enc(noised.labels), (0, 1), value=1.0) * live
-        noised_anchors = inverse_sigmoid(noised.boxes).to(anchors.dtype) * live
-        content = torch.cat((noised_content.flatten(1, 2), content), dim=1)
-        return content, torch.cat((noised_anchors.flatten(1, 2), anchors), dim=1)
+        content = (content + self.patterns.weight[:, None]).flatten(0, 1)
+        return content, anchors.repeat(self.patterns.num_embeddings, 1)
+
+    def _padded(self, label: Tensor, value: float) -> Tensor:
+        return nn.functional.pad(label, (0, 1), value=value) if self.indicator else label

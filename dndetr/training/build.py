@@ -35,13 +35,9 @@ def build_step(
         optimizer,
         Schedule(optimizer, _factor(config, steps_per_epoch)),
         WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None,
-        Record(config.log_every, config.model.decoder_layers, device),
+        Record(config.log_every, config.model.decoder_layers, device, int(config.model.proposals != "none")),
         classes=classes,
-        groups=config.denoising.groups,
-        label_noise=config.denoising.label_noise,
-        box_noise=config.denoising.box_noise,
-        batch_active=config.denoising.padding == "official",
-        max_queries=config.denoising.max_queries,
+        denoising=config.denoising,
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
         # A distance that users' own series of seeds do not have.
@@ -63,7 +59,9 @@ def _criterion(config: Config) -> Criterion:
 
 def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     optimizer, total_steps = config.optimizer, config.epochs * steps_per_epoch
-    drops = optimizer.drops[:1] if optimizer.schedule == "step" else optimizer.drops
+    drops = optimizer.drops or (11 / 12 if config.epochs <= 12 else 5 / 6,)
+    if optimizer.schedule == "step":
+        drops = drops[:1]
     return schedule_factor(
         optimizer.schedule,
         total_steps,

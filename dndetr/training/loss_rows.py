@@ -33,7 +33,7 @@ class LossRows:
         """
         for values, (ids, about) in self._copies.receive(wait):
             for process_values, process_ids in zip(values, ids, strict=True):
-                warning = demand_finite(process_values, process_ids, about["step"])
+                warning = demand_finite(process_values, process_ids, about["step"], self.window.record.proposals)
                 if warning is not None:
                     yield {"event": "warning", "step": about["step"], "message": warning}
             total, norm, parts, _ = taken_apart(values.mean((0, 1)))
@@ -57,5 +57,5 @@ class LossRows:
         Raises Diverged if a loss since the last row is not finite: such weights are not worth keeping.
         """
         state = self.window.state()
-        demand_finite(state["values"], state["ids"], step)
+        demand_finite(state["values"], state["ids"], step, self.window.record.proposals)
         return state

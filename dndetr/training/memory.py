@@ -51,6 +51,7 @@ def _advice(batches: Sequence[Batch], config: Config, groups_for: Callable[[int]
     images, _, height, width = largest.images.shape
     slots = max(batch.targets.labels.shape[1] for batch in batches)
     groups = groups_for(slots)
+    noised = groups * slots * config.denoising.copies
     wishes = []
     if config.batch_size > 1:
         less = config.batch_size // 2
@@ -62,11 +63,11 @@ def _advice(batches: Sequence[Batch], config: Config, groups_for: Callable[[int]
     if config.data != "shapes" and config.images.recipe in sizes:
         wishes.append(f"smaller {sizes[config.images.recipe]}")
     if groups > 0:
-        wishes.append(f"--denoising.max-queries below {groups * slots}")
+        wishes.append(f"--denoising.max-queries below {noised}")
     wishes.append("a smaller model")
     matching = config.model.queries * max(config.model.patterns, 1)
     return (
         f"out of memory: {images} images on a canvas of {height}x{width}, room for {slots} objects in each, "
-        f"{groups * slots} denoising queries ({groups} groups) beside {matching}; try {', '.join(wishes)}; the last "
+        f"{noised} denoising queries ({groups} groups) beside {matching}; try {', '.join(wishes)}; the last "
         "checkpoint is intact, and --init RUN starts from its weights with other settings"
     )

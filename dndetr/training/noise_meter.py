@@ -4,21 +4,27 @@ import torch
 from torch import Tensor
 
 from ..batch import Targets
+from ..boxes import cxcywh_to_xyxy
 from ..denoising import NoisedQueries
 
 
 def noise_sums(noised: NoisedQueries, targets: Targets) -> Tensor:
-    """Sums over all live slots: flipped labels, shift, and their number -> [3] float64.
+    """Sums over all copies that are to be restored: flipped labels, shift, and their number -> [3] float64.
 
     The shift is the mean distance of centre, width and height from the original's, in the units of ``box_noise``: half
-    the box's size for the centre, the whole size for width and height. Its expectation is half of ``box_noise``.
+    the box's size for the centre, the whole size for width and height; in contrastive denoising that of the corners, in
+    halves of the size. Its expectation is half of ``box_noise``.
     """
-    live = noised.live[:, None]
-    clean = targets.boxes[:, None]
-    flipped = (noised.labels != targets.labels[:, None]) & live
-    reach = torch.cat((clean[..., 2:] * 0.5, clean[..., 2:]), dim=-1).clamp(min=1e-6)
-    shift = ((noised.boxes - clean).abs() / reach).mean(-1) * live
-    slots = noised.live.sum() * noised.labels.shape[1]
+    labels, boxes = noised.positives(targets)
+    live, clean = targets.valid[:, None], targets.boxes[:, None]
+    flipped = (labels != targets.labels[:, None]) & live
+    half = clean[..., 2:] * 0.5
+    if labels.shape == noised.labels.shape:
+        reach = torch.cat((half, clean[..., 2:]), dim=-1)
+    else:
+        boxes, clean, reach = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(clean), torch.cat((half, half), dim=-1)
+    shift = ((boxes - clean).abs() / reach.clamp(min=1e-6)).mean(-1) * live
+    slots = targets.valid.sum() * labels.shape[1]
     return torch.stack((flipped.sum().double(), shift.sum(dtype=torch.float64), slots.double()))
 
 

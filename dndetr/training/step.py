@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch
+from ..config import DenoisingConfig
 from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
 from .criterion import Criterion, Losses
 from .distributed import Processes
@@ -23,8 +24,7 @@ from .transfer import Transfer, layout_of, unpack
 class TrainStep:
     """noise -> forward -> matching and losses -> backward -> clip -> AdamW -> schedule -> moving average.
 
-    groups, label_noise, box_noise, batch_active: the denoising part, off with 0 groups; max_queries: no more denoising
-    queries than this per image, by leaving out groups; precision: dtype of autocast (float32: none); noise_generator: a
+    denoising: how noised queries are made, if any; precision: dtype of autocast (float32: none); noise_generator: a
     generator on the host, where noise is drawn to travel with its batch; processes: those that share the step, each
     with batches of its own; noise_meter: told of all noise that is drawn; say: is told what users should know.
     """
@@ -38,11 +38,7 @@ class TrainStep:
         average: WeightAverage | None,
         record: Record,
         classes: int,
-        groups: int,
-        label_noise: float,
-        box_noise: float,
-        batch_active: bool,
-        max_queries: int,
+        denoising: DenoisingConfig,
         clip_norm: float,
         precision: torch.dtype,
         noise_generator: torch.Generator,
@@ -52,8 +48,7 @@ class TrainStep:
     ):
         self.model, self.criterion = model, criterion
         self.optimizer, self.schedule, self.average, self.record = optimizer, schedule, average, record
-        self.classes, self.groups, self.max_queries = classes, groups, max_queries
-        self.label_noise, self.box_noise, self.batch_active = label_noise, box_noise, batch_active
+        self.classes, self.denoising = classes, denoising
         self.clip_norm, self.precision = clip_norm, precision
         self.noise_generator = noise_generator
         self.processes, self.noise_meter, self.say = processes, noise_meter, say
@@ -75,20 +70,19 @@ class TrainStep:
         """Whether batches must travel to where the model is."""
         return self.device.type != "cpu"
 
-    def groups_for(self, slots: int) -> int:
-        """How many denoising groups of ``slots`` queries fit under ``max_queries``."""
-        return min(self.groups, self.max_queries // slots)
-
     def draw(self, batch: Batch) -> Noise | None:
         """Fresh noise for a batch on the host; None where denoising is off."""
-        groups = self._groups_of(batch)
-        if groups < self.groups and not self._capped:
+        groups, room = self._groups_of(batch), batch.targets.labels.shape[1]
+        wanted = self.denoising.groups_wanted(room)
+        if groups < wanted and not self._capped:
             self._capped = True
             self.say(
-                f"a batch with room for {batch.targets.labels.shape[1]} objects per image gets {groups} denoising "
-                f"groups instead of {self.groups} (--denoising.max-queries {self.max_queries})"
+                f"a batch with room for {room} objects per image gets {groups} denoising groups instead of {wanted} "
+                f"(--denoising.max-queries {self.denoising.max_queries})"
             )
-        return draw_noise(batch.targets, groups, self.classes, self.noise_generator) if groups else None
+        if groups == 0:
+            return None
+        return draw_noise(batch.targets, groups, self.classes, self.noise_generator, self.denoising.contrastive)
 
     def preview(self, batch: Batch) -> NoisedQueries | None:
         """The denoising queries that the next step is about to make of its first batch."""
@@ -101,7 +95,10 @@ class TrainStep:
         """The denoising queries that the noise makes of a batch."""
         if noise is None:
             return None
-        return noised_queries(batch.targets, noise, self.label_noise, self.box_noise, self.batch_active)
+        how = self.denoising
+        return noised_queries(
+            batch.targets, noise, how.label_noise, how.box_noise, how.padding == "official", how.contrastive
+        )
 
     def __call__(self, *batches: Batch) -> tuple[Losses, Tensor]:
         """Train on the host's batches together, as if they were one -> detached losses, gradient norm before clipping.
@@ -195,7 +192,7 @@ class TrainStep:
                 group["capturable"] = self.device.type == "cuda"
 
     def _groups_of(self, batch: Batch) -> int:
-        return self.groups_for(batch.targets.labels.shape[1])
+        return self.denoising.groups_for(batch.targets.labels.shape[1])
 
     def _noise_from(self, tensors: Iterator[Tensor], batch: Batch) -> Noise | None:
         return Noise(*itertools.islice(tensors, len(Noise._fields))) if self._groups_of(batch) else None

@@ -161,7 +161,7 @@ class Trainer:
                 self._save()  # the signal was sent to the workers, too
                 raise Stopped(self._stop.number, self.done) from None
             waited = time.perf_counter() - waiting
-            with explain_memory(step_batches, config, self.step.groups_for):
+            with explain_memory(step_batches, config, config.denoising.groups_for):
                 self.step(*step_batches)
             lead.step()
             self.done += 1

@@ -55,7 +55,7 @@ def watched(probe: MatchingProbe, seed: int) -> dict:
 
 def matched(seed: int) -> list[list[dict[int, int]]]:
     """Target of each matched query, per layer and image, by scipy."""
-    logits, boxes, _ = predictions(seed)
+    logits, boxes, *_ = predictions(seed)
     targets = detectors.make_targets(COUNTS, 8)
     cost = match_cost(logits, boxes, targets, COST, backend="reference").numpy()
     found = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from dndetr.batch import Batch, Targets
-from dndetr.config import BackboneConfig, ModelConfig
+from dndetr.config import BackboneConfig, DenoisingConfig, ModelConfig
 from dndetr.models.build import build_model
 from dndetr.training.criterion import Criterion
 from dndetr.training.distributed import Processes
@@ -38,6 +38,17 @@ CONFIGS = {
     "dn-deformable-detr": replace(_MULTI, variant="dn-deformable-detr", position_shift=0.5),
     "dn-deformable-encoder": _MULTI,
     "dn-deformable-encoder-patterns": replace(_MULTI, patterns=2),
+    "dino": replace(
+        _MULTI,
+        variant="dn-deformable-detr",
+        proposals="selected",
+        look_forward_twice=True,
+        shared_heads=True,
+        decoder_norm=True,
+        query_scale=False,
+        label_indicator=False,
+    ),
+    "two-stage": replace(_MULTI, variant="dn-deformable-detr", proposals="objects", content="selected"),
     "batch-norm-from-scratch": replace(
         _MULTI,
         variant="dn-deformable-detr",
@@ -127,7 +138,11 @@ def make_step(
     kind=TrainStep,
     **options,
 ) -> TrainStep:
-    """A whole training step around a model, with moving average (a new one by default) and schedule."""
+    """A whole training step around a model, with moving average (a new one by default) and schedule.
+
+    A model like DINO is trained with contrastive denoising.
+    """
+    contrastive = model.proposals is not None and not model.proposals.objects
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
     device = next(model.parameters()).device
@@ -137,13 +152,9 @@ def make_step(
         optimizer,
         Schedule(optimizer, factor),
         average or WeightAverage(model, 0.9),
-        Record(20, len(model.decoder.layers), device),
+        Record(20, len(model.decoder.layers), device, int(model.proposals is not None)),
         classes=CLASSES,
-        groups=groups,
-        label_noise=0.2,
-        box_noise=0.4,
-        batch_active=False,
-        max_queries=1000,
+        denoising=DenoisingConfig(groups=groups, contrastive=contrastive),
         clip_norm=0.1,
         precision=precision,
         noise_generator=torch.Generator().manual_seed(0),

@@ -78,7 +78,7 @@ def per_layer_losses(
     proposals: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Total loss and parts [Y, 6], as :func:`dndetr.ops.set_loss` gives them."""
-    logits, boxes, layout = predictions
+    logits, boxes, layout, *_ = predictions
     device = logits.device
     counts = targets.counts.tolist()
     labels = [row[:count] for row, count in zip(targets.labels, counts, strict=True)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -120,7 +121,7 @@ def python_graphs(monkeypatch):
                 with mock.patch.object(self.optimizer, "step"):
                     result[:] = compute(self, arrived, batches)
             elif "noise" in failing:
-                with mock.patch.object(self, "box_noise", 0.9 * self.box_noise):
+                with mock.patch.object(self, "denoising", replace(self.denoising, box_noise=0.36)):
                     result[:] = compute(self, arrived, batches)
             else:
                 share = 0.7 if "images" in failing else 1

@@ -80,7 +80,8 @@ def test_a_step_reaches_every_parameter(name, layers):
 def test_the_loss_falls(name):
     batch = detectors.make_batch([3, 5], 8)
     step = detectors.make_step(detectors.build(name))
-    history = [step(batch)[0].total.item() for _ in range(25)]
+    steps = 60 if name == "dino" else 25  # what one pair of heads learns for one layer it forgets for another
+    history = [step(batch)[0].total.item() for _ in range(steps)]
     assert all(map(torch.isfinite, map(torch.tensor, history)))
     assert sum(history[-3:]) < 0.85 * sum(history[:3])
 
@@ -155,9 +156,9 @@ def test_accumulated_batches_give_the_loss_and_gradient_of_one():
 @pytest.mark.parametrize(("most", "groups"), [(1000, 5), (40, 5), (39, 4), (8, 1), (7, 0)])
 def test_crowded_batches_get_fewer_groups(most, groups):
     step = detectors.make_step(detectors.build("dn-detr"))
-    step.max_queries = most
+    step.denoising = replace(step.denoising, max_queries=most)
     batch = detectors.make_batch([3, 5], 8)
-    assert step.groups_for(8) == groups
+    assert step.denoising.groups_for(8) == groups
     noised = step.noised(batch, step.draw(batch))
     assert (0 if noised is None else noised.labels.shape[1]) == groups
     losses, norm = step(batch)
