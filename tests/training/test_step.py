@@ -34,8 +34,8 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
 
 @pytest.mark.parametrize(
     "names",
-    [("dn-deformable-detr",), pytest.param(tuple(detectors.CONFIGS), marks=pytest.mark.slow)],
-    ids=["one", "all"],
+    [("dn-deformable-detr", "dino"), pytest.param(tuple(detectors.CONFIGS), marks=pytest.mark.slow)],
+    ids=["two", "all"],
 )
 def test_no_whole_step_asks_the_device_for_anything(root, names):
     """Backward, clipping, AdamW and averaging too, on a device of its own kind: torch's CPU build cannot
