@@ -99,9 +99,9 @@ class ModelConfig:
     activation: Literal["relu", "prelu", "gelu"] = "relu"
     """Activation of the feed-forward blocks."""
     anchors: Literal["normal", "uniform", "grid"] = "normal"
-    """Initial anchors: N(0, 1) logits (official), uniform centres, or a regular grid (trains faster from scratch)."""
+    """Initial anchors, without proposals: N(0, 1) logits (official), uniform centres, or a grid (faster from scratch)."""
     size_bias: float = -2.0
-    """Initial correction of the anchors' width and height in the first deformable decoder layer, in logits."""
+    """Initial correction of such anchors' width and height in the first deformable decoder layer, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)
     """Temperature of the pixels' sine encoding, for y and x (of no effect on deformable decoders without encoder)."""
     checkpointing: bool = False
@@ -109,8 +109,7 @@ class ModelConfig:
     position_shift: float = 0.0
     """Shift of the pixels' positions in that encoding (Deformable-DETR: half a pixel)."""
     proposals: Literal["none", "selected", "objects"] = "none"
-    """Two stages: queries start at the encoder's best proposals, by class with a loss of those (selected, DINO), or
-    by being an object with a loss of all tokens (objects, Deformable-DETR)."""
+    """Two stages: queries start at the encoder's best boxes, scored by class (selected, DINO) or as objects of any."""
     proposal_padding: Literal["hidden", "official"] = "hidden"
     """Tokens outside the image or at its very border: not proposed while there are others, or like any other."""
     content: Literal["learned", "selected"] = "learned"
@@ -242,8 +241,7 @@ class OptimizerConfig:
     warmup: float = 0.0
     """Share of the run in which the learning rate rises from zero."""
     drops: tuple[float, ...] = (0.8,)
-    """Shares of the run after which step (its first) and multistep (all) multiply the rate by gamma; whole epochs.
-    None: 11/12 of a run of up to 12 epochs and 5/6 of a longer one, as DINO was released."""
+    """Shares of the run after which step (its first) and multistep (all) multiply the rate by gamma (none: DINO's)."""
     gamma: float = 0.1
     """That factor."""
     floor: float = 0.01
@@ -262,6 +260,11 @@ class OptimizerConfig:
         demand(self.gamma > 0, "optimizer.gamma", self.gamma, "a positive number")
         ascending = list(self.drops) == sorted(self.drops) and all(0 < share <= 1 for share in self.drops)
         demand(ascending, "optimizer.drops", self.drops, "ascending shares of the run, each up to 1")
+
+    def drop_epochs(self, epochs: int) -> tuple[int, ...]:
+        """The epochs of a run after which the rate drops; DINO was released with 11 of 12, 20 of 24 and 30 of 36."""
+        drops = self.drops or (11 / 12 if epochs <= 12 else 5 / 6,)
+        return tuple(round(share * epochs) for share in (drops[:1] if self.schedule == "step" else drops))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,6 @@ def dino_r50() -> Config:
         backbone=BackboneConfig(outputs=_MULTI_SCALE),
         levels=4,
         queries=900,
-        size_bias=0.0,
         proposals="selected",
         proposal_padding="official",
         look_forward_twice=True,
@@ -82,7 +81,13 @@ def dino_r50() -> Config:
         label_indicator=False,
     )
     denoising = DenoisingConfig(
-        groups=100, label_noise=0.25, box_noise=1.0, padding="official", contrastive=True, fill=200
+        groups=100,
+        label_noise=0.25,
+        box_noise=1.0,
+        max_queries=1024,
+        padding="official",
+        contrastive=True,
+        fill=200,
     )
     optimizer = replace(config.optimizer, drops=())
     return replace(config, preset="dino-r50", epochs=12, model=model, denoising=denoising, optimizer=optimizer)

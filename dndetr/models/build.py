@@ -78,7 +78,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
         decoder = DeformableDecoder(
             **shape,
             points=config.decoder_points,
-            size_bias=config.size_bias,
+            size_bias=0.0 if proposed else config.size_bias,
             query_scale=config.query_scale,
             norm=config.decoder_norm,
             shared_heads=config.shared_heads,

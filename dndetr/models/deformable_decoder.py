@@ -44,7 +44,8 @@ class DeformableDecoderLayer(Recomputable):
 class DeformableDecoder(nn.Module):
     """Decoder layers with anchor refinement; no gradient crosses the refined anchors that layers look at.
 
-    size_bias: initial correction of w and h in the first layer (-2 in the official code, for anchors of random size).
+    size_bias: initial correction of w and h by the first layer's own head (-2 in the official code, for anchors of
+    random size).
     In what follows DINO (arXiv 2203.03605) differs. query_scale: from the second layer on, positions are scaled by an
     MLP of the content; norm: the heads predict from normalised outputs, and refine from plain ones; shared_heads: one
     pair of heads for all layers; look_forward_twice: a layer's boxes are corrections of what the layer before has
@@ -77,7 +78,7 @@ class DeformableDecoder(nn.Module):
         self.norm = nn.LayerNorm(width) if norm else None
         xavier(self)
         if shared_heads:
-            self.class_embed, self.bbox_embed = class_head(width, classes), box_head(width, size_bias=size_bias)
+            self.class_embed, self.bbox_embed = class_head(width, classes), box_head(width)
         else:
             self.class_embed = nn.ModuleList(class_head(width, classes) for _ in range(layers))
             self.bbox_embed = nn.ModuleList(

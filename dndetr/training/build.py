@@ -59,14 +59,11 @@ def _criterion(config: Config) -> Criterion:
 
 def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     optimizer, total_steps = config.optimizer, config.epochs * steps_per_epoch
-    drops = optimizer.drops or (11 / 12 if config.epochs <= 12 else 5 / 6,)
-    if optimizer.schedule == "step":
-        drops = drops[:1]
     return schedule_factor(
         optimizer.schedule,
         total_steps,
         round(optimizer.warmup * total_steps),
-        tuple(round(share * config.epochs) * steps_per_epoch for share in drops),
+        tuple(epoch * steps_per_epoch for epoch in optimizer.drop_epochs(config.epochs)),
         optimizer.gamma,
         optimizer.floor,
     )
