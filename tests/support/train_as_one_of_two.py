@@ -12,9 +12,7 @@ from dndetr.denoising import Noise, draw_noise
 from dndetr.training.distributed import Processes
 
 
-def gradients(
-    name: str, batches: list[Batch], processes: Processes, groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(name: str, batches: list[Batch], processes: Processes, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of a step on the batches, taken twice, with noise that depends on the image alone."""
     step = detectors.make_step(detectors.build(name, torch.float64), groups, processes=processes)
     step.clip_norm = 1e9
@@ -22,7 +20,8 @@ def gradients(
     def draw(batch: Batch) -> Noise:
         draws = []
         for image, targets in zip(batch.ids.tolist(), images_of(batch.targets), strict=True):
-            draws.append(draw_noise(targets, groups, detectors.CLASSES, torch.Generator().manual_seed(image)))
+            draw = torch.Generator().manual_seed(image)
+            draws.append(draw_noise(targets, groups, detectors.CLASSES, draw, step.denoising.contrastive))
         return Noise(*(torch.cat(field) for field in zip(*draws, strict=True)))
 
     found = []

@@ -38,6 +38,8 @@ def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
     ("name", "accumulate", "groups"),
     [
         ("dn-detr", 1, 3),
+        pytest.param("dino", 2, 3, marks=pytest.mark.slow),
+        pytest.param("two-stage", 1, 0, marks=pytest.mark.slow),
         pytest.param("dn-deformable-detr", 2, 3, marks=pytest.mark.slow),
         pytest.param("dn-deformable-detr", 1, 0, marks=pytest.mark.slow),
     ],
