@@ -99,7 +99,7 @@ class ModelConfig:
     activation: Literal["relu", "prelu", "gelu"] = "relu"
     """Activation of the feed-forward blocks."""
     anchors: Literal["normal", "uniform", "grid"] = "normal"
-    """Initial anchors, without proposals: N(0, 1) logits (official), uniform centres, or a grid (faster from scratch)."""
+    """Initial anchors without proposals: N(0, 1) logits (official), uniform centres, or a grid (best from scratch)."""
     size_bias: float = -2.0
     """Initial correction of such anchors' width and height in the first deformable decoder layer, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)

@@ -78,9 +78,9 @@ def build_loader(
 
     Images without a common size are batched landscape with landscape and portrait with portrait, so that canvases are
     few. multiple, slots, exact: as of ``collate``. rank, world: this process reads every ``world``-th batch; in
-    training all processes get equally many. Nothing depends on the number of workers; they need shared memory, also for the
-    batches that are ``held`` at once, and ``neighbours`` processes share that of a machine. ValueError where it has no
-    room.
+    training all processes get equally many. Nothing depends on the number of workers; they need shared memory, also
+    for the batches that are ``held`` at once, and ``neighbours`` processes share that of a machine. ValueError where it
+    has no room.
     """
     order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world)
     if training and len(order) == 0:

@@ -184,6 +184,18 @@ def test_no_batch_loses_denoising_groups_or_outgrows_the_largest(coco):
     assert max(shape.height * shape.width for shape in shapes.shapes) <= max(height * width for height, width in own)
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_where_the_room_decides_the_number_of_groups_it_stays(coco, batch_size):
+    config = replace(preset_named("dino-r50"), batch_size=batch_size)
+    shapes = choose(coco, config)
+    print(f"batches of {batch_size}: {shapes}")
+    assert shapes.replayed >= 0.97 and shapes.pixels_added <= 0.1
+    rng = np.random.default_rng(0)
+    for objects in (3, 12, 25, 60):
+        found = {shapes.shape_for([(*size, objects)], 64).slots for size in rng.integers(500, 900, (50, 2)).tolist()}
+        assert found == {target_bucket(objects)}
+
+
 def test_few_sizes_stay_as_they_are_and_short_runs_take_fewer_shapes(coco):
     dataset = coco_like(300)
     dataset.transform = FixedTraining((480, 640))  # of one size, and so of a few buckets

@@ -15,7 +15,7 @@ WIDTH, CLASSES = 16, 5
 
 
 def features(shapes, sizes, seed=0, canvas=None) -> Features:
-    """Random tokens; sizes: (height, width) of each image on each level. On a canvas of other shapes, the same inside."""
+    """Random tokens; sizes: (height, width) of each image on each level; on other canvases the same inside."""
     valid_sizes = torch.tensor(sizes)
     levels = []
     for level, (shape, (h, w)) in enumerate(zip(canvas or shapes, shapes, strict=True)):

@@ -1,0 +1,71 @@
+"""What settings mean: numbers of denoising groups, drops of the learning rate, parts that only some models have."""
+
+from dataclasses import replace
+
+import pytest
+
+from dndetr.config import DenoisingConfig, ModelConfig, OptimizerConfig
+from dndetr.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots", "groups"),
+    [
+        ({"groups": 5}, 8, 5),
+        ({"groups": 5}, 512, 1),
+        ({"groups": 5, "max_queries": 500}, 512, 0),
+        ({"groups": 5, "contrastive": True, "max_queries": 79}, 8, 4),
+        ({"groups": 100, "contrastive": True, "fill": 200}, 1, 100),
+        ({"groups": 100, "contrastive": True, "fill": 200}, 8, 12),
+        ({"groups": 100, "contrastive": True, "fill": 200}, 100, 1),
+        ({"groups": 100, "contrastive": True, "fill": 200}, 300, 1),
+        ({"groups": 100, "contrastive": True, "fill": 200}, 512, 0),
+        ({"groups": 100, "fill": 200}, 8, 25),
+        ({"groups": 3, "fill": 200}, 8, 3),
+        ({"groups": 0, "fill": 200}, 8, 0),
+    ],
+)
+def test_groups_for_a_number_of_objects(settings, slots, groups):
+    assert DenoisingConfig(**settings).groups_for(slots) == groups
+
+
+def test_dino_denoises_crowds_too():
+    denoising = PRESETS["dino-r50"]().denoising
+    assert [denoising.groups_for(slots) for slots in (8, 16, 32, 64, 128, 256, 512)] == [12, 6, 3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "drops"),
+    [
+        ({"drops": ()}, 12, (11,)),
+        ({"drops": ()}, 24, (20,)),
+        ({"drops": ()}, 36, (30,)),
+        ({"drops": (), "schedule": "multistep"}, 36, (30,)),
+        ({}, 50, (40,)),
+        ({"drops": (0.5, 0.8), "schedule": "multistep"}, 50, (25, 40)),
+        ({"drops": (0.5, 0.8)}, 50, (25,)),
+    ],
+)
+def test_epochs_after_which_the_rate_drops(settings, epochs, drops):
+    assert OptimizerConfig(**settings).drop_epochs(epochs) == drops
+
+
+@pytest.mark.parametrize("variant", ["dn-detr", "dn-deformable-encoder"])
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ({"proposals": "selected"}, "--model.proposals selected: give none with"),
+        ({"look_forward_twice": True}, "--model.look-forward-twice True: give False with"),
+        ({"query_scale": False}, "--model.query-scale False: give True with"),
+    ],
+)
+def test_parts_of_the_deformable_decoder_alone(variant, part, told):
+    with pytest.raises(ValueError, match=told):
+        ModelConfig(variant=variant, **part)
+
+
+def test_contents_are_selected_with_proposals():
+    config = PRESETS["dn-deformable-detr-r50"]().model
+    with pytest.raises(ValueError, match=r"--model.content selected: give --model.proposals too"):
+        replace(config, content="selected")
+    assert replace(config, content="selected", proposals="selected").content == "selected"
