@@ -151,9 +151,12 @@ def _model_of_weights(checkpoint: dict, path: str | Path, config: Config, classe
     model = build_model(config.model, len(classes))
     report = initialise(model, checkpoint, path, classes)
     if report.remade:
+        advice = "name another --preset"
+        if report.hints:
+            advice = f"{'; '.join(report.hints)}: a preset has no such flags, python -m dndetr.train --init FILE has"
         raise ValueError(
             f"{path} is not a whole {preset}: {len(report.remade)} tensors are missing or of another shape, such as "
-            f"{listed(report.remade, 2)}; name another --preset"
+            f"{listed(report.remade, 2)}; {advice}"
         )
     if report.absent or not report.found:
         raise ValueError(f"{path} has no classes {listed(report.absent) or 'that are known by id or name'}")

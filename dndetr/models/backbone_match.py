@@ -31,7 +31,8 @@ def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], pa
     stages, needed = len(kind.blocks), len(own_kind.blocks)
     what = f"it seems to be a {kind}"
     if not stages:
-        what = "it is no ResNet, or hardly the beginning of one: give another file"
+        beginning = f"{_PREFIX}{next(iter(there))}"
+        what = f"it is no ResNet, or hardly the beginning of one (it has {beginning}): give another file"
     elif stages < needed:
         what += f", cut off before layer{stages + 1}, but the model has layer{needed}: give a whole file"
     elif not _can_be_built(kind, there, needed):

@@ -6,33 +6,32 @@ from collections.abc import Iterable
 from torch import Tensor
 
 _HEAD = re.compile(r"decoder\.(class|bbox)_embed\.(?:(\d+)\.)?((?:layers\.\d+\.)?(?:weight|bias))")
+_Head = dict[str, Tensor]  # its parts
 
 
 def fit_heads(weights: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
     """Weights under our names, with their decoder heads as a model with the parameters ``own`` has them.
 
-    One head becomes that of every layer. Heads of all layers become one only where they are copies of each other;
-    where they differ they stay what they are.
+    One head, or copies of one, become that of every layer, or of all. Heads that differ stay those of their layers.
     """
-    heads: dict[tuple[str, str], dict[str | None, Tensor]] = {}
+    heads: dict[str, dict[str | None, _Head]] = {}
+    fitted = {}
     for name, value in weights.items():
         if found := _HEAD.fullmatch(name):
-            heads.setdefault((found[1], found[3]), {})[found[2]] = value
-    fitted = {name: value for name, value in weights.items() if not _HEAD.fullmatch(name)}
-    taken = set()
-    for name in own:
-        found = _HEAD.fullmatch(name)
-        layers = heads.get((found[1], found[3])) if found else None
-        if not layers:
-            continue
-        here = layers.get(found[2], layers.get(None))
-        if found[2] is None and here is None:
-            first, *others = layers.values()
-            here = first if all(first.equal(other) for other in others) else None
-        if here is not None:
-            fitted[name] = here
-            taken.add((found[1], found[3]))
-    unfit = {
-        n: value for n, value in weights.items() if (found := _HEAD.fullmatch(n)) and found.group(1, 3) not in taken
-    }
-    return fitted | unfit
+            kind, layer, part = found.groups()
+            heads.setdefault(kind, {}).setdefault(layer, {})[part] = value
+        else:
+            fitted[name] = value
+    wanted = dict.fromkeys(found.group(1, 2) for name in own if (found := _HEAD.fullmatch(name)))
+    for kind, layers in heads.items():
+        first, *others = layers.values()
+        if all(_equal(first, other) for other in others):
+            layers = {layer: first for of, layer in wanted if of == kind}
+        for layer, head in layers.items():
+            place = f"decoder.{kind}_embed." if layer is None else f"decoder.{kind}_embed.{layer}."
+            fitted |= {place + part: value for part, value in head.items()}
+    return fitted
+
+
+def _equal(head: _Head, other: _Head) -> bool:
+    return head.keys() == other.keys() and all(value.equal(other[part]) for part, value in head.items())

@@ -1,6 +1,7 @@
 """Reads state dictionaries of the official DN-DETR, DINO and DAB-DETR code: the same tensors under our names."""
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -39,9 +40,8 @@ def official_names(names) -> dict[str, str]:
     renames = _RENAMES
     if any(name.endswith("sa_qcontent_proj.weight") for name in names):
         renames = (*_DENSE_RENAMES, *renames)
-    layers = [int(found[1]) for name in names if (found := re.fullmatch(r"class_embed\.(\d+)\.weight", name))]
-    if "transformer.enc_output.weight" in names and "transformer.enc_out_class_embed.weight" not in names:
-        # The encoder's heads are one more of the decoder's.
+    layers = [int(found[1]) for name in names if (found := re.match(r"(?:class|bbox)_embed\.(\d+)\.", name))]
+    if layers and encoder_heads_last(names):
         last = (rf"(?:transformer\.decoder\.)?(class|bbox)_embed\.{max(layers)}\.(.*)", r"proposals.\1_embed.\2")
         renames = (last, *renames)
     ours = {}
@@ -56,13 +56,24 @@ def official_names(names) -> dict[str, str]:
     return ours
 
 
+def encoder_heads_last(names: Iterable[str]) -> bool:
+    """Whether the encoder's heads come after the decoder's, as in DN-DETR's repository, without names of their own."""
+    names = list(names)
+    return "transformer.enc_output.weight" in names and not any(n.startswith("transformer.enc_out_") for n in names)
+
+
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An official state dictionary under our names.
 
     DAB-DETR has no label table: its matching queries start from zero, which becomes the table's only row, "unknown".
     DAB-Deformable-DETR's query contents are one wider, since no column is an indicator; the last is left out.
+    ValueError where two names of the same head hold different ones, as in a file of which one was edited.
     """
-    ours = {ours: state[theirs] for theirs, ours in official_names(state).items()}
+    ours: dict[str, Tensor] = {}
+    for theirs, name in official_names(state).items():
+        if name in ours and not ours[name].equal(state[theirs]):
+            raise ValueError(f"{theirs} is not the tensor that it has under the head's other name")
+        ours[name] = state[theirs]
     anchor_head = ours.get("decoder.ref_point_head.layers.1.weight")
     if anchor_head is not None and "queries.label_enc.weight" not in ours:
         narrow = anchor_head.shape[0] - 1

@@ -1,30 +1,40 @@
-"""Starting weights from a file: our checkpoints, official DN-DETR and DAB-DETR files, torchvision's ResNets."""
+"""Starting weights from a file: our checkpoints, official DINO, DN-DETR and DAB-DETR files, detrex's, and ResNets."""
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.classes import Classes, distinct_names, listed, match_classes
 from .backbone_match import demand_whole_backbone, shape_text
-from .official import from_official
+from .deformable_decoder import DeformableDecoder
+from .detrex import is_detrex, official_from_detrex
+from .dn_detr import DNDETR
+from .head_sharing import fit_heads
+from .official import COCO_CLASSES, encoder_heads_last, from_official
 from .unwrap import unwrap
 
-_CLASS_HEAD = re.compile(r"decoder\.class_embed\.(\d+\.)?(weight|bias)")
+_CLASS_HEAD = re.compile(r"(decoder|proposals)\.class_embed\.(\d+\.)?(weight|bias)")
+_PROPOSALS_CLASS = "proposals.class_embed."
 _LABEL_TABLE = "queries.label_enc.weight"
 
 
 class Source(NamedTuple):
     """What a file holds: tensors under our names, and whose rows those of its class heads are.
 
-    classes: (category id, name) of every row; for official files, whose rows are category ids without names, only
-    their number; None where the file does not say. removed, aside: as ``unwrap`` has them.
+    classes: (category id, name) of every row, or ids: category ids alone, as in official files; both None where the
+    file does not say. objects: whether the encoder's proposals are scored for being objects, None where it does not
+    say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them.
     """
 
     weights: dict[str, Tensor]
-    classes: Classes | int | None
+    classes: Classes | None
+    ids: Sequence[int] | None
+    objects: bool | None
+    detrex: bool
     removed: list[str]
     aside: list[str]
 
@@ -35,7 +45,7 @@ class Initialised(NamedTuple):
     kept: names of tensors taken from it; remade: names of those that it does not have, or in another shape, and which
     therefore start as in a new model; ignored: names in the file that the model does not have; found, absent: classes
     whose rows were taken, and those that start anew (both empty where the rows were not looked up); removed: keys and
-    prefixes under which the file had its weights.
+    prefixes under which the file had its weights; hints: flags with which the model may be more like the file's.
     """
 
     kept: list[str]
@@ -44,6 +54,7 @@ class Initialised(NamedTuple):
     found: list[str]
     absent: list[str]
     removed: list[str]
+    hints: list[str]
 
     def __str__(self) -> str:
         text = f"found under {', '.join(self.removed)}; " if self.removed else ""
@@ -55,42 +66,73 @@ class Initialised(NamedTuple):
         for what, names in (("re-made", self.remade), ("ignored", self.ignored)):
             if names:
                 text += f"; {what} {len(names)}: {_grouped(names)}"
-        return text
+        return "; ".join([text, *self.hints])
 
 
 def weights_of(content: dict, path: str | Path) -> Source:
-    """The weights in a file's content; the moving average where a checkpoint has one."""
+    """The weights in a file's content; the moving average where a checkpoint has one.
+
+    ValueError, with the file's name, where they contradict each other.
+    """
     weights, *others = unwrap(content, path)
     if any(name.startswith("transformer.") for name in weights):
-        weights = from_official(weights)
-        rows = {len(value) for name, value in weights.items() if _CLASS_HEAD.fullmatch(name)}
-        return Source(weights, rows.pop() if len(rows) == 1 else None, *others)
+        detrex = is_detrex(weights)
+        if detrex:
+            weights = official_from_detrex(weights)
+        objects = encoder_heads_last(weights) and not detrex
+        try:
+            weights = from_official(weights)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return Source(weights, None, _ids(weights, detrex), objects, detrex, *others)
     if "conv1.weight" in weights:
-        return Source(
-            {f"backbone.{n}": value for n, value in weights.items() if not n.startswith("fc.")}, None, *others
-        )
+        weights = {f"backbone.{name}": value for name, value in weights.items() if not name.startswith("fc.")}
+        return Source(weights, None, None, None, False, *others)
     classes = content.get("classes") if "model" in content else None
-    return Source(weights, None if classes is None else [(number, name) for number, name in classes], *others)
+    if classes is not None:
+        classes = [(number, name) for number, name in classes]
+    return Source(weights, classes, None, _of_objects(content.get("config")), False, *others)
 
 
-def initialise(model: nn.Module, content: dict, path: str | Path, classes: Classes) -> Initialised:
+def _of_objects(config) -> bool | None:
+    """Whether our configuration's proposals are scored for being objects; None for anything else."""
+    settings = config.get("model") if isinstance(config, dict) else None
+    proposals = settings.get("proposals") if isinstance(settings, dict) else None
+    return None if proposals is None else proposals == "objects"
+
+
+def _ids(weights: dict[str, Tensor], detrex: bool) -> Sequence[int] | None:
+    """The category id of every row of the class heads, in files that do not name them; None if heads disagree."""
+    rows = {len(value) for name, value in weights.items() if _CLASS_HEAD.fullmatch(name)}
+    if len(rows) != 1:
+        return None
+    coco = [number for number, _ in COCO_CLASSES]
+    return range(*rows) if not detrex else coco if rows == {len(coco)} else None
+
+
+def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes) -> Initialised:
     """Copy into ``model`` every tensor of a file that fits by name and shape; rows of the class heads by class.
 
     content: of the file, as ``load_checkpoint`` reads it; path: its name in messages; classes: (category id, name) of
     the model, in label order. They are looked up by name in our checkpoints, by category id in official files, whose
-    heads have a row for every id. ValueError if nothing fits, or the backbone does not, since training would then
-    silently start from random weights.
+    heads have a row for every id. A head of all decoder layers becomes that of each, and copies of one that of all.
+    ValueError if nothing fits, or the backbone does not, since training would then silently start from random weights.
     """
     source = weights_of(content, path)
     own = model.state_dict()
     demand_whole_backbone(own, source.weights, path)
-    places = _places(classes, source.classes)
+    weights = fit_heads(source.weights, own)
+    objects = model.proposals is not None and model.proposals.objects
+    other_scores = source.objects is not None and source.objects != objects
+    places = _places(classes, source)
     taken, remade = {}, []
     for name, value in own.items():
-        there = source.weights.get(name)
+        of_proposals = name.startswith(_PROPOSALS_CLASS)
+        there = None if of_proposals and other_scores else weights.get(name)
         by_class = places is not None and (_CLASS_HEAD.fullmatch(name) or name == _LABEL_TABLE)
         if there is not None and by_class and there.shape[1:] == value.shape[1:]:
-            taken[name] = _rows_by_class(value, there, places, name == _LABEL_TABLE)
+            rows = [0] if of_proposals and objects else places  # an object of whatever class
+            taken[name] = _rows_by_class(value, there, rows, name == _LABEL_TABLE)
         elif there is not None and there.shape == value.shape:
             taken[name] = there
         elif there is not None:
@@ -101,20 +143,31 @@ def initialise(model: nn.Module, content: dict, path: str | Path, classes: Class
         found = listed(list(source.weights), 3) or "no tensors"
         raise ValueError(f"{path}: nothing in this file fits the model (it has {found})")
     model.load_state_dict(taken, strict=False)
-    ignored = [name for name in (*source.weights, *source.aside) if name not in own and not _is_counter(name)]
+    ignored = [name for name in (*weights, *source.aside) if name not in own and not _is_counter(name)]
     found, absent = [], []
     for (number, _), name, place in zip(classes, distinct_names(classes), places or (), strict=False):
-        (absent if place is None else found).append(f"{name} ({number})" if isinstance(source.classes, int) else name)
-    return Initialised(list(taken), remade, ignored, found, absent, source.removed)
+        (absent if place is None else found).append(name if source.ids is None else f"{name} ({number})")
+    return Initialised(list(taken), remade, ignored, found, absent, source.removed, _hints(model, weights, source))
 
 
-def _places(classes: Classes, there: Classes | int | None) -> list[int | None] | None:
+def _hints(model: DNDETR, weights: dict[str, Tensor], source: Source) -> list[str]:
+    """What to type for a model that is more like the file's, where only the file's author can know."""
+    hints = []
+    one_head = isinstance(model.decoder, DeformableDecoder) and "decoder.class_embed.weight" in model.state_dict()
+    if one_head and any(re.match(r"decoder\.(class|bbox)_embed\.\d", name) for name in weights):
+        hints.append("its decoder layers have heads of their own, kept with --model.shared-heads False")
+    if source.detrex and model.projection.temperature == (20.0, 20.0):
+        flags = "--model.temperature 10000 10000 --model.position-shift 0.5"
+        hints.append(f"detrex trains most models with other positions, those of {flags}")
+    return hints
+
+
+def _places(classes: Classes, source: Source) -> list[int | None] | None:
     """The file's row for every class, None where it has none; None altogether where rows cannot be told apart."""
-    if there is None:
-        return None
-    if isinstance(there, int):
-        return [number if 0 <= number < there else None for number, _ in classes]
-    return match_classes(classes, there)
+    if source.ids is not None:
+        rows = {number: row for row, number in enumerate(source.ids)}
+        return [rows.get(number) for number, _ in classes]
+    return None if source.classes is None else match_classes(classes, source.classes)
 
 
 def _rows_by_class(own: Tensor, there: Tensor, places: list[int | None], table: bool) -> Tensor:
