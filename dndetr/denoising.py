@@ -164,6 +164,6 @@ def denoising_loss(
         torch.ones(layers, batch, dtype=torch.bool, device=logits.device),
     )
     divisors = normalizers(targets, groups, boxes.dtype, None if objects is None else objects.clamp(min=1))
-    layout = GroupLayout(groups, logits.shape[2] // groups, 0)
+    layout = GroupLayout(groups, logits.shape[2] // max(groups, 1), 0)
     total, parts = set_loss(logits, boxes, nobody, layout, targets, divisors, weights)
     return total, parts[:, 3:]
