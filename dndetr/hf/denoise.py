@@ -8,7 +8,7 @@ the denoising loss. The outputs returned hold matching queries only. In any othe
 import inspect
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from ..batch import Targets
+from ..boxes import inverse_sigmoid
 from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
 from ..ops import GroupLayout, LossWeights
 from ..ops._backend import plain_torch_only
@@ -43,15 +44,25 @@ class Step:
 class Denoising(nn.Module):
     """What ``denoise`` adds to a model, as its submodule ``denoising``.
 
-    groups, label_noise, box_noise and weight (of the denoising loss) may be changed between steps. The module's
-    parameters, a label table and where needed a position MLP, are trained with the model's and moved with it, but the
-    model's ``state_dict`` leaves them out; keep them with ``torch.save(model.denoising.state_dict(), path)``.
+    groups, label_noise, box_noise, weight (of the denoising loss) and contrastive may be changed between steps. The
+    module's parameters, a label table and where needed a position MLP, are trained with the model's and moved with it,
+    but the model's ``state_dict`` leaves them out; keep them with ``torch.save(model.denoising.state_dict(), path)``.
     """
 
-    def __init__(self, family: Family, config, groups: int, label_noise: float, box_noise: float, weight: float):
+    def __init__(
+        self,
+        family: Family,
+        config,
+        groups: int,
+        label_noise: float,
+        box_noise: float,
+        weight: float,
+        contrastive: bool,
+    ):
         super().__init__()
         self.family, self.classes = family, config.num_labels
         self.groups, self.label_noise, self.box_noise, self.weight = groups, label_noise, box_noise, weight
+        self.contrastive = contrastive
         self.embedding = QueryEmbedding(config.num_labels, config.hidden_size, family.with_position)
         self.step: Step | None = None
         self.active = False  # whether a denoised forward pass is under way
@@ -113,11 +124,20 @@ class Denoising(nn.Module):
                 stacklevel=2,
             )
         targets = to_targets(labels, self.embedding.label.weight.device)
-        noise = draw_noise(targets, self.groups, self.classes)
-        noised = noised_queries(targets, noise, self.label_noise, self.box_noise)
+        noised = self._noised(targets)
         self.masks = {memory: mask for memory, mask in self.masks.items() if not memory.expired()}
         self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
         return args, {**kwargs, "return_dict": True}
+
+    def _noised(self, targets: Targets) -> NoisedQueries:
+        noise = draw_noise(targets, self.groups, self.classes, contrastive=self.contrastive)
+        noised = noised_queries(targets, noise, self.label_noise, self.box_noise, contrastive=self.contrastive)
+        if not self.contrastive:
+            return noised
+        # Where corners have passed each other, sizes are negative. DINO's decoder never sees them: its anchors are
+        # logits, whose clamp makes such a box 0.001 wide. The same boxes go everywhere here: from a negative width,
+        # deformable attention would sample mirrored points, and a position vector would encode what no anchor can be.
+        return replace(noised, boxes=inverse_sigmoid(noised.boxes).sigmoid())
 
     def before_decoder(self, decoder, args, kwargs):
         if not self.active:
@@ -244,7 +264,12 @@ def _keep(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
 
 
 def denoise(
-    model: nn.Module, groups: int = 5, label_noise: float = 0.2, box_noise: float = 0.4, weight: float = 1.0
+    model: nn.Module,
+    groups: int = 5,
+    label_noise: float = 0.2,
+    box_noise: float = 0.4,
+    weight: float = 1.0,
+    contrastive: bool = False,
 ) -> nn.Module:
     """Train a Hugging Face DETR with query denoising (arXiv 2203.01305) -> the same model.
 
@@ -255,7 +280,8 @@ def denoise(
     model: outputs, evaluation, ``state_dict``, ``save_pretrained``. Make the optimizer afterwards: the model has new
     parameters, in the submodule ``denoising`` (:class:`Denoising`).
     ``groups=0`` takes denoising out again; label_noise and box_noise as in :func:`dndetr.denoising.noised_queries`;
-    weight: of the denoising loss beside the model's own.
+    weight: of the denoising loss beside the model's own; contrastive: every copy is a positive, to be restored, and a
+    negative with more noise, to be rejected, which is in the class loss alone (DINO, arXiv 2203.03605).
     A PeftModel is denoised inside; what torch.compile or data parallelism has wrapped is refused (TypeError).
     """
     require_transformers("dndetr.denoise")
@@ -285,7 +311,7 @@ def denoise(
     if family is None:
         raise TypeError(f"dndetr.denoise works on {', '.join(FAMILIES)}, not on {type(model).__name__}")
     _check_structure(model, family)
-    added = Denoising(family, model.config, groups, label_noise, box_noise, weight)
+    added = Denoising(family, model.config, groups, label_noise, box_noise, weight, contrastive)
     like = next(model.model.decoder.parameters())
     model.add_module(NAME, added.to(like.device, like.dtype))
     try:

@@ -26,7 +26,8 @@ class QueryEmbedding(nn.Module):
         self.position = MLP(2 * width, width, width) if with_position else None
 
 
-# Rows of noised queries, [B, G * T, width], for an argument of that width. Slots without an object get zeros.
+# Rows of noised queries, [B, G * S, width] with S slots in a group, for an argument of that width. Slots without an
+# object get zeros.
 Rows = Callable[[NoisedQueries, QueryEmbedding, int], Tensor]
 
 

@@ -9,7 +9,7 @@ import hf_models
 import pytest
 import torch
 import transformers
-from hf_models import CLASSES, QUERIES, labels, pixels
+from hf_models import CLASSES, QUERIES, both_kinds, labels, pixels
 
 import dndetr
 from dndetr.hf.attention import sample_points
@@ -227,16 +227,17 @@ def test_saved_weights_are_the_plain_models(name, tmp_path):
     torch.testing.assert_close(read.eval()(pixels(1)).logits, plain, rtol=1e-6, atol=1e-6)
 
 
+@both_kinds
 @pytest.mark.parametrize("first", ["denoise", "accelerate"])
-def test_denoising_and_acceleration_go_together(first):
+def test_denoising_and_acceleration_go_together(first, contrastive):
     plain, model = build("deformable").train(), build("deformable").train()
-    dndetr.denoise(plain, groups=2)
+    dndetr.denoise(plain, groups=2, contrastive=contrastive)
     if first == "denoise":
-        dndetr.denoise(model, groups=2)
+        dndetr.denoise(model, groups=2, contrastive=contrastive)
         done = dndetr.accelerate(model)
     else:
         done = dndetr.accelerate(model)
-        dndetr.denoise(model, groups=2)
+        dndetr.denoise(model, groups=2, contrastive=contrastive)
     model.denoising.load_state_dict(plain.denoising.state_dict())
     assert isinstance(model.denoising.own_loss, MatchedLoss)
     assert_equal_steps(step(plain), step(model))

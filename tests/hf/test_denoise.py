@@ -10,7 +10,7 @@ from importlib import metadata
 import hf_models
 import pytest
 import torch
-from hf_models import CLASSES, QUERIES, every_model, labels, pixels
+from hf_models import CLASSES, QUERIES, both_kinds, every_model, labels, pixels
 from safetensors.torch import load_file
 from transformers import AutoModelForObjectDetection
 
@@ -56,9 +56,10 @@ def assert_bit_equal(first, second):
         assert torch.equal(value, second[name]), name
 
 
+@both_kinds
 @every_model
-def test_evaluation_and_unlabelled_training_are_the_plain_models(name):
-    plain, denoised = hf_models.build(name), dndetr.denoise(hf_models.build(name))
+def test_evaluation_and_unlabelled_training_are_the_plain_models(name, contrastive):
+    plain, denoised = hf_models.build(name), dndetr.denoise(hf_models.build(name), contrastive=contrastive)
     for training, targets in ((False, None), (False, labels(*COUNTS)), (True, None)):
         extra = {} if training else {"output_hidden_states": True}
         assert_bit_equal(run(plain.train(training), targets, **extra), run(denoised.train(training), targets, **extra))
@@ -84,12 +85,13 @@ def test_what_is_saved_is_the_plain_model(name, tmp_path):
     assert_bit_equal(run(plain.eval()), run(read.eval()))
 
 
+@both_kinds
 @every_model
-def test_training_adds_the_denoising_loss_and_nothing_else(name):
+def test_training_adds_the_denoising_loss_and_nothing_else(name, contrastive):
     model = shaken(name)
     config = model.config
     plain = run(model.train(), labels(*COUNTS))
-    denoised = run(dndetr.denoise(model, groups=3, weight=0.5), labels(*COUNTS))
+    denoised = run(dndetr.denoise(model, groups=3, weight=0.5, contrastive=contrastive), labels(*COUNTS))
     assert set(denoised.loss_dict) - set(plain.loss_dict) == {
         f"dn_{part}{layer}" for part in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")
     }
@@ -103,14 +105,15 @@ def test_training_adds_the_denoising_loss_and_nothing_else(name):
     torch.testing.assert_close(denoised.loss, plain.loss + 0.5 * added)
 
 
+@both_kinds
 @every_model
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_matching_queries_do_not_see_the_ground_truth(name, attention):
+def test_matching_queries_do_not_see_the_ground_truth(name, attention, contrastive):
     if (name, attention) == ("dab", "sdpa"):
         pytest.skip("transformers' DAB-DETR has no sdpa attention")
     model = shaken(name, **({"attn_implementation": "eager"} if attention == "eager" else {}))
     assert model.config._attn_implementation == attention
-    dndetr.denoise(model.train(), groups=3)
+    dndetr.denoise(model.train(), groups=3, contrastive=contrastive)
     first, second = (run(model, labels(*COUNTS, seed=seed), seed=seed) for seed in (0, 1))
     for key in ("logits", "pred_boxes", "last_hidden_state"):
         torch.testing.assert_close(first[key], second[key], rtol=1e-5, atol=1e-5)
@@ -134,19 +137,21 @@ def test_noised_queries_start_at_their_boxes(name):
     torch.testing.assert_close(points[:, : live.shape[1]][live], expected, rtol=0, atol=1e-3)
 
 
+@both_kinds
 @every_model
-def test_every_added_parameter_is_trained(name):
-    model = dndetr.denoise(hf_models.build(name).train())
+def test_every_added_parameter_is_trained(name, contrastive):
+    model = dndetr.denoise(hf_models.build(name).train(), contrastive=contrastive)
     run(model, labels(*COUNTS)).loss.backward()
     for key, parameter in model.denoising.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
 
 
+@both_kinds
 @every_model
-@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (QUERIES + 5, 2)], ids=str)
-def test_odd_numbers_of_objects(name, counts):
-    model = dndetr.denoise(hf_models.build(name).train())
-    output = run(model, labels(*counts), batch=2)
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (QUERIES + 5, 2), (2,), (0,)], ids=str)
+def test_odd_numbers_of_objects(name, counts, contrastive):
+    model = dndetr.denoise(hf_models.build(name).train(), contrastive=contrastive)
+    output = run(model, labels(*counts), batch=len(counts))
     output.loss.backward()
     assert output.loss.isfinite()
     # With several processes every parameter must take part in every step.
@@ -166,12 +171,13 @@ def test_denoising_can_be_taken_out(name):
     dndetr.denoise(model, groups=0)  # nothing to take out: nothing happens
 
 
+@both_kinds
 @every_model
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=("copy", "pickle")
 )
-def test_a_copy_denoises_by_itself(name, clone):
-    model = dndetr.denoise(hf_models.build(name).train(), groups=2)
+def test_a_copy_denoises_by_itself(name, clone, contrastive):
+    model = dndetr.denoise(hf_models.build(name).train(), groups=2, contrastive=contrastive)
     run(model, labels(*COUNTS)).loss.backward()
     other = clone(model)
     assert model.denoising.step is not None and other.denoising.step is None  # a step's tensors are not copied
@@ -192,8 +198,9 @@ def test_the_denoising_weights_can_be_saved_by_themselves():
     assert torch.equal(first.denoising.embedding.label.weight, second.denoising.embedding.label.weight)
 
 
+@both_kinds
 @every_model
-def test_gradient_checkpointing_changes_nothing(name):
+def test_gradient_checkpointing_changes_nothing(name, contrastive):
     gradients = []
     for checkpointing in (False, True):
         model = shaken(name)
@@ -202,7 +209,7 @@ def test_gradient_checkpointing_changes_nothing(name):
                 pytest.skip("transformers has no gradient checkpointing for this model")
             model.gradient_checkpointing_enable()
         torch.manual_seed(5)
-        dndetr.denoise(model.train(), groups=2)
+        dndetr.denoise(model.train(), groups=2, contrastive=contrastive)
         loss = run(model, labels(*COUNTS)).loss
         run(model.eval())  # as an evaluation between forward and backward would
         model.train()
@@ -213,9 +220,10 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-5, msg=key)
 
 
+@both_kinds
 @every_model
-def test_autocast(name):
-    model = dndetr.denoise(hf_models.build(name).train())
+def test_autocast(name, contrastive):
+    model = dndetr.denoise(hf_models.build(name).train(), contrastive=contrastive)
     with torch.autocast("cpu", torch.bfloat16):
         output = run(model, labels(*COUNTS))
     output.loss.backward()

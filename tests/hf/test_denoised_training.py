@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import SHARED
-from hf_models import labels, pixels
+from hf_models import both_kinds, labels, pixels
 from PIL import Image
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
@@ -47,11 +47,12 @@ def crops():
     raise AssertionError("too few crops with objects")
 
 
+@both_kinds
 @pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
 @pytest.mark.parametrize("name", ["dab", "conditional", "deformable"])
-def test_twenty_steps_on_real_crops(name, accelerated, crops):
+def test_twenty_steps_on_real_crops(name, accelerated, contrastive, crops):
     images, targets, classes = crops
-    model = dndetr.denoise(hf_models.build(name, num_labels=classes).train(), groups=3)
+    model = dndetr.denoise(hf_models.build(name, num_labels=classes).train(), groups=3, contrastive=contrastive)
     if accelerated:
         dndetr.accelerate(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -68,6 +69,36 @@ def test_twenty_steps_on_real_crops(name, accelerated, crops):
         history = torch.stack(history)
         assert history.isfinite().all()
         assert history[-5:].mean() < 0.95 * history[:5].mean(), history
+
+
+def test_the_decoder_learns_to_reject_negatives():
+    counts, groups = (3, 2), 5
+    torch.manual_seed(0)
+    model = dndetr.denoise(hf_models.build("deformable-two-stage"), groups, label_noise=0.0, contrastive=True).train()
+    dndetr.accelerate(model)
+    predicted, losses, loss = [], [], model.loss_function
+    model.loss_function = lambda logits, *rest: predicted.append(logits.detach()) or loss(logits, *rest)
+    images, targets = pixels(2), labels(*counts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(50):
+        optimizer.zero_grad()
+        output = model(images, labels=targets)
+        output.loss.backward()
+        losses.append(output.loss_dict["dn_loss_ce"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    scores = torch.stack(predicted).sigmoid()[:, :, : groups * 2 * max(counts)].unflatten(2, (groups, max(counts), 2))
+    own = torch.cat(  # scores of each object's class, [steps, objects * groups, 2]
+        [
+            scores[:, image, :, number, :, int(label)]
+            for image, found in enumerate(targets)
+            for number, label in enumerate(found["class_labels"])
+        ],
+        dim=1,
+    )
+    positive, negative = own[-10:].flatten(0, -2).mean(0)
+    assert positive > negative + 0.05
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 class Shapes(torch.utils.data.Dataset):
@@ -107,8 +138,9 @@ def make_trainer(model, folder, steps: int, **options):
     return Trainer(model, arguments, together, Shapes(), Shapes(), callbacks=[dndetr.hf.KeepDenoising()])
 
 
-def test_the_trainer_trains_evaluates_and_resumes_exactly(tmp_path):
-    whole = dndetr.denoise(hf_models.build("dab"))
+@both_kinds
+def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path):
+    whole = dndetr.denoise(hf_models.build("dab"), contrastive=contrastive)
     label_table = whole.denoising.embedding.label.weight.detach().clone()
     trainer = make_trainer(whole, tmp_path / "whole", 4)
     trainer.train()
@@ -117,7 +149,7 @@ def test_the_trainer_trains_evaluates_and_resumes_exactly(tmp_path):
     assert len(logged) == 4 and np.isfinite(logged).all()
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
-    resumed = dndetr.denoise(hf_models.build("dab", seed=9))
+    resumed = dndetr.denoise(hf_models.build("dab", seed=9), contrastive=contrastive)
     make_trainer(resumed, tmp_path / "whole", 4).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     pairs = zip(whole.named_parameters(), resumed.named_parameters(), strict=True)
     for (name, first), (_, second) in pairs:

@@ -52,12 +52,13 @@ def denoised(name: str, checkpointing=None):
     return model
 
 
-def gradients(model, batches) -> dict:
+def gradients(model, batches, alternating: bool = False) -> dict:
+    """Of several passes and one backward; alternating: every other pass has contrastive denoising."""
     torch.manual_seed(6)
-    losses = [
-        model(pixels(len(counts), seed=seed), labels=labels(*counts, seed=seed)).loss
-        for seed, counts in enumerate(batches)
-    ]
+    losses = []
+    for seed, counts in enumerate(batches):
+        model.denoising.contrastive = alternating and seed % 2 == 0
+        losses.append(model(pixels(len(counts), seed=seed), labels=labels(*counts, seed=seed)).loss)
     model.eval()(pixels(1))  # as an evaluation between forward and backward would
     model.train()
     sum(losses).backward()
@@ -70,11 +71,12 @@ def gradients(model, batches) -> dict:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING)
+@pytest.mark.parametrize("alternating", [False, True], ids=["plain", "alternating"])
 @pytest.mark.parametrize("name", ["conditional", "dab", "deformable"])
-def test_several_passes_before_one_backward_have_their_own_masks(name, checkpointing):
+def test_several_passes_before_one_backward_have_their_own_masks(name, alternating, checkpointing):
     for batches in BATCHES.values():
-        expected = gradients(denoised(name), batches)
-        found = gradients(denoised(name, checkpointing), batches)
+        expected = gradients(denoised(name), batches, alternating)
+        found = gradients(denoised(name, checkpointing), batches, alternating)
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
             torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-5, msg=key)

@@ -59,6 +59,7 @@ MODELS = {
     ),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
+both_kinds = pytest.mark.parametrize("contrastive", [False, True], ids=["plain", "contrastive"])  # of denoising
 
 
 def build(name: str, seed: int = 0, **config):
