@@ -14,7 +14,7 @@ import rich.progress
 import tyro
 
 from .commandline import program
-from .config import Config, demand
+from .config import Config
 from .data.annotations import (
     NOTHING_TO_LEARN,
     Classes,
@@ -34,6 +34,7 @@ from .data.coco import CocoDataset
 from .data.errors import DataError
 from .data.training import training_transform
 from .data.transforms import Unresized
+from .demands import demand
 from .files import demand_file
 from .pictures.samples import draw_samples
 from .presets import preset_named

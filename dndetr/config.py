@@ -1,31 +1,13 @@
 """Every setting of a run, as frozen dataclasses from which the command line is made; presets are in ``presets``."""
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-
-def demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
-    """ValueError that names the flag, what it was given, and what it takes; NaN meets no condition."""
-    if not condition:
-        raise ValueError(f"--{flag} {value}: give {wanted}")
-
-
-def _demand_counts(config: Any, prefix: str, *names: str) -> None:
-    for name in names:
-        demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
-
-
-def _demand_finite(config: Any, prefix: str) -> None:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
-        demand(all(map(math.isfinite, numbers)), prefix + f.name.replace("_", "-"), value, "finite numbers")
-
+from .demands import demand, demand_counts, demand_finite
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
 
@@ -131,9 +113,9 @@ class ModelConfig:
         return "dense" if self.variant == "dn-detr" else "deformable"
 
     def __post_init__(self):
-        _demand_finite(self, "model.")
-        _demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
-        _demand_counts(self, "model.", "encoder_points", "decoder_points")
+        demand_finite(self, "model.")
+        demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
+        demand_counts(self, "model.", "encoder_points", "decoder_points")
         demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
         demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
         demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
@@ -194,7 +176,7 @@ class DenoisingConfig:
     def __post_init__(self):
         demand(self.groups >= 0, "denoising.groups", self.groups, "0 (off) or more")
         demand(self.fill >= 0, "denoising.fill", self.fill, "0 (off) or more")
-        _demand_counts(self, "denoising.", "max_queries")
+        demand_counts(self, "denoising.", "max_queries")
         for name in ("label_noise", "box_noise"):
             value = getattr(self, name)
             demand(0 <= value <= 1, f"denoising.{name.replace('_', '-')}", value, "0 to 1")
@@ -250,7 +232,7 @@ class OptimizerConfig:
     """Decay of the moving average of the weights, which is then what is evaluated (0: off)."""
 
     def __post_init__(self):
-        _demand_finite(self, "optimizer.")
+        demand_finite(self, "optimizer.")
         demand(self.backbone_scale >= 0, "optimizer.backbone-scale", self.backbone_scale, "0 or more")
         demand(self.weight_decay >= 0, "optimizer.weight-decay", self.weight_decay, "0 or more")
         demand(self.clip_norm > 0, "optimizer.clip-norm", self.clip_norm, "a positive number")
@@ -293,7 +275,7 @@ class ImagesConfig:
     """Decode every image before training, and leave out and count those that cannot be, instead of stopping."""
 
     def __post_init__(self):
-        _demand_counts(self, "images.", "eval_size", "max_size", "multiple")
+        demand_counts(self, "images.", "eval_size", "max_size", "multiple")
         demand(bool(self.sizes) and all(n >= 1 for n in self.sizes), "images.sizes", self.sizes, "sizes of 1 or more")
         demand(all(n >= 1 for n in self.canvas), "images.canvas", self.canvas, "height and width of 1 or more")
         demand(self.cache_mib >= 0, "images.cache-mib", self.cache_mib, "0 or more")
@@ -372,7 +354,7 @@ class Config:
         counts += [
             name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
         ]
-        _demand_counts(self, "", *counts)
+        demand_counts(self, "", *counts)
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         demand(self.workers >= 0, "workers", self.workers, "0 or more")

@@ -8,8 +8,8 @@ from rich.cells import cell_len, set_cell_size
 
 from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, PresetName, program
-from .config import demand
 from .data.classes import distinct_names, listed, match_classes
+from .demands import demand
 from .presets import preset_named
 
 _MEANINGS = {

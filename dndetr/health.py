@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, program
-from .config import demand
+from .demands import demand
 
 if TYPE_CHECKING:
     from .analysis.leak import LeakCheck

@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, PresetName, program
-from .config import demand
+from .demands import demand
 
 if TYPE_CHECKING:
     from .detector import Detector, Prediction

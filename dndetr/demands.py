@@ -1,0 +1,25 @@
+"""What a setting must be, and what is said where it is not."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+
+def demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
+    """ValueError that names the flag, what it was given, and what it takes; NaN meets no condition."""
+    if not condition:
+        raise ValueError(f"--{flag} {value}: give {wanted}")
+
+
+def demand_counts(config: Any, prefix: str, *names: str) -> None:
+    """The same for fields of ``config`` that count something; prefix: of their flags."""
+    for name in names:
+        demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
+
+
+def demand_finite(config: Any, prefix: str) -> None:
+    """The same for all numbers of ``config``."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+        demand(all(map(math.isfinite, numbers)), prefix + f.name.replace("_", "-"), value, "finite numbers")
