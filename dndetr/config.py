@@ -92,6 +92,8 @@ class ModelConfig:
     """Shift of the pixels' positions in that encoding (Deformable-DETR: half a pixel)."""
     proposals: Literal["none", "selected", "objects"] = "none"
     """Two stages: queries start at the encoder's best boxes, scored by class (selected, DINO) or as objects of any."""
+    proposal_size: float = 0.05
+    """Sides of the boxes that tokens of the finest level start from, as shares of the image; doubled at each next."""
     proposal_padding: Literal["hidden", "official"] = "hidden"
     """Tokens outside the image or at its very border: not proposed while there are others, or like any other."""
     content: Literal["learned", "selected"] = "learned"
@@ -135,6 +137,7 @@ class ModelConfig:
                 if f.name in _DEFORMABLE_DECODER:
                     flag, value = f.name.replace("_", "-"), getattr(self, f.name)
                     demand(value == f.default, f"model.{flag}", value, f"{f.default} with {self.variant}")
+        demand(0 < self.proposal_size < 1, "model.proposal-size", self.proposal_size, "a share between 0 and 1")
         if self.proposals == "none":
             demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
 

@@ -71,8 +71,14 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
     )
     proposals = None
     if proposed:
-        official = config.proposal_padding == "official"
-        proposals = ProposalHead(width, classes, config.queries, config.proposals == "objects", official)
+        proposals = ProposalHead(
+            width,
+            classes,
+            config.queries,
+            objects=config.proposals == "objects",
+            official=config.proposal_padding == "official",
+            size=config.proposal_size,
+        )
     shape |= {"layers": config.decoder_layers, "classes": classes, "levels": levels, "activation": config.activation}
     if deformable_decoder:
         decoder = DeformableDecoder(

@@ -15,7 +15,6 @@ from .features import Features, token_centres
 from .heads import box_head, class_head
 from .linear import Linear
 
-_SIZE = 0.05  # of a proposal on the finest level, as a share of the image; twice as much on each next one
 _BORDER = 0.01  # closer to the border, or smaller, a proposal has no sound logits
 
 
@@ -33,11 +32,12 @@ class Proposals(NamedTuple):
     boxes: Tensor
 
 
-def proposed_logits(features: Features, dtype: torch.dtype, size: float | Tensor = _SIZE) -> tuple[Tensor, Tensor]:
+def proposed_logits(features: Features, dtype: torch.dtype, size: float | Tensor = 0.05) -> tuple[Tensor, Tensor]:
     """A box around every token, in logits, before the encoder's head corrects it: [B, S, 4], and whether it is sound.
 
-    size: of boxes on the finest level, or [2] (w, h). Outside the image, at its very border and where boxes have its
-    size they are not sound [B, S] bool, and infinite: the whole image's.
+    size: of boxes on the finest level as a share of the image, or [2] (w, h); doubled on each next level. Outside the
+    image, at its very border and where boxes have its size they are not sound [B, S] bool, and infinite: the whole
+    image's.
     """
     centres = token_centres(features, dtype)
     levels = [centres.new_full((h * w, 1), 2.0**level) for level, (h, w) in enumerate(features.shapes)]
@@ -52,7 +52,7 @@ class ProposalHead(nn.Module):
 
     count: how many; objects: score them for being an object (by the first class's logit) and give the loss all tokens;
     official: tokens without a sound proposal are scored like others, as in the official code, instead of being selected
-    only when there are no others; learned_size: the size of boxes is a parameter.
+    only when there are no others; size: of the boxes around tokens, as of ``proposed_logits``.
     """
 
     def __init__(
@@ -62,21 +62,20 @@ class ProposalHead(nn.Module):
         count: int,
         objects: bool = False,
         official: bool = False,
-        learned_size: bool = False,
+        size: float = 0.05,
     ):
         super().__init__()
-        self.count, self.objects, self.official = count, objects, official
+        self.count, self.objects, self.official, self.size = count, objects, official, size
         self.enc_output = Linear(width, width)
         nn.init.xavier_uniform_(self.enc_output.weight)
         self.enc_output_norm = nn.LayerNorm(width)
         self.class_embed = class_head(width, classes)
         self.bbox_embed = box_head(width)
-        self.size = nn.Parameter(torch.full((2,), _SIZE).logit()) if learned_size else None
 
     def forward(self, features: Features) -> Proposals:
         """Features -> Proposals."""
         dtype = torch.promote_types(features.tokens.dtype, torch.float32)
-        places, sound = proposed_logits(features, dtype, _SIZE if self.size is None else self.size.sigmoid())
+        places, sound = proposed_logits(features, dtype, self.size)
         tokens = features.tokens.masked_fill(~sound[..., None], 0)
         if (lacking := self.count - tokens.shape[1]) > 0:  # a tiny image
             tokens, sound = F.pad(tokens, (0, 0, 0, lacking)), F.pad(sound, (0, lacking))

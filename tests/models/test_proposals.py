@@ -175,7 +175,7 @@ def test_each_part_alone(part):
     model = build_model(replace(detectors.CONFIGS["dn-deformable-detr"], **part), CLASSES)
     step = detectors.make_step(model)
     batch = detectors.make_batch([3, 5], 8)
-    first, *_, last = [step(batch)[0].total.item() for _ in range(15)]
-    assert last < first
+    history = [step(batch)[0].total.item() for _ in range(30)]
+    assert sum(history[-5:]) < sum(history[:5])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter in step.optimizer.state}
