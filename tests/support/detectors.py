@@ -7,6 +7,7 @@ import torch
 from dndetr.batch import Batch, Targets
 from dndetr.config import BackboneConfig, DenoisingConfig, ModelConfig
 from dndetr.models.build import build_model
+from dndetr.presets import preset_named
 from dndetr.training.criterion import Criterion
 from dndetr.training.distributed import Processes
 from dndetr.training.loss_window import Record
@@ -61,9 +62,9 @@ CONFIGS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32):
-    """The detector, the same weights every time."""
+    """The detector, or a preset's, the same weights every time."""
     torch.manual_seed(0)
-    model = build_model(CONFIGS[name], CLASSES)
+    model = build_model(CONFIGS[name] if name in CONFIGS else preset_named(name).model, CLASSES)
     return model if dtype == torch.float32 else model.to(dtype)  # fake tensors cannot be moved
 
 

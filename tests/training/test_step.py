@@ -13,6 +13,7 @@ from dndetr.models.build import build_model
 from dndetr.models.layers import Recomputable
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
+DINO = ("dino-r50", "dino-r50-5scale")
 
 
 # The sampling of the deformable models has no form for fake CUDA tensors; the next test covers them.
@@ -34,7 +35,7 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
 
 @pytest.mark.parametrize(
     "names",
-    [("dn-deformable-detr", "dino"), pytest.param(tuple(detectors.CONFIGS), marks=pytest.mark.slow)],
+    [("dn-deformable-detr", "dino"), pytest.param((*detectors.CONFIGS, *DINO), marks=pytest.mark.slow)],
     ids=["two", "all"],
 )
 def test_no_whole_step_asks_the_device_for_anything(root, names):
