@@ -1,7 +1,7 @@
 """DINO: its training step beside the usual sequence, shares of its parts, and the encoder's proposals alone.
 
 ``pytest benchmarks/bench_dino.py -s --results FILE [--contenders "ours.*|layer.*"]``: on a CPU float32, two images
-(``--images``) of 384 x 512, timed ``--rounds`` times in turn; on a GPU bfloat16, two images of 800 x 1333, as
+(``--images``) of 256 x 320, timed ``--rounds`` times in turn; on a GPU bfloat16, two images of 800 x 1333, as
 ``bench_gpu_step.py`` measures. "layer by layer" is our step with matching and losses of each layer and image on the
 host; on "reference ops" all else is the usual sequence, too: plain torch, and the encoder's heads on all tokens.
 """
@@ -29,7 +29,7 @@ from dndetr.training.criterion import Criterion, Losses
 
 PRESET = "dino-r50"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = (384, 512)  # on a CPU
+SIZE = (256, 320)  # on a CPU
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # of 800 x 1333 pixels
 WIDTH, COUNT = 256, 900
 
