@@ -13,7 +13,7 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -27,6 +27,8 @@ from floors import floating_point_floor
 from peers import hf_step, make_batch, our_step, references
 from stages import STAGES, stages
 from torch.profiler import record_function
+
+from dndetr.batch import Batch
 
 deformable = importlib.import_module("dndetr.ops.ms_deform_attn")
 
@@ -132,17 +134,29 @@ def timed(run: Callable[[], object]) -> tuple[float, float, float]:
     return statistics.median(times), min(times), max(times)
 
 
-def shares(run: partial) -> dict[str, float]:
-    """Part of the device's time that each stage of an eager step launches."""
-    with stages(run.func, record_function):
-        return cuda_calls.stage_shares(cuda_calls.trace(run), STAGES)
+def shares(run: partial, names: Sequence[str]) -> dict[str, float]:
+    """Part of the device's time that each of these stages of an eager step launches."""
+    with stages(run.func, record_function, names):
+        return cuda_calls.stage_shares(cuda_calls.trace(run), names)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("preset", "images"), CASES)
 def bench_gpu_step(record, chosen, preset, images):
+    batch = large_batch(images)
+    compare(record, chosen, preset, images, contenders(preset, batch))
+
+
+def large_batch(images: int) -> Batch:
+    """Images of ``SIZE``, as the data loader has them."""
     batch = make_batch(images, *SIZE, COUNTS)
-    batch = replace(batch, images=batch.images.contiguous())  # as the data loader has them
+    return replace(batch, images=batch.images.contiguous())
+
+
+def compare(
+    record, chosen, preset: str, images: int, contenders: dict[str, Callable], names: Sequence[str] = STAGES
+) -> None:
+    """Time and count those contenders that are chosen, one after the other; shares are of the named stages."""
     title = f"step of {preset}, {images} images of {SIZE[0]}x{SIZE[1]}"
     median, spread, counted, missing, found = {}, {}, {}, {}, {"refused_wait": {}}
 
@@ -150,7 +164,7 @@ def bench_gpu_step(record, chosen, preset, images):
         speed = {name: images / seconds for name, seconds in median.items()}
         record(title, median, images_per_second=speed, spread=spread, counted=counted, missing=missing, **found)
 
-    for name, make in contenders(preset, batch).items():
+    for name, make in contenders.items():
         if not chosen(name):
             continue
         run = None
@@ -165,7 +179,7 @@ def bench_gpu_step(record, chosen, preset, images):
             if name.startswith("ours"):
                 found["refused_wait"][name] = refused_wait(run)
             if name == "ours, eager":
-                found["shares"] = shares(run)
+                found["shares"] = shares(run, names)
                 found["floor"] = floating_point_floor(run, "cuda")
                 found["floor_fraction"] = found["floor"] / median.get("ours", median[name])
         except Exception as failure:  # out of memory, what is not installed, what a compiler says

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def shares(step, batch) -> dict[str, float]:
-    """Part of one step's time in each of its stages."""
-    spent = dict.fromkeys(STAGES, 0.0)
+def shares(step, batch, names) -> dict[str, float]:
+    """Part of one step's time in each of these stages."""
+    spent = dict.fromkeys(names, 0.0)
 
     @contextlib.contextmanager
     def timed(name):
@@ -52,7 +53,7 @@ def shares(step, batch) -> dict[str, float]:
         finally:
             spent[name] += time.perf_counter() - start
 
-    with stages(step, timed):
+    with stages(step, timed, names):
         start = time.perf_counter()
         step(batch)
         whole = time.perf_counter() - start
@@ -61,37 +62,45 @@ def shares(step, batch) -> dict[str, float]:
     }
 
 
+def on_references(step, batch) -> Callable[[], object]:
+    """The step on its batch with all ops on plain torch."""
+
+    def run():
+        with references():
+            return step(batch)
+
+    return run
+
+
+def compare(record, title: str, step, batch, others: dict[str, Callable], rounds: int, names=STAGES) -> None:
+    """Our step on its batch beside the others, functions of nothing, in turn: times, counts, shares of these stages."""
+    run = {"ours": lambda: step(batch), **others}
+    times = {name: [] for name in run}
+    for number in range(rounds + WARM):
+        for name, function in run.items():
+            start = time.perf_counter()
+            function()
+            if number >= WARM:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    counted = {}
+    for name, function in run.items():
+        with Operations() as operations:
+            memory = peak_memory(function)
+        counted[name] = {"operations": operations.count, "waits": operations.waits, "peak_memory": memory}
+    parts, floor = shares(step, batch, names), floating_point_floor(run["ours"])
+    fraction = floor / median["ours"]
+    record(title, median, counted=counted, shares=parts, floor=floor, floor_fraction=fraction)
+    for name, seconds in median.items():
+        print(f"\n{title}: {name} {seconds:.2f} s ({seconds / median['ours']:.2f}x), {counted[name]}")
+    print(f"shares of ours: {parts}; floor {floor:.2f} s, {fraction:.0%} of it reached")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def bench_step(request, record, preset):
     pytest.importorskip("transformers")
     rounds, images = (request.config.getoption(option) for option in ("--rounds", "--images"))
     batch = make_batch(images, 480, 640, [7, 12])
-    step, plain = our_step(preset), our_step(preset)
     peer = "HF DeformableDetr" if "deformable" in preset else "HF DabDetr"
-    run = {"ours": lambda: step(batch), peer: hf_step(preset, batch), "reference ops": lambda: plain(batch)}
-    times = {name: [] for name in run}
-    for number in range(rounds + WARM):
-        for name, function in run.items():
-            with references() if name == "reference ops" else contextlib.nullcontext():
-                start = time.perf_counter()
-                function()
-                if number >= WARM:
-                    times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    counted = {}
-    for name, function in run.items():
-        with references() if name == "reference ops" else contextlib.nullcontext(), Operations() as operations:
-            memory = peak_memory(function)
-        counted[name] = {"operations": operations.count, "waits": operations.waits, "peak_memory": memory}
-    parts, floor = shares(step, batch), floating_point_floor(run["ours"])
-    record(
-        f"step of {preset}, {images} images of 480x640",
-        median,
-        counted=counted,
-        shares=parts,
-        floor=floor,
-        floor_fraction=floor / median["ours"],
-    )
-    for name, seconds in median.items():
-        print(f"\n{preset}: {name} {seconds:.2f} s ({seconds / median['ours']:.2f}x), {counted[name]}")
-    print(f"shares of ours: {parts}; floor {floor:.2f} s, {floor / median['ours']:.0%} of it reached")
+    others = {peer: hf_step(preset, batch), "reference ops": on_references(our_step(preset), batch)}
+    compare(record, f"step of {preset}, {images} images of 480x640", our_step(preset), batch, others, rounds)

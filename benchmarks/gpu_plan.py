@@ -58,6 +58,7 @@ SECOND = (
     step(DENSE, 16, 15, 40, OURS),
     step(DEFORMABLE, 16, 15, 40, OURS),
     recorded("fused ops, ceilings", 25, 60, "bench_fused.py", "bench_ceilings.py", "bench_losses.py"),
+    recorded("DINO", 30, 60, "bench_dino.py", "--contenders", PEERS),
 )
 
 PLANS = {"FIRST": FIRST, "SECOND": SECOND}

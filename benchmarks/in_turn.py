@@ -18,7 +18,7 @@ def timed(function: Callable, values: Sequence[Tensor], weighting: Tensor) -> tu
 
 
 def report(record: Callable, title: str, functions: dict[str, Callable], values, weighting, seconds: float) -> None:
-    """Record and print medians of "ours" and "torch", with ``{passes}`` in the title filled in."""
+    """Record and print medians of "ours" and the others, with ``{passes}`` in the title filled in."""
     times = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["ours"]) < 5:
@@ -28,4 +28,5 @@ def report(record: Callable, title: str, functions: dict[str, Callable], values,
         found = {name: statistics.median(rows[index] for rows in both) for name, both in times.items()}
         named = title.format(passes=passes)
         record(named, found)
-        print(f"\n{named}: ours {found['ours'] * 1e3:.2f} ms, torch {found['torch'] / found['ours']:.2f}x that", end="")
+        ratios = [f"{who} {median / found['ours']:.2f}x that" for who, median in found.items() if who != "ours"]
+        print(f"\n{named}: ours {found['ours'] * 1e3:.2f} ms, {', '.join(ratios)}", end="")

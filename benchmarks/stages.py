@@ -1,7 +1,7 @@
-"""The stages of a training step, marked while it runs."""
+"""The stages of a training step, or its model's parts, marked while it runs."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -10,20 +10,25 @@ import dndetr.training.criterion
 from dndetr.training.step import TrainStep
 
 STAGES = ("forward", "matching", "losses", "backward", "optimizer")
+# With the forward pass by the model's parts, of a model with two stages.
+PARTS = ("backbone", "projection", "encoder", "proposals", "queries", "decoder", *STAGES[1:])
 
 
 @contextlib.contextmanager
-def stages(step: TrainStep, around: Callable[[str], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """Within, each stage of an eager step runs in ``around(name)``."""
-    places = (
-        (step.model, "forward"),
-        (dndetr.training.criterion, "match"),
-        (dndetr.training.criterion, "set_loss"),
-        (torch.Tensor, "backward"),
-        (step.optimizer, "step"),
-    )
+def stages(
+    step: TrainStep, around: Callable[[str], contextlib.AbstractContextManager], names: Sequence[str] = STAGES
+) -> Iterator[None]:
+    """Within, each of the named stages and parts of an eager step runs in ``around(name)``."""
+    places = {
+        "forward": (step.model, "forward"),
+        "matching": (dndetr.training.criterion, "match"),
+        "losses": (dndetr.training.criterion, "set_loss"),
+        "backward": (torch.Tensor, "backward"),
+        "optimizer": (step.optimizer, "step"),
+    }
     with contextlib.ExitStack() as stack:
-        for name, (target, attribute) in zip(STAGES, places, strict=True):
+        for name in names:
+            target, attribute = places[name] if name in places else (getattr(step.model, name), "forward")
             marked = _marked(name, getattr(target, attribute), around)
             stack.enter_context(mock.patch.object(target, attribute, marked))
         yield

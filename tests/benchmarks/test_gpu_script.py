@@ -109,7 +109,8 @@ def recorded(commands, tmp_path) -> dict[str, list[str]]:
 def test_benchmarks_that_are_named_are_there(root, recorded):
     files = {given.partition("::")[0] for given in itertools.chain(*recorded.values()) if given.startswith("bench")}
     assert {file.removeprefix("benchmarks/bench_") for file in files} == {
-        *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py", "fused.py")
+        *("gpu_step.py", "ms_deform_attn.py", "attention.py", "matching.py", "losses.py", "ceilings.py", "fused.py"),
+        "dino.py",
     }
     assert all((root / file).is_file() for file in files)
 
@@ -138,6 +139,13 @@ def test_contenders_are_those_that_a_step_has(commands, tmp_path):
         assert names[0] == "ours" and names[-1].startswith("HF") == (images == 16)
         assert sum(name.startswith("HF") for name in names) == 2
         assert not [name for name in names if "reference" in name]
+
+
+def test_dino_is_stepped_without_the_dearest(recorded):
+    bench = pytest.importorskip("bench_dino")
+    pattern = recorded["DINO"][recorded["DINO"].index("--contenders") + 1]
+    names = [name for name in bench.contenders(None) if re.fullmatch(pattern, name)]
+    assert names == ["ours", "ours, eager", "layer by layer"]
 
 
 @pytest.mark.slow
