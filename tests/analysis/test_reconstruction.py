@@ -59,6 +59,17 @@ def test_flips_that_hit_and_shifts_are_as_expected():
     assert told["dn_box_shift"] == pytest.approx(0.2, abs=0.01)
 
 
+def test_of_contrastive_noise_what_is_to_be_restored_is_read():
+    targets = detectors.make_targets([8] * 20, 8)
+    noise = draw_noise(targets, 20, detectors.CLASSES, torch.Generator().manual_seed(0), contrastive=True)
+    noised = noised_queries(targets, noise, 0.2, 0.4, contrastive=True)
+    meter = NoiseMeter()
+    meter.add(noised, targets)
+    told = meter.read()
+    assert told["dn_flip_rate"] == pytest.approx(0.2 * 4 / 5, abs=0.02)
+    assert told["dn_box_shift"] == pytest.approx(0.2, abs=0.01)
+
+
 def test_no_noise_reads_nothing():
     targets, noised = draw([4, 1], label_noise=0.0, box_noise=0.0)
     meter = NoiseMeter()

@@ -153,11 +153,14 @@ def test_the_choice_is_the_same_in_every_process_and_in_a_resumed_run(pictures):
     assert choose(coco_like(4000), official(2)) == choose(coco_like(4000), official(2))
 
 
-def test_nothing_is_chosen_for_one_canvas_or_for_steps_of_several_batches(pictures):
+def test_nothing_is_chosen_for_one_canvas_for_steps_of_several_batches_and_for_exact_room(pictures):
     fixed = from_pictures(pictures, images=ImagesConfig(recipe="fixed", canvas=(64, 96)))
-    for config in (fixed, from_pictures(pictures, accumulate=2), preset_named("tiny")):
+    exact = from_pictures(pictures, denoising=DenoisingConfig(slots="batch"))
+    for config in (fixed, from_pictures(pictures, accumulate=2), exact, preset_named("tiny")):
         data = TrainingData(config)
         assert data.choose_shapes(100) is None and data._train._reader.shapes is None
+    batches = list(TrainingData(exact).training(0))
+    assert [max(1, int(batch.targets.counts.max())) for batch in batches] == [shape_of(b).slots for b in batches]
 
 
 def test_a_batch_takes_the_cheapest_shape_that_holds_it_or_its_own():

@@ -37,6 +37,13 @@ def test_a_batch_holds_its_samples_and_zeros():
         assert not batch.targets.boxes[row, count:].any() and not batch.targets.labels[row, count:].any()
 
 
+@pytest.mark.parametrize(("objects", "slots"), [((3, 11, 0), 11), ((0, 0), 1), ((600, 2), 512)])
+def test_room_for_the_largest_count_alone(objects, slots):
+    batch = collate([sample(100, 70, count) for count in objects], exact=True)
+    assert batch.targets.labels.shape[1] == batch.targets.needed == slots
+    assert batch.targets.counts.tolist() == [min(count, slots) for count in objects]
+
+
 def test_shapes_come_from_small_sets():
     assert [target_bucket(n) for n in (0, 8, 9, 512, 513)] == [8, 8, 16, 512, 512]
     assert list(TARGET_BUCKETS) == sorted(TARGET_BUCKETS)

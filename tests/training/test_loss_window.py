@@ -41,6 +41,11 @@ def test_costs_that_are_not_finite_name_layer_and_image():
     assert loss_window.demand_finite(fine, ids, 20) is None
     values = record_with(1.0, [[True, True, True], [True, False, False]])
     assert loss_window.demand_finite(values, ids, 20) == "predictions are not finite at step 20: layer 2 in image id 5"
+    two_stages = loss_window.demand_finite(values, ids, 20, proposals=1)
+    assert two_stages == "predictions are not finite at step 20: layer 1 in image id 5"
+    values = record_with(1.0, [[True, False, False], [True, True, True]])
+    assert "20: the proposals in image id 5" in loss_window.demand_finite(values, ids, 20, proposals=1)
+    assert Record(4, 2, "cpu", proposals=1).first(1).shape == (1, 2 + 3 * 7)
     values = record_with(float("nan"), [[False, True, True], [True, True, False]])
     where = r"step 20: the gradient \(image ids 4, 5, 6; predictions of layer 1 in image id 4, layer 2 in image id 6\)"
     with pytest.raises(loss_window.Diverged, match=where):
