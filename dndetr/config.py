@@ -151,7 +151,7 @@ class DenoisingConfig:
     label_noise: float = 0.2
     """Probability of replacing a label by a random one."""
     box_noise: float = 0.4
-    """Largest shift, in half box sizes, and largest change of size, in box sizes."""
+    """Largest shift in half box sizes, and change of size in sizes; contrastive: shift of corners in half sizes."""
     max_queries: int = 1000
     """Most denoising queries per image: crowded batches get fewer groups, or none, instead of running out of memory."""
     padding: Literal["hidden", "official"] = "hidden"
