@@ -77,7 +77,7 @@ def model_config(golden: dict) -> ModelConfig:
         encoder_points=meta["enc_n_points"],
         decoder_points=meta["dec_n_points"],
         # The official deformable decoder has its ReLU hard-coded, whatever its flag says.
-        activation="relu" if variant == "dn-deformable-detr" else meta["activation"],
+        activation="relu" if variant == "dn-deformable-detr" and meta["variant"] != "dino" else meta["activation"],
         temperature=tuple(float(t) for t in meta["pe_temperature"]),
         position_shift=0.0 if meta["variant"] == "dino" or variant != "dn-deformable-detr" else 0.5,
         **_two_stages(meta),
@@ -92,6 +92,7 @@ def _two_stages(meta: dict) -> dict:
         return {}
     alike = meta["dec_pred_class_embed_share"] == meta["dec_pred_bbox_embed_share"]
     kept = ("two_stage_learn_wh", "two_stage_keep_all_tokens", "no_interm_box_loss")
+    kept += ("two_stage_class_embed_share", "two_stage_bbox_embed_share")
     if not alike or any(meta[name] for name in kept) or meta["interm_loss_coef"] != 1:
         pytest.skip("options of the official DINO that no released model has")
     return {
