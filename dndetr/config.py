@@ -137,7 +137,9 @@ class ModelConfig:
                 if f.name in _DEFORMABLE_DECODER:
                     flag, value = f.name.replace("_", "-"), getattr(self, f.name)
                     demand(value == f.default, f"model.{flag}", value, f"{f.default} with {self.variant}")
-        demand(0 < self.proposal_size < 1, "model.proposal-size", self.proposal_size, "a share between 0 and 1")
+        # Within models/proposals.py's border; else no token of the finest level would propose anything.
+        sound = 0.01 < self.proposal_size < 0.99
+        demand(sound, "model.proposal-size", self.proposal_size, "a share between 0.01 and 0.99")
         if self.proposals == "none":
             demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
 
