@@ -78,7 +78,7 @@ class NoisedQueries:
 
     def positives(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Labels [B, G, T] and boxes [B, G, T, 4] of the copies that are to be restored."""
-        each = self.labels.shape[2] // targets.labels.shape[1]
+        each = max(1, self.labels.shape[2] // max(1, targets.labels.shape[1]))  # also where there is no room at all
         return self.labels[:, :, ::each], self.boxes[:, :, ::each]
 
 
@@ -118,7 +118,7 @@ def noised_queries(
         boxes = (clean + moved * reach * box_noise).clamp(0, 1)
     counts = targets.counts * each
     # In memory of its own, as kernels want it: once here, not in every layer.
-    active = counts.amax().expand_as(counts).contiguous() if batch_active else counts
+    active = counts.amax().expand_as(counts).contiguous() if batch_active and len(counts) else counts
     live = targets.valid.repeat_interleave(each, -1)
     return NoisedQueries(labels, boxes, live, active, active if contrastive else counts)
 

@@ -243,6 +243,21 @@ def test_without_noise_the_targets_come_back(contrastive):
     close(boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
 
 
+@pytest.mark.parametrize("contrastive", [False, True])
+@pytest.mark.parametrize(("counts", "slots"), [([], 8), ([0, 0], 0)], ids=["no-images", "no-slots"])
+def test_nothing_to_noise(counts, slots, contrastive):
+    full = detectors.make_targets([1, 1], 8)
+    targets = replace(
+        full, **{name: getattr(full, name)[: len(counts), :slots] for name in ("labels", "boxes")},
+        counts=torch.tensor(counts, dtype=torch.int32),
+    )  # fmt: skip
+    noise = draw_noise(targets, 2, detectors.CLASSES, contrastive=contrastive)
+    noised = noised_queries(targets, noise, batch_active=True, contrastive=contrastive)
+    assert noised.active.shape == (len(counts),) and not noised.active.any()
+    labels, boxes = noised.positives(targets)
+    assert labels.shape == (len(counts), 2, slots) and boxes.shape == (len(counts), 2, slots, 4)
+
+
 @every_model
 def test_no_objects_at_all_still_trains(name):
     model = detectors.build(name)
