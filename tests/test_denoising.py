@@ -280,3 +280,10 @@ def test_the_denoising_loss_alone_is_its_part_of_the_whole(name, counts):
     close(total, (parts * torch.tensor([1.0, 5.0, 2.0])).sum())
     halved, _ = denoising_loss(logits, boxes, targets, GROUPS, objects=2 * targets.counts.sum())
     close(halved, total / 2)
+
+
+def test_the_denoising_loss_of_other_groups_is_refused():
+    """Three groups of one slot for an object are not one group of three."""
+    targets = detectors.make_targets([2], 4)
+    with pytest.raises(ValueError, match="1 groups of 4 slots have 4 queries, or 8 in contrastive denoising, got 12"):
+        denoising_loss(torch.zeros(1, 1, 12, detectors.CLASSES), torch.zeros(1, 1, 12, 4), targets, 1)
