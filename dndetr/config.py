@@ -83,7 +83,7 @@ class ModelConfig:
     anchors: Literal["normal", "uniform", "grid"] = "normal"
     """Initial anchors without proposals: N(0, 1) logits (official), uniform centres, or a grid (best from scratch)."""
     size_bias: float = -2.0
-    """Initial correction of such anchors' width and height in the first deformable decoder layer, in logits."""
+    """Initial correction of such anchors' sizes by the first deformable decoder layer's own head, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)
     """Temperature of the pixels' sine encoding, for y and x (of no effect on deformable decoders without encoder)."""
     checkpointing: bool = False
