@@ -51,6 +51,12 @@ class BackboneConfig:
 _DEFORMABLE_DECODER = ("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale")
 
 
+def _typed(name: str, value: str | bool) -> str:
+    """A setting of the model as it is typed; switches take no value."""
+    flag = name.replace("_", "-")
+    return f"--model.{flag} {value}" if isinstance(value, str) else f"--model.{'' if value else 'no-'}{flag}"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The detector's architecture."""
@@ -134,9 +140,9 @@ class ModelConfig:
             demand(self.patterns == 0, "model.patterns", self.patterns, "0 with dn-deformable-detr, which has none")
         else:
             for f in fields(self):
-                if f.name in _DEFORMABLE_DECODER:
-                    flag, value = f.name.replace("_", "-"), getattr(self, f.name)
-                    demand(value == f.default, f"model.{flag}", value, f"{f.default} with {self.variant}")
+                if f.name in _DEFORMABLE_DECODER and (value := getattr(self, f.name)) != f.default:
+                    given, wanted = (_typed(f.name, of) for of in (value, f.default))
+                    raise ValueError(f"{given}: give {wanted} with {self.variant}")
         # Within models/proposals.py's border; else no token of the finest level would propose anything.
         sound = 0.01 < self.proposal_size < 0.99
         demand(sound, "model.proposal-size", self.proposal_size, "a share between 0.01 and 0.99")
