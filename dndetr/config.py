@@ -51,6 +51,12 @@ class BackboneConfig:
 _DEFORMABLE_DECODER = ("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale")
 
 
+def _typed(name: str, value: str | bool) -> str:
+    """A setting of the model as it is typed; switches take no value."""
+    flag = name.replace("_", "-")
+    return f"--model.{flag} {value}" if isinstance(value, str) else f"--model.{'' if value else 'no-'}{flag}"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The detector's architecture."""
@@ -83,7 +89,7 @@ class ModelConfig:
     anchors: Literal["normal", "uniform", "grid"] = "normal"
     """Initial anchors without proposals: N(0, 1) logits (official), uniform centres, or a grid (best from scratch)."""
     size_bias: float = -2.0
-    """Initial correction of such anchors' width and height in the first deformable decoder layer, in logits."""
+    """Initial correction of such anchors' sizes by the first deformable decoder layer's own head, in logits."""
     temperature: tuple[float, float] = (20.0, 20.0)
     """Temperature of the pixels' sine encoding, for y and x (of no effect on deformable decoders without encoder)."""
     checkpointing: bool = False
@@ -134,10 +140,12 @@ class ModelConfig:
             demand(self.patterns == 0, "model.patterns", self.patterns, "0 with dn-deformable-detr, which has none")
         else:
             for f in fields(self):
-                if f.name in _DEFORMABLE_DECODER:
-                    flag, value = f.name.replace("_", "-"), getattr(self, f.name)
-                    demand(value == f.default, f"model.{flag}", value, f"{f.default} with {self.variant}")
-        demand(0 < self.proposal_size < 1, "model.proposal-size", self.proposal_size, "a share between 0 and 1")
+                if f.name in _DEFORMABLE_DECODER and (value := getattr(self, f.name)) != f.default:
+                    given, wanted = (_typed(f.name, of) for of in (value, f.default))
+                    raise ValueError(f"{given}: give {wanted} with {self.variant}")
+        # Within models/proposals.py's border; else no token of the finest level would propose anything.
+        sound = 0.01 < self.proposal_size < 0.99
+        demand(sound, "model.proposal-size", self.proposal_size, "a share between 0.01 and 0.99")
         if self.proposals == "none":
             demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
 

@@ -78,7 +78,7 @@ class NoisedQueries:
 
     def positives(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Labels [B, G, T] and boxes [B, G, T, 4] of the copies that are to be restored."""
-        each = self.labels.shape[2] // targets.labels.shape[1]
+        each = max(1, self.labels.shape[2] // max(1, targets.labels.shape[1]))  # also where there is no room at all
         return self.labels[:, :, ::each], self.boxes[:, :, ::each]
 
 
@@ -118,7 +118,7 @@ def noised_queries(
         boxes = (clean + moved * reach * box_noise).clamp(0, 1)
     counts = targets.counts * each
     # In memory of its own, as kernels want it: once here, not in every layer.
-    active = counts.amax().expand_as(counts).contiguous() if batch_active else counts
+    active = counts.amax().expand_as(counts).contiguous() if batch_active and len(counts) else counts
     live = targets.valid.repeat_interleave(each, -1)
     return NoisedQueries(labels, boxes, live, active, active if contrastive else counts)
 
@@ -154,16 +154,21 @@ def denoising_loss(
     logits [Y, B, groups * S, K] and boxes [Y, B, groups * S, 4] cxcywh: the first rows of every decoder layer's output,
     S = T slots, or 2T for contrastive denoising, whose negatives are in the label term only;
     objects: scalar tensor, the number to divide by per group where it is not this batch's own; 1 where it is less
-    -> total (scalar, weighted) and parts [Y, 3]: label, l1, giou, unweighted.
+    -> total (scalar, weighted) and parts [Y, 3]: label, l1, giou, unweighted. ValueError for another number of rows.
     """
-    layers, batch = logits.shape[:2]
+    layers, batch, rows = logits.shape[:3]
     slots = targets.labels.shape[1]
+    if rows not in (groups * slots, 2 * groups * slots):
+        raise ValueError(
+            f"denoising_loss: {groups} groups of {slots} slots have {groups * slots} queries, or {2 * groups * slots} "
+            f"in contrastive denoising, got {rows}"
+        )
     nobody = Matches(  # no matching queries, hence no sets to match
         torch.empty(layers, batch, 0, slots, dtype=torch.int32, device=logits.device),
         torch.empty(layers, batch, 0, dtype=torch.int32, device=logits.device),
         torch.ones(layers, batch, dtype=torch.bool, device=logits.device),
     )
     divisors = normalizers(targets, groups, boxes.dtype, None if objects is None else objects.clamp(min=1))
-    layout = GroupLayout(groups, logits.shape[2] // max(groups, 1), 0)
+    layout = GroupLayout(groups, rows // max(groups, 1), 0)
     total, parts = set_loss(logits, boxes, nobody, layout, targets, divisors, weights)
     return total, parts[:, 3:]

@@ -165,7 +165,9 @@ def _summary(trainer: "Trainer") -> str:
     shared = f", {world} processes" if world > 1 else ""
     noise = config.denoising
     groups = f"{'contrastive ' * noise.contrastive}denoising groups"
-    groups = f"{noise.fill} queries in {groups}" if noise.fill and noise.groups else f"{noise.groups} {groups}"
+    groups = f"{noise.groups} {groups}"
+    if noise.fill and noise.groups:
+        groups = f"up to {groups} of {noise.fill} queries together"
     return (
         f"{config.model.variant}, {parameters:.1f} M parameters, {len(data.classes)} classes, "
         f"{data.images['train']:,} training and {data.images['val']:,} validation images, "

@@ -54,9 +54,9 @@ def test_epochs_after_which_the_rate_drops(settings, epochs, drops):
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        ({"proposals": "selected"}, "--model.proposals selected: give none with"),
-        ({"look_forward_twice": True}, "--model.look-forward-twice True: give False with"),
-        ({"query_scale": False}, "--model.query-scale False: give True with"),
+        ({"proposals": "selected"}, "--model.proposals selected: give --model.proposals none with"),
+        ({"look_forward_twice": True}, "--model.look-forward-twice: give --model.no-look-forward-twice with"),
+        ({"query_scale": False}, "--model.no-query-scale: give --model.query-scale with"),
     ],
 )
 def test_parts_of_the_deformable_decoder_alone(variant, part, told):

@@ -243,6 +243,21 @@ def test_without_noise_the_targets_come_back(contrastive):
     close(boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
 
 
+@pytest.mark.parametrize("contrastive", [False, True])
+@pytest.mark.parametrize(("counts", "slots"), [([], 8), ([0, 0], 0)], ids=["no-images", "no-slots"])
+def test_nothing_to_noise(counts, slots, contrastive):
+    full = detectors.make_targets([1, 1], 8)
+    targets = replace(
+        full, **{name: getattr(full, name)[: len(counts), :slots] for name in ("labels", "boxes")},
+        counts=torch.tensor(counts, dtype=torch.int32),
+    )  # fmt: skip
+    noise = draw_noise(targets, 2, detectors.CLASSES, contrastive=contrastive)
+    noised = noised_queries(targets, noise, batch_active=True, contrastive=contrastive)
+    assert noised.active.shape == (len(counts),) and not noised.active.any()
+    labels, boxes = noised.positives(targets)
+    assert labels.shape == (len(counts), 2, slots) and boxes.shape == (len(counts), 2, slots, 4)
+
+
 @every_model
 def test_no_objects_at_all_still_trains(name):
     model = detectors.build(name)
@@ -265,3 +280,10 @@ def test_the_denoising_loss_alone_is_its_part_of_the_whole(name, counts):
     close(total, (parts * torch.tensor([1.0, 5.0, 2.0])).sum())
     halved, _ = denoising_loss(logits, boxes, targets, GROUPS, objects=2 * targets.counts.sum())
     close(halved, total / 2)
+
+
+def test_the_denoising_loss_of_other_groups_is_refused():
+    """Three groups of one slot for an object are not one group of three."""
+    targets = detectors.make_targets([2], 4)
+    with pytest.raises(ValueError, match="1 groups of 4 slots have 4 queries, or 8 in contrastive denoising, got 12"):
+        denoising_loss(torch.zeros(1, 1, 12, detectors.CLASSES), torch.zeros(1, 1, 12, 4), targets, 1)

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from dndetr import train
 from dndetr.__main__ import COMMANDS
 
 PLACES = "dndetr|csrc|kernels|tests|benchmarks|docs"
@@ -105,3 +106,5 @@ def test_commands_that_are_shown_exist_with_their_flags(pages, capsys):
         known = helps[command] + (helps["train"] if command in ("compare", "profile") else "")
         unknown = [flag for flag in flags if f"{flag} " not in known.replace(",", " ") and command != "bench"]
         assert unknown == [], f"{page}: python -m dndetr.{command}{rest}"
+        if command == "train" and "--help" not in flags:
+            train.parse(shlex.split(rest))  # also refuses values that a flag does not take

@@ -8,8 +8,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dndetr import train
 from dndetr.models.build import build_model
 from dndetr.presets import PRESETS
+
+
+def test_what_dino_adds_makes_a_dino(root):
+    section = (
+        (root / "docs" / "models.md").read_text().partition("\n## What DINO adds\n")[2].partition("\n\nWhat each")[0]
+    )
+    flags = [
+        words for cell in re.findall(r"^\|[^|]+\|([^|]+)\|", section, re.M) for words in re.findall("`([^`]+)`", cell)
+    ]
+    made = train.parse(["--preset", "dn-deformable-detr-r50", *" ".join(flags).split()])
+    dino = PRESETS["dino-r50"]()
+    assert (made.model, made.denoising) == (dino.model, dino.denoising)
 
 
 @pytest.fixture(scope="module")

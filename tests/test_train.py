@@ -95,6 +95,12 @@ def test_every_kind_of_model_trains(flags):
     assert [row["step"] for row in rows(folder, "train")] == [1, 2]
 
 
+def test_the_first_lines_name_both_limits_of_the_groups(capsys):
+    fill = ["--model.proposals", "selected", "--denoising.contrastive", "--denoising.fill", "200"]
+    train.run([flag for flag in [*FEW, "--max-steps-per-epoch", "1", *fill] if flag != "--quiet"])
+    assert ", up to 3 contrastive denoising groups of 200 queries together, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5])
 def test_resuming_gives_the_weights_of_the_run_that_was_not_stopped(stop_after):
     """Stopped by a signal in the middle of an epoch, of a log window, or at an epoch's end."""

@@ -155,7 +155,7 @@ def _hints(model: DNDETR, weights: dict[str, Tensor], source: Source) -> list[st
     hints = []
     one_head = isinstance(model.decoder, DeformableDecoder) and "decoder.class_embed.weight" in model.state_dict()
     if one_head and any(re.match(r"decoder\.(class|bbox)_embed\.\d", name) for name in weights):
-        hints.append("its decoder layers have heads of their own, kept with --model.shared-heads False")
+        hints.append("its decoder layers have heads of their own, kept with --model.no-shared-heads")
     if source.detrex and model.projection.temperature == (20.0, 20.0):
         flags = "--model.temperature 10000 10000 --model.position-shift 0.5"
         hints.append(f"detrex trains most models with other positions, those of {flags}")

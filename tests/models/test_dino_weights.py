@@ -12,7 +12,7 @@ from detrex_files import detrex
 from official_files import official, propose_only, randomised
 
 import dndetr
-from dndetr import presets
+from dndetr import presets, train
 from dndetr.models import pretrained
 from dndetr.models.build import build_model
 from dndetr.models.head_sharing import fit_heads
@@ -236,8 +236,10 @@ def test_detrex_heads_that_differ_need_a_flag_and_so_do_its_positions(tmp_path):
     heads = [name for name in before if name.startswith(("decoder.class_embed", "decoder.bbox_embed"))]
     assert report.remade == heads and all(torch.equal(model.state_dict()[name], before[name]) for name in heads)
     assert Counter(name.split(".")[1] for name in report.ignored) == {"class_embed": 6, "bbox_embed": 18}
-    for flags in ("--model.shared-heads False", "--model.temperature 10000 10000 --model.position-shift 0.5"):
-        assert flags in str(report)
+    flags = ("--model.no-shared-heads", "--model.temperature 10000 10000 --model.position-shift 0.5")
+    assert all(flag in str(report) for flag in flags)
+    asked = train.parse(["--preset", "dino-r50", *" ".join(flags).split()]).model
+    assert not asked.shared_heads and asked.temperature == (10000.0, 10000.0) and asked.position_shift == 0.5
     assert torch.equal(model.proposals.class_embed.weight, theirs.proposals.class_embed.weight)
 
 
@@ -287,7 +289,7 @@ def test_dn_deformable_weights_for_a_dino(tmp_path):
     assert torch.equal(model.decoder.layers[2].norm2.weight, theirs.decoder.layers[2].norm2.weight)
     assert {name.split(".")[0] for name in report.remade} == {"decoder", "proposals", "queries"}
     assert "queries.label_enc.weight (92x31 there, 4x32 here)" in report.remade
-    assert report.hints == ["its decoder layers have heads of their own, kept with --model.shared-heads False"]
+    assert report.hints == ["its decoder layers have heads of their own, kept with --model.no-shared-heads"]
     model = randomised("dino", 3, seed=1, shared_heads=False)
     report = initialise(model, content, tmp_path / "o.pth", SOME)
     assert not report.hints and not any("_embed.0" in name for name in report.remade)
@@ -332,7 +334,7 @@ def test_a_released_file_is_loaded_by_its_preset(small_preset, tmp_path):
 
 def test_a_detrex_file_is_no_preset(small_preset, tmp_path):
     torch.save({"model": detrex(randomised("dino", 80, **LIKE_DETREX))}, tmp_path / "d.pth")
-    with pytest.raises(ValueError, match=r"--model\.shared-heads False.* --init") as refused:
+    with pytest.raises(ValueError, match=r"--model\.no-shared-heads.* --init") as refused:
         dndetr.load(tmp_path / "d.pth", "cpu", preset="dino-r50")
     assert "--model.temperature 10000 10000 --model.position-shift 0.5" in str(refused.value)
     assert "name another" not in str(refused.value)

@@ -179,3 +179,13 @@ def test_each_part_alone(part):
     assert sum(history[-5:]) < sum(history[:5])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter in step.optimizer.state}
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(0.011, 0.01), (0.989, 0.99)])
+def test_sizes_of_which_no_proposal_is_sound_are_refused(inside, outside):
+    config = detectors.CONFIGS["dino"]
+    with pytest.raises(ValueError, match=rf"--model.proposal-size {outside}: give a share between 0.01 and 0.99"):
+        replace(config, proposal_size=outside)
+    given = features(SHAPES[:1], [SIZES[0][:1]])
+    assert proposed_logits(given, torch.float32, replace(config, proposal_size=inside).proposal_size)[1].all()
+    assert not proposed_logits(given, torch.float32, outside)[1].any()
