@@ -77,7 +77,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(monkeypatch, capsys)
     [
         ([], [(["3", "0"], 10, 992, 42)]),
         (["--epochs=3", "--seed", "7"], [(["3", "0"], 3, 992, 7)]),
-        (["--preset", "small", "--data", "d"], [(["4", "0"], 50, 2000, 42)]),
+        (["--preset", "small", "--data", "d"], [(["4", "0"], 43, 2000, 42)]),
         (["--denoising.label-noise", "0.1"], [(["3", "0"], 10, 992, 42)]),
     ],
     ids=["default", "shorter", "preset", "other-flag"],

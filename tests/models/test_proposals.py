@@ -172,11 +172,12 @@ def test_classes_and_crowds(name, classes, counts):
     ids=str,
 )
 def test_each_part_alone(part):
+    torch.manual_seed(0)
     model = build_model(replace(detectors.CONFIGS["dn-deformable-detr"], **part), CLASSES)
     step = detectors.make_step(model)
     batch = detectors.make_batch([3, 5], 8)
-    history = [step(batch)[0].total.item() for _ in range(30)]
-    assert sum(history[-5:]) < sum(history[:5])
+    history = [step(batch)[0].total.item() for _ in range(40)]
+    assert sum(history[-5:]) < 0.9 * sum(history[:5])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter in step.optimizer.state}
 
