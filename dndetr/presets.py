@@ -141,10 +141,10 @@ def tiny() -> Config:
 
 
 def small() -> Config:
-    """Small data on a small machine: ResNet-18 up to stride 16, fixed canvas, strong augmentation."""
+    """Small data on a small machine: ResNet-18 up to stride 16, DINO's proposals, fixed canvas, strong augmentation."""
     return Config(
         preset="small",
-        epochs=50,
+        epochs=43,
         batch_size=4,
         lr=8e-4,
         evaluate_every=4,
@@ -156,14 +156,15 @@ def small() -> Config:
             hidden=512,
             encoder_layers=1,
             decoder_layers=3,
-            queries=60,
+            queries=100,
             levels=2,
-            anchors="grid",
-            size_bias=0.0,
             temperature=(10000.0, 10000.0),
             position_shift=0.5,
+            proposals="selected",
+            proposal_size=0.15,
+            look_forward_twice=True,
         ),
-        denoising=DenoisingConfig(groups=4),
+        denoising=DenoisingConfig(groups=4, contrastive=True),
         loss=LossConfig(label=2.0),
         optimizer=OptimizerConfig(backbone_scale=0.15, schedule="cosine", warmup=0.05, ema=0.995),
         images=ImagesConfig(recipe="fixed", canvas=(240, 320), vertical_flip=True),
