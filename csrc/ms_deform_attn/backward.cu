@@ -30,7 +30,7 @@ void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const Def
         return run(deform::backward<Element, width.value, true, false, true>, M{}, M::split, 1);
       }
       if constexpr (deform::has_value_gradient<Element, width.value>) {
-        const auto kernel = deform::value_gradient<Element, width.value>;
+        const auto kernel = deform::value_gradient<Element, width.value, deform::Mixed>;
         if (deform::has_tiles(p) && launch.compiled_for(kernel) >= 80) {
           const deform::Plan plan = deform::value_plan_for<Element, width.value>(p);
           if (plan.shared <= launch.most_shared()) {

@@ -38,22 +38,21 @@ __device__ __forceinline__ void spread(void* to, std::int64_t place, const float
   }
 }
 
-// From the dots of a row to its gradients. Dots are those of the gradient divided by the softmax's sum.
-template <int Team>
-__device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, const Row& row, const Softmax& softmax,
-                                       int lane, float4* dots) {
+// From the dots of a row, of the gradient divided by the softmax's sum, to its gradients. read(k, dots) has a sample's axes
+// and its attention weight before the division; what is kept of it takes the place of its dots.
+template <int Team, class Given, class Read>
+__device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, const Row& row, const View* views,
+                                       const Softmax& softmax, int lane, float4* dots, const Read& read) {
   float mean = 0;
 #pragma unroll 1
   for (int k = lane; k < p.samples; k += Team) {
-    const Sample s = sample_at(p, row, k);
-    const float attention = attention_at(p, row, k, softmax.largest);
     const float4 d = dots[k];
-    const SampleGrad grad = differentiate(s, d.x, d.y, d.z, d.w);
+    const auto [x_axis, y_axis, attention] = read(k);
+    const SampleGrad grad = differentiate(x_axis, y_axis, d.x, d.y, d.z, d.w);
     const float x = attention * grad.x, y = attention * grad.y;
-    if (row.live) {
-      store(grads.offsets, (row.index * p.samples + k) * 2, x * s.scale_x);
-      store(grads.offsets, (row.index * p.samples + k) * 2 + 1, y * s.scale_y);
-    }
+    const int l = level_of(p, k);
+    const Two scale = affine_of<Given>(p, row, l, views[l]).scale;
+    if (row.live) store_two<Given>(grads.offsets, first_offset(p, row) + k, {x * scale.x, y * scale.y});
     mean += attention * grad.weight;
     dots[k] = {grad.weight, attention, x, y};
   }
@@ -62,7 +61,7 @@ __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, c
   for (int k = lane; k < p.samples; k += Team) {
     const float weight = dots[k].x;
     const float grad = p.reference_width > 0 ? dots[k].y * (weight - mean) : weight;
-    if (row.live) store(grads.logits, row.index * p.samples + k, grad);
+    if (row.live) store<Given>(grads.logits, first_logit(p, row) + k, grad);
   }
   if (grads.reference.data == nullptr) return;
   __syncwarp();
@@ -71,18 +70,24 @@ __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, c
     float moved_x = 0, moved_y = 0, grown_x = 0, grown_y = 0;
 #pragma unroll 1
     for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
-      const Two offset = load_two(p.offsets, row.index * p.samples + k);
+      const Two offset = load_two<Given>(p.offsets, first_offset(p, row) + k);
       moved_x += dots[k].z, moved_y += dots[k].w;
       grown_x += dots[k].z * offset.x, grown_y += dots[k].w * offset.y;
     }
-    const std::int64_t image_row = row.query - std::int64_t(row.image) * p.queries;
-    const std::int64_t head_row = (std::int64_t(row.image) * p.heads + row.head) * p.queries + image_row;
+    const std::int64_t image = row.query / p.queries, image_row = row.query - image * p.queries;
+    const std::int64_t head_row = (image * p.heads + row.head) * p.queries + image_row;
     float* const to = static_cast<float*>(grads.reference.data) + (head_row * p.levels + l) * p.reference_width;
-    const float width = float(p.level[l].width), height = float(p.level[l].height), half = 0.5f / float(p.points);
+    const float width = views[l].width, height = views[l].height, half = 0.5f / float(p.points);
     to[0] = moved_x * width, to[1] = moved_y * height;
     if (p.reference_width == 4) to[2] = grown_x * width * half, to[3] = grown_y * height * half;
   }
 }
+
+// What `finish` reads of a sample.
+struct Moment {
+  Axis x, y;
+  float attention;
+};
 
 // Spread: also the gradient of value.
 template <class Element, int Width, bool Split, bool Fixed, bool Spread>
@@ -94,18 +99,23 @@ __global__ void __launch_bounds__(kThreads, 5)
   constexpr int kDots = 4 * kStep, kKept = kDots > M::lanes ? kDots / M::lanes : 1;
   const int lane = threadIdx.x % kTeam, part = lane / M::lanes, team = threadIdx.x / kTeam, teams = blockDim.x / kTeam;
   const int channel_lane = lane % M::lanes, apart = samples_in_shared(p);
-  float4* const weights = shared + team * apart;
+  View* const views = reinterpret_cast<View*>(shared);
+  float4* const memory = after_views(shared);
+  float4* const weights = memory + team * apart;
   // Tuned widths are done with a sample's weights when its dots are known; others come back for more channels.
   float4* const dots = Width > 0 ? weights : weights + teams * apart;
-  Place* const places = reinterpret_cast<Place*>(shared + (Width > 0 ? 1 : 2) * teams * apart) + team * apart;
-  const int rows = p.tiles.height * p.tiles.width * p.tiles.heads, width = Width > 0 ? Width : p.width;
+  Place* const places = reinterpret_cast<Place*>(memory + (Width > 0 ? 1 : 2) * teams * apart) + team * apart;
+  const int rows = p.tiles.rows(), width = Width > 0 ? Width : p.width;
   const float unit = Fixed ? *grads.fixed_point : 0.0f;
+  const Block block = block_at(p);
+  look(p, block, views);
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
-    const Row row = row_at(p, first + team);
-    const Softmax softmax = prepare<kTeam>(p, row, lane, weights, places);
-    const std::int64_t head = row.image * p.batch_stride + row.head * p.head_stride;
+    const Row row = row_at(p, block, first + team);
+    const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
+    const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
+    const std::int64_t head = block.image * p.batch_stride + row.head * p.head_stride;
     for (int start = 0; start < width; start += M::lanes * M::vector) {
       const int channel = start + channel_lane * M::vector;
       const bool inside = Width > 0 || channel < width;
@@ -162,7 +172,10 @@ __global__ void __launch_bounds__(kThreads, 5)
       }
     }
     __syncwarp();
-    finish<kTeam>(p, grads, row, softmax, lane, dots);
+    finish<kTeam, Mixed>(p, grads, row, views, softmax, lane, dots, [&](int k) {
+      const Sample s = sample_at<Mixed>(p, row, k, views);
+      return Moment{s.x, s.y, attention_at<Mixed>(p, row, k, softmax.largest)};
+    });
     __syncwarp();  // the next row's samples take the place of these
   }
 }

@@ -13,16 +13,21 @@ __global__ void __launch_bounds__(kThreads, 8) forward(const Problem p, Element*
   using Channels = Vector<Element, M::vector>;
   constexpr int kParts = Split ? M::split : 1, kTeam = M::lanes * kParts;
   const int lane = threadIdx.x % kTeam, part = lane / M::lanes, team = threadIdx.x / kTeam, teams = blockDim.x / kTeam;
-  float4* const weights = shared + team * samples_in_shared(p);
-  Place* const places = reinterpret_cast<Place*>(shared + teams * samples_in_shared(p)) + team * samples_in_shared(p);
-  const int rows = p.tiles.height * p.tiles.width * p.tiles.heads, width = Width > 0 ? Width : p.width;
+  View* const views = reinterpret_cast<View*>(shared);
+  float4* const weights = after_views(shared) + team * samples_in_shared(p);
+  Place* const places =
+      reinterpret_cast<Place*>(after_views(shared) + teams * samples_in_shared(p)) + team * samples_in_shared(p);
+  const int rows = p.tiles.rows(), width = Width > 0 ? Width : p.width;
+  const Block block = block_at(p);
+  look(p, block, views);
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
-    const Row row = row_at(p, first + team);
-    const Softmax softmax = prepare<kTeam>(p, row, lane, weights, places);
+    const Row row = row_at(p, block, first + team);
+    const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
+    const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
     const Element* const image =
-        static_cast<const Element*>(p.value) + row.image * p.batch_stride + row.head * p.head_stride;
+        static_cast<const Element*>(p.value) + block.image * p.batch_stride + row.head * p.head_stride;
     for (int channel = lane % M::lanes * M::vector; channel - lane % M::lanes * M::vector < width;
          channel += M::lanes * M::vector) {
       // Lanes past the last channel repeat it.

@@ -30,13 +30,13 @@ inline void check_supported(const DeformAttn& p) {
 inline Tiles tiles_for(const DeformAttn& p, std::int64_t pixels, int teams, int element_size) {
   Tiles tiles{};
   const auto heads_up_to = [&](int most) {
-    int heads = 1;
-    while (heads * 2 <= most && p.heads % (heads * 2) == 0) heads *= 2;
-    return heads;
+    int bits = 0;
+    while (2 << bits <= most && p.heads % (2 << bits) == 0) ++bits;
+    return bits;
   };
   if (p.queries == pixels) {
-    tiles.height = tiles.width = 8;
-    tiles.heads = heads_up_to(std::max(1, 128 / (p.width * element_size)));
+    tiles.height_bits = tiles.width_bits = 3;
+    tiles.heads_bits = heads_up_to(std::max(1, 128 / (p.width * element_size)));
     tiles.grids = p.levels;
     int first = 0;
     for (int l = 0; l < p.levels; ++l) {
@@ -46,16 +46,17 @@ inline Tiles tiles_for(const DeformAttn& p, std::int64_t pixels, int teams, int 
       tiles.count += (height + 7) / 8 * tiles.grid[l].columns;
     }
   } else {
-    tiles.heads = heads_up_to(teams);
-    tiles.height = 1, tiles.width = teams / tiles.heads;
-    tiles.grids = 1, tiles.count = (p.queries + tiles.width - 1) / tiles.width;
+    tiles.heads_bits = heads_up_to(teams);
+    while (teams >> (tiles.heads_bits + tiles.width_bits) > 1) ++tiles.width_bits;
+    const int width = 1 << tiles.width_bits;
+    tiles.grids = 1, tiles.count = (p.queries + width - 1) / width;
     tiles.grid[0] = {1, p.queries, tiles.count, 0, 0};
   }
   return tiles;
 }
 
 inline unsigned blocks_of(const Problem& p) {
-  const std::int64_t blocks = std::int64_t(p.batch) * (p.heads / p.tiles.heads) * p.tiles.count;
+  const std::int64_t blocks = std::int64_t(p.batch) * (p.heads >> p.tiles.heads_bits) * p.tiles.count;
   constexpr std::int64_t kMostBlocks = 0x7fffffff;
   if (blocks > kMostBlocks) {
     throw std::invalid_argument("ms_deform_attn: " + std::to_string(blocks) + " blocks for " + std::to_string(p.batch) +
@@ -88,11 +89,12 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
                                 " elements apart, which is not aligned, or too many for one image");
   }
   k.reference = p.reference, k.offsets = p.offsets, k.logits = p.logits;
+  k.offsets_stride = std::int64_t(k.heads) * k.samples, k.logits_stride = std::int64_t(k.heads) * k.samples;
   k.valid_sizes = p.valid_sizes;
   const std::size_t row = samples_in_shared(k) * (slots * sizeof(float4) + sizeof(Place));
-  for (plan.threads = kThreads; plan.threads / team * row > 48 * 1024;) plan.threads /= 2;
+  for (plan.threads = kThreads; kViews + plan.threads / team * row > 48 * 1024;) plan.threads /= 2;
   const int teams = plan.threads / team;
-  plan.shared = teams * row;
+  plan.shared = kViews + teams * row;
   k.tiles = tiles_for(p, pixels, teams, p.value.dtype == Dtype::float32 ? 4 : 2);
   plan.blocks = blocks_of(k);
   return plan;
@@ -102,7 +104,7 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
 template <class Element, int Width>
 Plan value_plan_for(const DeformAttn& p) {
   Plan plan = plan_for(p, 4, kTeam, 1, 1);
-  plan.problem.tiles.heads = 1;
+  plan.problem.tiles.heads_bits = 0;
   plan.threads = kValueThreads;
   plan.blocks = blocks_of(plan.problem);
   plan.shared = tile_bytes<Element, Width>(p.levels * p.points);

@@ -21,10 +21,8 @@ struct Mapping {
   static constexpr int split = lanes <= 8 ? 4 : 32 / lanes;  // where rows are split
 };
 
-// A prepared sample in shared memory; rows are `samples_in_shared` apart, an odd number, so that they do not share banks.
-struct Corners {
-  float4 weights;  // above left, above right, below left, below right; times the (unnormalised) attention weight
-};
+// Where a prepared sample reads, in shared memory, beside the weights of its corners times that of its (unnormalised)
+// attention; rows are `samples_in_shared` apart, an odd number, so that they do not share banks.
 struct Place {
   unsigned first;  // vector index of the upper left corner
   unsigned steps;  // to the row below, in vectors; the top bit is set if there is no step to the right
@@ -32,26 +30,50 @@ struct Place {
 
 __host__ __device__ inline int samples_in_shared(const Problem& p) { return p.padded + 1; }
 
-// The row that number `i` of a block stands for; heads alternate fastest.
-__device__ __forceinline__ Row row_at(const Problem& p, int i) {
-  const int teams = p.heads / p.tiles.heads;
+// What the rows of a block have in common: the image, a tile of queries, and the first of some heads.
+struct Block {
+  int image, head;
+  int y, x, height, width;  // the tile's first query on its grid, and the grid
+  std::int64_t query;       // the grid's first
+};
+__device__ __forceinline__ Block block_at(const Problem& p) {
   int tile = int(blockIdx.x % unsigned(p.tiles.count));
-  const int rest = int(blockIdx.x / unsigned(p.tiles.count));
-  Grid grid = p.tiles.grid[0];
+  const unsigned rest = blockIdx.x / unsigned(p.tiles.count), teams = unsigned(p.heads) >> p.tiles.heads_bits;
+  int l = 0;
 #pragma unroll 1
-  for (int l = 1; l < p.tiles.grids && tile >= p.tiles.grid[l].first_tile; ++l) grid = p.tiles.grid[l];
+  while (l + 1 < p.tiles.grids && tile >= p.tiles.grid[l + 1].first_tile) ++l;
+  const Grid grid = p.tiles.grid[l];
   tile -= grid.first_tile;
-  const int place = i / p.tiles.heads;
-  int y = tile / grid.columns * p.tiles.height + place / p.tiles.width;
-  int x = tile % grid.columns * p.tiles.width + place % p.tiles.width;
+  Block block;
+  block.image = int(rest / teams);
+  block.head = int(rest % teams) << p.tiles.heads_bits;
+  block.y = tile / grid.columns << p.tiles.height_bits;
+  block.x = tile % grid.columns << p.tiles.width_bits;
+  block.height = grid.height, block.width = grid.width;
+  block.query = std::int64_t(block.image) * p.queries + grid.first;
+  return block;
+}
+
+// The row that number `i` of a block stands for; heads alternate fastest.
+__device__ __forceinline__ Row row_at(const Problem& p, const Block& block, int i) {
+  const int place = i >> p.tiles.heads_bits;
+  const int y = block.y + (place >> p.tiles.width_bits), x = block.x + (place & ((1 << p.tiles.width_bits) - 1));
   Row row;
-  row.live = place < p.tiles.height * p.tiles.width && y < grid.height && x < grid.width;
-  y = row.live ? y : 0, x = row.live ? x : 0;
-  row.image = rest / teams;
-  row.head = rest % teams * p.tiles.heads + i % p.tiles.heads;
-  row.query = std::int64_t(row.image) * p.queries + grid.first + y * grid.width + x;
+  row.live = y < block.height && x < block.width;
+  row.head = block.head + (i & ((1 << p.tiles.heads_bits) - 1));
+  row.query = block.query + (row.live ? y * block.width + x : 0);
   row.index = row.query * p.heads + row.head;
   return row;
+}
+
+// Shared memory starts with the levels.
+constexpr std::size_t kViews = kMaxLevels * sizeof(View);
+__device__ __forceinline__ float4* after_views(float4* memory) { return memory + kViews / sizeof(float4); }
+
+// The levels as the block's image has them, left in shared memory for all of its threads.
+__device__ __forceinline__ void look(const Problem& p, const Block& block, View* views) {
+  if (int(threadIdx.x) < p.levels) views[threadIdx.x] = view_of(p, block.image, threadIdx.x);
+  __syncthreads();
 }
 
 // The softmax of a row: its largest logit, and one by the sum of exp(logit - largest). `seen`: any of its samples.
@@ -61,26 +83,29 @@ struct Softmax {
 };
 
 // A sample's weight before the division by the sum.
+template <class Given>
 __device__ __forceinline__ float attention_at(const Problem& p, const Row& row, int k, float largest) {
-  const float x = load(p.logits, row.index * p.samples + k);
+  const float x = load<Given>(p.logits, first_logit(p, row) + k);
   return p.reference_width > 0 ? exp2f((x - largest) * 1.44269504f) : x;
 }
 
 // The largest logit of a row, 0 where what is given are weights, by the `Team` lanes that share it.
-template <int Team>
+template <int Team, class Given>
 __device__ __forceinline__ float largest_logit(const Problem& p, const Row& row, int lane) {
   if (p.reference_width == 0) return 0.0f;
   float largest = -INFINITY;
 #pragma unroll 1
-  for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load(p.logits, row.index * p.samples + k));
+  for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load<Given>(p.logits, first_logit(p, row) + k));
   return max_over<Team>(largest);
 }
 
-// All samples of a row, by the `Team` lanes that share it. Samples that see no pixel read, with weight zero, what another one
-// of the row sees: zero times a number that is not finite must not come from elsewhere.
-template <int Team>
-__device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int lane, float4* weights, Place* places) {
-  const float largest = largest_logit<Team>(p, row, lane);
+// All samples of a row, by the `Team` lanes that share it; keep(k, sample, attention) has them, with attention 0 for what
+// fills up the last step. Samples that see no pixel read, with weight zero, what another one of the row sees: zero times a
+// number that is not finite must not come from elsewhere.
+template <int Team, class Given, class Keep>
+__device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int lane, const View* views, Place* places,
+                                           const Keep& keep) {
+  const float largest = largest_logit<Team, Given>(p, row, lane);
   float sum = 0;
   constexpr unsigned kNowhere = 0xffffffffu;
   unsigned somewhere = 0;  // one more than a place that is seen
@@ -88,19 +113,18 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
 #pragma unroll 1  // most teams prepare one or two samples a lane
   for (int k = lane; k < p.padded; k += Team) {
     const int real = k < p.samples ? k : p.samples - 1;
-    const Sample s = sample_at(p, row, real);
-    const float attention = k == real && row.live ? attention_at(p, row, real, largest) : 0.0f;
-    const float above = attention * s.y.low, below = attention * s.y.high;
+    const Sample s = sample_at<Given>(p, row, real, views);
+    const float attention = k == real && row.live ? attention_at<Given>(p, row, real, largest) : 0.0f;
     sum += attention;
-    weights[k] = {above * s.x.low, above * s.x.high, below * s.x.low, below * s.x.high};
+    keep(k, s, attention);
     const unsigned first = s.pixel * p.pixel_stride;
-    if (s.seen) {
+    if (s.seen()) {
       somewhere = first + 1;
     } else {
       nowhere = true;
     }
-    places[k] = {s.seen ? first : kNowhere,
-                 unsigned(s.y.step * s.width) * p.pixel_stride | (s.x.step > 0 ? 0u : 0x80000000u)};
+    places[k] = {s.seen() ? first : kNowhere,
+                 (s.y.step() ? s.columns * p.pixel_stride : 0u) | (s.x.step() ? 0u : 0x80000000u)};
   }
   sum = sum_over<Team>(sum);
   somewhere = max_over<Team>(somewhere);
@@ -112,6 +136,13 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
   }
   __syncwarp();
   return {largest, p.reference_width > 0 ? 1.0f / sum : 1.0f, somewhere > 0};
+}
+
+// What the four corners weigh: above left, above right, below left, below right.
+__device__ __forceinline__ float4 weights_of(const Sample& s, float attention) {
+  const float above = attention * s.y.low_weight(), below = attention * s.y.high_weight();
+  const float left = s.x.low_weight(), right = s.x.high_weight();
+  return {above * left, above * right, below * left, below * right};
 }
 
 // Vector indices of the four corners.

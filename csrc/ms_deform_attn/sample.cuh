@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/floats.h"
 #include "common/ops.h"
@@ -23,10 +24,13 @@ struct Grid {
   int height, width, columns;  // columns: tiles in a row
   int first, first_tile;       // its first query and tile
 };
+// Powers of two are given by their exponents: a block finds its rows without a division.
 struct Tiles {
-  int height, width, heads;  // of a tile; heads: how many a block takes
-  int grids, count;          // count: tiles of all grids
+  int height_bits, width_bits, heads_bits;  // of a tile; heads: how many a block takes
+  int grids, count;                         // count: tiles of all grids
   Grid grid[kMaxLevels];
+
+  DNDETR_CONVERT int rows() const { return 1 << (height_bits + width_bits + heads_bits); }
 };
 
 // What a kernel is given, by value. `padded`: samples rounded up to whole steps of the inner loop.
@@ -39,21 +43,29 @@ struct Problem {
   std::int64_t batch_stride, head_stride;  // in elements
   unsigned pixel_stride;                   // in a lane's vectors
   Array reference, offsets, logits;
+  std::int64_t offsets_stride, logits_stride;  // from a query to the next, in pairs and elements
   const std::int64_t* valid_sizes;
   Tiles tiles;
 };
 
-// Which output row: image, head, and its place in [B, Q] and [B, Q, H].
+// Which output row: its head, and its place in [B, Q] and [B, Q, H].
 struct Row {
-  int image, head;
+  int head;
   std::int64_t query, index;
   bool live;  // others repeat a live row's work and write nothing: lanes of a warp stay together
 };
 
+// Given: the elements of offsets and logits as a kernel was compiled for them, with reference points in float. Mixed: as
+// their arrays say.
+struct Mixed {};
+template <class Given>
 DNDETR_CONVERT float load(const Array& a, std::int64_t i) {
-  if (a.dtype == Dtype::float32) return static_cast<const float*>(a.data)[i];
-  if (a.dtype == Dtype::bfloat16) return widen(static_cast<const BFloat16*>(a.data)[i]);
-  return widen(static_cast<const Float16*>(a.data)[i]);
+  if constexpr (std::is_same_v<Given, Mixed>) {
+    if (a.dtype == Dtype::float32) return load<float>(a, i);
+    return a.dtype == Dtype::bfloat16 ? load<BFloat16>(a, i) : load<Float16>(a, i);
+  } else {
+    return widen(static_cast<const Given*>(a.data)[i]);
+  }
 }
 // Two elements that follow each other, the i-th pair of an array that starts where such a pair may.
 struct Two {
@@ -63,50 +75,75 @@ template <class Element>
 struct alignas(2 * sizeof(Element)) ElementPair {
   Element x, y;
 };
-template <class Element>
-DNDETR_CONVERT Two load_two_of(const void* data, std::int64_t i) {
-  const auto two = static_cast<const ElementPair<Element>*>(data)[i];
-  return {widen(two.x), widen(two.y)};
-}
+template <class Given>
 DNDETR_CONVERT Two load_two(const Array& a, std::int64_t i) {
-  if (a.dtype == Dtype::float32) return load_two_of<float>(a.data, i);
-  if (a.dtype == Dtype::bfloat16) return load_two_of<BFloat16>(a.data, i);
-  return load_two_of<Float16>(a.data, i);
-}
-DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
-  if (a.dtype == Dtype::float32) {
-    static_cast<float*>(a.data)[i] = x;
-  } else if (a.dtype == Dtype::bfloat16) {
-    static_cast<BFloat16*>(a.data)[i] = narrow<BFloat16>(x);
+  if constexpr (std::is_same_v<Given, Mixed>) {
+    if (a.dtype == Dtype::float32) return load_two<float>(a, i);
+    return a.dtype == Dtype::bfloat16 ? load_two<BFloat16>(a, i) : load_two<Float16>(a, i);
   } else {
-    static_cast<Float16*>(a.data)[i] = narrow<Float16>(x);
+    const auto two = static_cast<const ElementPair<Given>*>(a.data)[i];
+    return {widen(two.x), widen(two.y)};
+  }
+}
+template <class Given>
+DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
+  if constexpr (std::is_same_v<Given, Mixed>) {
+    if (a.dtype == Dtype::float32) return store<float>(a, i, x);
+    return a.dtype == Dtype::bfloat16 ? store<BFloat16>(a, i, x) : store<Float16>(a, i, x);
+  } else {
+    static_cast<Given*>(a.data)[i] = narrow<Given>(x);
+  }
+}
+template <class Given>
+DNDETR_CONVERT void store_two(const Array& a, std::int64_t i, Two x) {
+  if constexpr (std::is_same_v<Given, Mixed>) {
+    store<Mixed>(a, 2 * i, x.x), store<Mixed>(a, 2 * i + 1, x.y);
+  } else {
+    static_cast<ElementPair<Given>*>(a.data)[i] = {narrow<Given>(x.x), narrow<Given>(x.y)};
   }
 }
 
-// One coordinate: the two pixels around it, their bilinear weights and the derivatives of these. What is off the image or
-// not valid weighs nothing; in its place the other one is read, if that is seen, else any pixel of the level.
-struct Axis {
-  int pixel, step;  // the second pixel is pixel + step, step 0 or 1
-  float low, high, low_slope, high_slope;
-  bool seen;  // one of the two, at least
+// A level as an image has it, of which `valid` pixels count.
+struct alignas(16) View {
+  float height, width;
+  int valid_height, valid_width;
+  int columns;  // width
+  unsigned first;
 };
 
-DNDETR_CONVERT int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+DNDETR_CONVERT View view_of(const Problem& p, int image, int l) {
+  const Level level = p.level[l];
+  View view{float(level.height), float(level.width), level.height, level.width, level.width, level.first};
+  if (p.valid_sizes) {
+    const std::int64_t* valid = p.valid_sizes + (std::int64_t(image) * p.levels + l) * 2;
+    view.valid_height = int(valid[0] < 0 ? 0 : valid[0] > level.height ? level.height : valid[0]);
+    view.valid_width = int(valid[1] < 0 ? 0 : valid[1] > level.width ? level.width : valid[1]);
+  }
+  return view;
+}
 
-DNDETR_CONVERT Axis axis_at(float x, int size, int valid) {
-  const bool off = x <= -1.0f || x >= float(size);  // false for a NaN, which goes on into the weights
-  const float before = floorf(fminf(fmaxf(x, -1.0f), float(size)));
-  const float part = off ? 0.0f : x - before;
-  const int pixel = int(before), last = valid > 0 ? valid - 1 : 0;
-  const bool has_low = pixel >= 0 && pixel < valid, has_high = !off && pixel + 1 < valid;
+// One coordinate, between the pixels `low` and low + 1: which of them count, and the second one's bilinear weight.
+struct Axis {
+  int low;
+  float part;
+  bool has_low, has_high;
+
+  // The first pixel that is read, and the step to the second, 0 or 1: in the place of one that does not count, the other.
+  DNDETR_CONVERT int pixel() const { return has_low ? low : low + 1; }
+  DNDETR_CONVERT bool step() const { return has_low && has_high; }
+  DNDETR_CONVERT bool seen() const { return has_low || has_high; }
+  DNDETR_CONVERT float low_weight() const { return has_low ? 1.0f - part : 0.0f; }
+  DNDETR_CONVERT float high_weight() const { return has_high ? part : 0.0f; }
+};
+
+// x in pixels of which there are `size`. A NaN lies before the first one, and goes on into the weights.
+DNDETR_CONVERT Axis axis_at(float x, float size, int valid) {
+  const float before = floorf(fminf(fmaxf(x, -1.0f), size));
   Axis axis;
-  axis.pixel = clamp(pixel, 0, last);
-  axis.step = clamp(pixel + 1, 0, last) - axis.pixel;
-  axis.low = has_low ? 1.0f - part : 0.0f;
-  axis.high = has_high ? part : 0.0f;
-  axis.low_slope = has_low ? -1.0f : 0.0f;
-  axis.high_slope = has_high ? 1.0f : 0.0f;
-  axis.seen = has_low || has_high;
+  axis.low = int(before);
+  axis.part = x - before;
+  axis.has_low = unsigned(axis.low) < unsigned(valid);
+  axis.has_high = !(x <= -1.0f) && axis.low + 1 < valid;
   return axis;
 }
 
@@ -115,45 +152,47 @@ struct Affine {
   Two start, scale;
 };
 
-DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int l, const Level& level) {
-  const float width = float(level.width), height = float(level.height);
-  if (p.reference_width == 0) return {{-0.5f, -0.5f}, {width, height}};
+template <class Given>
+DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int l, const View& level) {
+  if (p.reference_width == 0) return {{-0.5f, -0.5f}, {level.width, level.height}};
+  using Reference = std::conditional_t<std::is_same_v<Given, Mixed>, Mixed, float>;
   const std::int64_t at = (row.query * p.levels + l) * (p.reference_width / 2);
-  const Two centre = load_two(p.reference, at);
-  const Two start{centre.x * width - 0.5f, centre.y * height - 0.5f};
+  const Two centre = load_two<Reference>(p.reference, at);
+  const Two start{centre.x * level.width - 0.5f, centre.y * level.height - 0.5f};
   if (p.reference_width == 2) return {start, {1.0f, 1.0f}};
-  const Two size = load_two(p.reference, at + 1);
+  const Two size = load_two<Reference>(p.reference, at + 1);
   const float half = 0.5f / float(p.points);
-  return {start, {size.x * width * half, size.y * height * half}};
+  return {start, {size.x * level.width * half, size.y * level.height * half}};
 }
+
+// Where a row's offsets, as pairs, and its logits start; those of its gradients, too.
+DNDETR_CONVERT std::int64_t first_offset(const Problem& p, const Row& row) {
+  return row.query * p.offsets_stride + row.head * p.samples;
+}
+DNDETR_CONVERT std::int64_t first_logit(const Problem& p, const Row& row) {
+  return row.query * p.logits_stride + row.head * p.samples;
+}
+DNDETR_CONVERT int level_of(const Problem& p, int k) { return int(unsigned(k) * p.per_level >> 16); }
 
 struct Sample {
   Axis x, y;
-  bool seen;
-  float scale_x, scale_y;
-  int width;
-  unsigned pixel;  // of the upper left corner, from the first level's first
+  unsigned pixel;    // that is read first, the upper left one, from the first level's first
+  unsigned columns;  // pixels to the one below
+
+  DNDETR_CONVERT bool seen() const { return x.seen() && y.seen(); }
 };
 
-DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k) {
-  const int l = int(unsigned(k) * p.per_level >> 16);
-  const Level level = p.level[l];
-  int height = level.height, width = level.width;
-  if (p.valid_sizes) {
-    const std::int64_t* valid = p.valid_sizes + (std::int64_t(row.image) * p.levels + l) * 2;
-    height = int(valid[0] < 0 ? 0 : valid[0] > height ? height : valid[0]);
-    width = int(valid[1] < 0 ? 0 : valid[1] > width ? width : valid[1]);
-  }
-  const Affine affine = affine_of(p, row, l, level);
-  const Two offset = load_two(p.offsets, row.index * p.samples + k);
+template <class Given>
+DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k, const View* views) {
+  const int l = level_of(p, k);
+  const View level = views[l];
+  const Affine affine = affine_of<Given>(p, row, l, level);
+  const Two offset = load_two<Given>(p.offsets, first_offset(p, row) + k);
   Sample s;
-  s.x = axis_at(affine.start.x + affine.scale.x * offset.x, level.width, width);
-  s.y = axis_at(affine.start.y + affine.scale.y * offset.y, level.height, height);
-  s.seen = s.x.seen && s.y.seen;
-  s.scale_x = affine.scale.x;
-  s.scale_y = affine.scale.y;
-  s.width = level.width;
-  s.pixel = level.first + unsigned(s.y.pixel) * unsigned(level.width) + unsigned(s.x.pixel);
+  s.x = axis_at(affine.start.x + affine.scale.x * offset.x, level.width, level.valid_width);
+  s.y = axis_at(affine.start.y + affine.scale.y * offset.y, level.height, level.valid_height);
+  s.columns = unsigned(level.columns);
+  s.pixel = level.first + unsigned(s.y.pixel()) * s.columns + unsigned(s.x.pixel());
   return s;
 }
 
@@ -163,12 +202,14 @@ struct SampleGrad {
   float weight, x, y;
 };
 
-DNDETR_CONVERT SampleGrad differentiate(const Sample& s, float d00, float d01, float d10, float d11) {
-  if (!s.seen) return {0, 0, 0};  // whatever pixel was read
-  const float above = s.x.low * d00 + s.x.high * d01, below = s.x.low * d10 + s.x.high * d11;
-  const float across = s.y.low * (s.x.low_slope * d00 + s.x.high_slope * d01) +
-                       s.y.high * (s.x.low_slope * d10 + s.x.high_slope * d11);
-  return {s.y.low * above + s.y.high * below, across, s.y.low_slope * above + s.y.high_slope * below};
+DNDETR_CONVERT SampleGrad differentiate(const Axis& x, const Axis& y, float d00, float d01, float d10, float d11) {
+  if (!(x.seen() && y.seen())) return {0, 0, 0};
+  // What does not count is zero, whatever was read in its place.
+  d00 = x.has_low && y.has_low ? d00 : 0.0f, d01 = x.has_high && y.has_low ? d01 : 0.0f;
+  d10 = x.has_low && y.has_high ? d10 : 0.0f, d11 = x.has_high && y.has_high ? d11 : 0.0f;
+  const float across_above = d01 - d00, across_below = d11 - d10;
+  const float above = d00 + x.part * across_above, below = d10 + x.part * across_below;
+  return {above + y.part * (below - above), across_above + y.part * (across_below - across_above), below - above};
 }
 
 }  // namespace dndetr::deform

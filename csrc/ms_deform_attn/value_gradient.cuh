@@ -35,8 +35,8 @@ struct Corner {
   DNDETR_CONVERT int down() const { return int(bits >> 31); }
 };
 DNDETR_CONVERT Corner corner_of(const Sample& s) {
-  return {std::uint32_t(s.x.pixel) | std::uint32_t(s.y.pixel) << 15 | (s.x.step > 0 ? 1u << 30 : 0u) |
-          (s.y.step > 0 ? 1u << 31 : 0u)};
+  return {std::uint32_t(s.x.pixel()) | std::uint32_t(s.y.pixel()) << 15 | (s.x.step() ? 1u << 30 : 0u) |
+          (s.y.step() ? 1u << 31 : 0u)};
 }
 
 // Where the matrix has a query's weight in a pixel of the window: what is read together does not share banks.
@@ -49,6 +49,7 @@ struct TileMemory {
 
   alignas(16) float matrix[kWindow * kWindow * kQueries];
   alignas(16) Element gradients[kQueries * row];
+  View views[kMaxLevels];
   float inverse[kQueries];    // of the softmax's sum
   bool finite[kQueries];      // the gradient
   int sums[kMaxLevels][3];    // over a level's samples: x, y, one
@@ -108,7 +109,7 @@ __device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, 
 }
 
 // to: float [B, S, H, Width]. Launched only as compiled for sm_80 or later: before, there are no such products.
-template <class Element, int Width>
+template <class Element, int Width, class Given>
 __global__ void __launch_bounds__(kValueThreads, 2)
     value_gradient(const Problem p, const Element* __restrict__ grad_out, float* __restrict__ to) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -120,16 +121,17 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   Corner* const corners = reinterpret_cast<Corner*>(weights + kQueries * apart);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, query = thread / kTeam, member = thread % kTeam;
 
-  const Row row = row_at(p, query);
-  const float largest = largest_logit<kTeam>(p, row, member);
+  const Block block = block_at(p);
+  look(p, block, tile.views);
+  const Row row = row_at(p, block, query);
+  const float largest = largest_logit<kTeam, Given>(p, row, member);
   float sum = 0;
 #pragma unroll 1
   for (int k = member; k < p.samples; k += kTeam) {
-    const Sample s = sample_at(p, row, k);
-    const float attention = row.live ? attention_at(p, row, k, largest) : 0.0f;
-    const float above = attention * s.y.low, below = attention * s.y.high;
+    const Sample s = sample_at<Given>(p, row, k, tile.views);
+    const float attention = row.live ? attention_at<Given>(p, row, k, largest) : 0.0f;
     sum += attention;
-    weights[query * apart + k] = {above * s.x.low, above * s.x.high, below * s.x.low, below * s.x.high};
+    weights[query * apart + k] = weights_of(s, attention);
     corners[query * apart + k] = corner_of(s);
   }
   sum = sum_over<kTeam>(sum);
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   __syncthreads();
 
   const unsigned stride = unsigned(p.heads) * Width;
-  float* const image = to + row.image * p.batch_stride + row.head * p.head_stride;
+  float* const image = to + block.image * p.batch_stride + row.head * p.head_stride;
 #pragma unroll 1
   for (int l = 0; l < p.levels; ++l) {
     const Level level = p.level[l];

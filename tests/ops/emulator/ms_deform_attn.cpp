@@ -36,7 +36,7 @@ void run_value_gradient(const DeformAttn& p, const void* grad_out, void* to) {
   // Garbage, and bounds: nothing is zero in advance, and nothing beyond what was asked for may change.
   std::fill(std::begin(deform::shared), std::end(deform::shared), float4{-7, -7, -7, -7});
   emulator::launch(plan.blocks, plan.threads, [&] {
-    deform::value_gradient<Element, Width>(plan.problem, static_cast<const Element*>(grad_out), static_cast<float*>(to));
+    deform::value_gradient<Element, Width, deform::Mixed>(plan.problem, static_cast<const Element*>(grad_out), static_cast<float*>(to));
   });
   for (std::size_t i = (plan.shared + 15) / 16; i < std::size(deform::shared); ++i) {
     if (deform::shared[i].x != -7) throw std::runtime_error("a write outside of shared memory");
