@@ -65,6 +65,18 @@ __device__ __forceinline__ unsigned max_over(unsigned x) {
   return x;
 }
 
+// Two to the x; zero where that is no normal number.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0.0f : result;  // a NaN stays
+#endif
+}
+
 // The smallest number of a warp, on every lane: one instruction from sm_80 on (REDUX), five shuffles before.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define WITHOUT_REDUX

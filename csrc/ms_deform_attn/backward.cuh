@@ -1,7 +1,7 @@
 // Deformable attention on a GPU, backward: everything is recomputed from the inputs, in one pass over the samples.
 //
 // Per corner a lane spreads channels of the output's gradient to the gradient of value (a vector reduction in global
-// memory; not where value_gradient.cuh does it), and dots its own with the corner. The dots of a step are summed over the
+// memory), and dots its own with the corner. The dots of a step are summed over the
 // lanes, each lane keeping its share; once a row is done, its team turns them into the gradients of offsets, logits and
 // reference points.
 #pragma once
@@ -19,49 +19,56 @@ struct Outputs {
   const float* fixed_point;
 };
 
-// Float sums depend on their order; those of whole numbers do not, whatever the order of the blocks.
+// Adds to the gradient of value. Float sums depend on their order; those of whole numbers do not, whatever the order of the
+// blocks.
+template <bool Fixed>
+__device__ __forceinline__ void add_four(void* to, std::int64_t place, float a, float b, float c, float d, float unit) {
+  if constexpr (Fixed) {
+    unsigned long long* const sums = static_cast<unsigned long long*>(to) + place;
+    const float added[4] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) atomicAdd(sums + i, static_cast<unsigned long long>(__float2ll_rn(added[i] * unit)));
+  } else {
+    add_quad(static_cast<float*>(to) + place, a, b, c, d);
+  }
+}
 // Apart: elements between a lane's quads.
 template <bool Fixed, int Apart, int N>
 __device__ __forceinline__ void spread(void* to, std::int64_t place, const float (&grad)[N], float weight, float unit) {
-  if constexpr (Fixed) {
-    unsigned long long* const sums = static_cast<unsigned long long*>(to) + place;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      atomicAdd(sums + i / 4 * Apart + i % 4, static_cast<unsigned long long>(__float2ll_rn(weight * grad[i] * unit)));
-    }
-  } else {
-    float* const sums = static_cast<float*>(to) + place;
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      add_quad(sums + i / 4 * Apart, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3]);
-    }
+  for (int i = 0; i < N; i += 4) {
+    add_four<Fixed>(to, place + i / 4 * Apart, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2],
+                    weight * grad[i + 3], unit);
   }
 }
 
-// From the dots of a row, of the gradient divided by the softmax's sum, to its gradients. read(k, dots) has a sample's axes
-// and its attention weight before the division; what is kept of it takes the place of its dots.
+// From the dots of a row to its gradients. `scale` times a dot is that of the gradient divided by the softmax's sum. read(k)
+// has a sample's axes and its attention weight before the division.
 template <int Team, class Given, class Read>
 __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, const Row& row, const View* views,
-                                       const Softmax& softmax, int lane, float4* dots, const Read& read) {
+                                       const Softmax& softmax, float scale, int lane, float4* dots,
+                                       const Read& read) {
+  const Array offsets = advance<Given>(grads.offsets, first_offset(p, row.query, row.head));
+  const Array logits = advance<Given>(grads.logits, first_logit(p, row.query, row.head));
   float mean = 0;
 #pragma unroll 1
   for (int k = lane; k < p.samples; k += Team) {
     const float4 d = dots[k];
     const auto [x_axis, y_axis, attention] = read(k);
     const SampleGrad grad = differentiate(x_axis, y_axis, d.x, d.y, d.z, d.w);
-    const float x = attention * grad.x, y = attention * grad.y;
+    const float weight = scale * grad.weight, x = attention * (scale * grad.x), y = attention * (scale * grad.y);
     const int l = level_of(p, k);
-    const Two scale = affine_of<Given>(p, row, l, views[l]).scale;
-    if (row.live) store_two<Given>(grads.offsets, first_offset(p, row) + k, {x * scale.x, y * scale.y});
-    mean += attention * grad.weight;
-    dots[k] = {grad.weight, attention, x, y};
+    const Two pixels = affine_of<Given>(p, row, l, views[l]).scale;
+    if (row.live) store_two<Given>(offsets, k, {x * pixels.x, y * pixels.y});
+    mean += attention * weight;
+    dots[k] = {weight, attention, x, y};
   }
   mean = sum_over<Team>(mean) * softmax.inverse;
 #pragma unroll 1
   for (int k = lane; k < p.samples; k += Team) {
     const float weight = dots[k].x;
-    const float grad = p.reference_width > 0 ? dots[k].y * (weight - mean) : weight;
-    if (row.live) store<Given>(grads.logits, first_logit(p, row) + k, grad);
+    const float grad = has_reference<Given>(p) ? dots[k].y * (weight - mean) : weight;
+    if (row.live) store<Given>(logits, k, grad);
   }
   if (grads.reference.data == nullptr) return;
   __syncwarp();
@@ -70,7 +77,7 @@ __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, c
     float moved_x = 0, moved_y = 0, grown_x = 0, grown_y = 0;
 #pragma unroll 1
     for (int k = l * p.points; k < (l + 1) * p.points; ++k) {
-      const Two offset = load_two<Given>(p.offsets, first_offset(p, row) + k);
+      const Two offset = load_two<Given>(row.offsets, k);
       moved_x += dots[k].z, moved_y += dots[k].w;
       grown_x += dots[k].z * offset.x, grown_y += dots[k].w * offset.y;
     }
@@ -89,8 +96,7 @@ struct Moment {
   float attention;
 };
 
-// Spread: also the gradient of value.
-template <class Element, int Width, bool Split, bool Fixed, bool Spread>
+template <class Element, int Width, bool Split, bool Fixed>
 __global__ void __launch_bounds__(kThreads, 5)
     backward(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
   using M = Mapping<Element, Width>;
@@ -112,14 +118,14 @@ __global__ void __launch_bounds__(kThreads, 5)
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
-    const Row row = row_at(p, block, first + team);
+    const Row row = row_at<Mixed>(p, block, first + team);
     const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
     const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
-    const std::int64_t head = block.image * p.batch_stride + row.head * p.head_stride;
+    const std::int64_t image = block.image * p.batch_stride;
     for (int start = 0; start < width; start += M::lanes * M::vector) {
       const int channel = start + channel_lane * M::vector;
       const bool inside = Width > 0 || channel < width;
-      const std::int64_t from = head + (inside ? channel : width - M::vector);
+      const std::int64_t from = image + (inside ? channel : width - M::vector);
       const Channels* const base = reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + from);
       const Channels given =
           load_vector(reinterpret_cast<const Channels*>(grad_out + row.index * width + (inside ? channel : 0)));
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 5)
       const int quad = kQuads > 1 ? start + channel_lane * 4 : inside ? channel : width - 4;
       float quads[M::vector];
 #pragma unroll
-      for (int q = 0; q < kQuads && Spread; ++q) {
+      for (int q = 0; q < kQuads; ++q) {
         const auto part4 = load_vector(
             reinterpret_cast<const Vector<Element, 4>*>(grad_out + row.index * width + quad + q * kApart));
 #pragma unroll
@@ -159,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, 5)
 #pragma unroll
             for (int i = 0; i < M::vector; ++i) sum += grad[i] * channels[i];
             dot[u * 4 + c] = sum;
-            if (Spread && weight[c] != 0.0f && inside) {
-              spread<Fixed, kApart>(grads.value, head + quad + std::int64_t(a[u].at[c]) * M::vector, quads, weight[c], unit);
+            if (weight[c] != 0.0f && inside) {
+              spread<Fixed, kApart>(grads.value, image + quad + std::int64_t(a[u].at[c]) * M::vector, quads, weight[c], unit);
             }
           }
         }
@@ -172,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 5)
       }
     }
     __syncwarp();
-    finish<kTeam, Mixed>(p, grads, row, views, softmax, lane, dots, [&](int k) {
+    finish<kTeam, Mixed>(p, grads, row, views, softmax, 1.0f, lane, dots, [&](int k) {
       const Sample s = sample_at<Mixed>(p, row, k, views);
       return Moment{s.x, s.y, attention_at<Mixed>(p, row, k, softmax.largest)};
     });

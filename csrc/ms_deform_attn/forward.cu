@@ -21,6 +21,15 @@ void ms_deform_attn_cuda(const DeformAttn& p, Array out, Stream stream) {
         return run(deform::forward<Element, width.value, true>, M::split);
       }
     }
+    if constexpr (deform::has_half_kernels<Element, width.value>) {
+      if (deform::has_half_weights<Element>(p) && launch.compiled_for(deform::half_forward<Element, deform::Mixed>) >= 80) {
+        return deform::with_given<Element>(p, [&](auto given) {
+          const deform::Plan plan = deform::half_plan_for(p, 4, 1);
+          deform::half_forward<Element, decltype(given)>
+              <<<plan.blocks, plan.threads, plan.shared, launch.stream()>>>(plan.problem, static_cast<Element*>(out.data));
+        });
+      }
+    }
     run(deform::forward<Element, width.value, false>, 1);
   });
   launch.check();

@@ -23,11 +23,10 @@ __global__ void __launch_bounds__(kThreads, 8) forward(const Problem p, Element*
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
-    const Row row = row_at(p, block, first + team);
+    const Row row = row_at<Mixed>(p, block, first + team);
     const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
     const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
-    const Element* const image =
-        static_cast<const Element*>(p.value) + block.image * p.batch_stride + row.head * p.head_stride;
+    const Element* const image = static_cast<const Element*>(p.value) + block.image * p.batch_stride;
     for (int channel = lane % M::lanes * M::vector; channel - lane % M::lanes * M::vector < width;
          channel += M::lanes * M::vector) {
       // Lanes past the last channel repeat it.

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "rows.cuh"
+#include "half.cuh"
 #include "value_gradient.cuh"
 
 namespace dndetr::deform {
@@ -82,14 +82,16 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
     pixels += std::int64_t(p.shapes[2 * l]) * p.shapes[2 * l + 1];
   }
   k.value = p.value.data;
-  k.batch_stride = p.batch_stride, k.head_stride = p.head_stride;
-  k.pixel_stride = unsigned(p.pixel_stride / vector);
-  if (p.pixel_stride % vector != 0 || pixels * (p.pixel_stride / vector) >= std::int64_t(1) << 31) {
-    throw std::invalid_argument("ms_deform_attn: value's pixels are " + std::to_string(p.pixel_stride) +
+  k.batch_stride = p.batch_stride;
+  k.pixel_stride = unsigned(p.pixel_stride / vector), k.head_stride = unsigned(p.head_stride / vector);
+  const std::int64_t extent = pixels * p.pixel_stride + p.heads * p.head_stride;
+  if (p.pixel_stride % vector != 0 || p.head_stride % vector != 0 || extent / vector >= std::int64_t(1) << 31) {
+    throw std::invalid_argument("ms_deform_attn: value's pixels are " + std::to_string(p.pixel_stride) + " and its heads " +
+                                std::to_string(p.head_stride) +
                                 " elements apart, which is not aligned, or too many for one image");
   }
   k.reference = p.reference, k.offsets = p.offsets, k.logits = p.logits;
-  k.offsets_stride = std::int64_t(k.heads) * k.samples, k.logits_stride = std::int64_t(k.heads) * k.samples;
+  k.offsets_stride = std::int64_t(k.heads) * k.samples * 2, k.logits_stride = std::int64_t(k.heads) * k.samples;
   k.valid_sizes = p.valid_sizes;
   const std::size_t row = samples_in_shared(k) * (slots * sizeof(float4) + sizeof(Place));
   for (plan.threads = kThreads; kViews + plan.threads / team * row > 48 * 1024;) plan.threads /= 2;
@@ -98,6 +100,11 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
   k.tiles = tiles_for(p, pixels, teams, p.value.dtype == Dtype::float32 ? 4 : 2);
   plan.blocks = blocks_of(k);
   return plan;
+}
+
+// The same for the kernels of half.cuh. vector: channels of a lane.
+inline Plan half_plan_for(const DeformAttn& p, int vector, int slots) {
+  return plan_for(p, vector, kBatchTeam, kSamples / kStep, slots);
 }
 
 // The same for `value_gradient`: a block per tile and head.
@@ -119,6 +126,22 @@ inline bool has_tiles(const DeformAttn& p) {
     pixels += std::int64_t(p.shapes[2 * l]) * p.shapes[2 * l + 1];
   }
   return p.queries == pixels && p.reference_width > 0;
+}
+
+// Whether half.cuh's forward kernel may run: of float16 the weights must be those of a softmax, in its range.
+template <class Element>
+bool has_half_weights(const DeformAttn& p) {
+  return std::is_same_v<Element, BFloat16> || p.reference_width > 0;
+}
+
+// Calls run with the type for which offsets and logits are compiled: bfloat16 as under autocast, or as they come.
+template <class Element, class Run>
+void with_given(const DeformAttn& p, const Run& run) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    const bool alike = p.offsets.dtype == Dtype::bfloat16 && p.logits.dtype == Dtype::bfloat16;
+    if (alike && p.reference_width > 0 && p.reference.dtype == Dtype::float32) return run(Element{});
+  }
+  run(Mixed{});
 }
 
 // Whether rows alone would leave more than half of the GPU empty.

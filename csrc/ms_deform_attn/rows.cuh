@@ -24,7 +24,7 @@ struct Mapping {
 // Where a prepared sample reads, in shared memory, beside the weights of its corners times that of its (unnormalised)
 // attention; rows are `samples_in_shared` apart, an odd number, so that they do not share banks.
 struct Place {
-  unsigned first;  // vector index of the upper left corner
+  unsigned first;  // vector index of the upper left corner in the image
   unsigned steps;  // to the row below, in vectors; the top bit is set if there is no step to the right
 };
 
@@ -55,6 +55,7 @@ __device__ __forceinline__ Block block_at(const Problem& p) {
 }
 
 // The row that number `i` of a block stands for; heads alternate fastest.
+template <class Given>
 __device__ __forceinline__ Row row_at(const Problem& p, const Block& block, int i) {
   const int place = i >> p.tiles.heads_bits;
   const int y = block.y + (place >> p.tiles.width_bits), x = block.x + (place & ((1 << p.tiles.width_bits) - 1));
@@ -63,6 +64,9 @@ __device__ __forceinline__ Row row_at(const Problem& p, const Block& block, int 
   row.head = block.head + (i & ((1 << p.tiles.heads_bits) - 1));
   row.query = block.query + (row.live ? y * block.width + x : 0);
   row.index = row.query * p.heads + row.head;
+  row.reference = advance<Reference<Given>>(p.reference, row.query * (p.levels * p.reference_width));
+  row.offsets = advance<Given>(p.offsets, first_offset(p, row.query, row.head));
+  row.logits = advance<Given>(p.logits, first_logit(p, row.query, row.head));
   return row;
 }
 
@@ -85,17 +89,17 @@ struct Softmax {
 // A sample's weight before the division by the sum.
 template <class Given>
 __device__ __forceinline__ float attention_at(const Problem& p, const Row& row, int k, float largest) {
-  const float x = load<Given>(p.logits, first_logit(p, row) + k);
-  return p.reference_width > 0 ? exp2f((x - largest) * 1.44269504f) : x;
+  const float x = load<Given>(row.logits, k);
+  return has_reference<Given>(p) ? exp2_of((x - largest) * 1.44269504f) : x;
 }
 
 // The largest logit of a row, 0 where what is given are weights, by the `Team` lanes that share it.
 template <int Team, class Given>
 __device__ __forceinline__ float largest_logit(const Problem& p, const Row& row, int lane) {
-  if (p.reference_width == 0) return 0.0f;
+  if (!has_reference<Given>(p)) return 0.0f;
   float largest = -INFINITY;
 #pragma unroll 1
-  for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load<Given>(p.logits, first_logit(p, row) + k));
+  for (int k = lane; k < p.samples; k += Team) largest = fmaxf(largest, load<Given>(row.logits, k));
   return max_over<Team>(largest);
 }
 
@@ -110,14 +114,14 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
   constexpr unsigned kNowhere = 0xffffffffu;
   unsigned somewhere = 0;  // one more than a place that is seen
   bool nowhere = false;
+  int k = lane;
 #pragma unroll 1  // most teams prepare one or two samples a lane
-  for (int k = lane; k < p.padded; k += Team) {
-    const int real = k < p.samples ? k : p.samples - 1;
-    const Sample s = sample_at<Given>(p, row, real, views);
-    const float attention = k == real && row.live ? attention_at<Given>(p, row, real, largest) : 0.0f;
+  for (; k < p.samples; k += Team) {
+    const Sample s = sample_at<Given>(p, row, k, views);
+    const float x = attention_at<Given>(p, row, k, largest), attention = row.live ? x : 0.0f;
     sum += attention;
     keep(k, s, attention);
-    const unsigned first = s.pixel * p.pixel_stride;
+    const unsigned first = s.pixel * p.pixel_stride + unsigned(row.head) * p.head_stride;
     if (s.seen()) {
       somewhere = first + 1;
     } else {
@@ -126,16 +130,22 @@ __device__ __forceinline__ Softmax prepare(const Problem& p, const Row& row, int
     places[k] = {s.seen() ? first : kNowhere,
                  (s.y.step() ? s.columns * p.pixel_stride : 0u) | (s.x.step() ? 0u : 0x80000000u)};
   }
+#pragma unroll 1
+  for (; k < p.padded; k += Team) {
+    keep(k, Sample{}, 0.0f);
+    places[k].first = kNowhere;
+    nowhere = true;
+  }
   sum = sum_over<Team>(sum);
   somewhere = max_over<Team>(somewhere);
   if (nowhere) {
 #pragma unroll 1
-    for (int k = lane; k < p.padded; k += Team) {
+    for (k = lane; k < p.padded; k += Team) {
       if (places[k].first == kNowhere) places[k] = {somewhere > 0 ? somewhere - 1 : 0, 0x80000000u};
     }
   }
   __syncwarp();
-  return {largest, p.reference_width > 0 ? 1.0f / sum : 1.0f, somewhere > 0};
+  return {largest, has_reference<Given>(p) ? 1.0f / sum : 1.0f, somewhere > 0};
 }
 
 // What the four corners weigh: above left, above right, below left, below right.

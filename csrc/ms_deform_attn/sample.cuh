@@ -40,27 +40,46 @@ struct Problem {
   unsigned per_level;  // 2^16 / points, rounded up: a sample's level is its number times that, by 2^16
   Level level[kMaxLevels];
   const void* value;
-  std::int64_t batch_stride, head_stride;  // in elements
-  unsigned pixel_stride;                   // in a lane's vectors
+  std::int64_t batch_stride;           // in elements
+  unsigned pixel_stride, head_stride;  // in a lane's vectors
   Array reference, offsets, logits;
-  std::int64_t offsets_stride, logits_stride;  // from a query to the next, in pairs and elements
+  std::int64_t offsets_stride, logits_stride;  // elements from a query to the next
   const std::int64_t* valid_sizes;
   Tiles tiles;
 };
 
-// Which output row: its head, and its place in [B, Q] and [B, Q, H].
+// Which output row: its head, and its place in [B, Q] and [B, Q, H]. Arrays start with what is the row's.
 struct Row {
   int head;
   std::int64_t query, index;
   bool live;  // others repeat a live row's work and write nothing: lanes of a warp stay together
+  Array reference, offsets, logits;
 };
 
-// Given: the elements of offsets and logits as a kernel was compiled for them, with reference points in float. Mixed: as
-// their arrays say.
+// Given: the elements of offsets and logits as a kernel was compiled for them, with reference points in float. Mixed: all as
+// their arrays say, and there may be no reference points.
 struct Mixed {};
 template <class Given>
-DNDETR_CONVERT float load(const Array& a, std::int64_t i) {
-  if constexpr (std::is_same_v<Given, Mixed>) {
+constexpr bool is_mixed = std::is_same_v<Given, Mixed>;
+template <class Given>
+using Reference = std::conditional_t<is_mixed<Given>, Mixed, float>;
+template <class Given>
+DNDETR_CONVERT bool has_reference(const Problem& p) {
+  return !is_mixed<Given> || p.reference_width > 0;
+}
+
+// The array from element i on.
+template <class Given>
+DNDETR_CONVERT Array advance(const Array& a, std::int64_t i) {
+  if constexpr (is_mixed<Given>) {
+    return {static_cast<char*>(a.data) + i * (a.dtype == Dtype::float32 ? 4 : 2), a.dtype};
+  } else {
+    return {static_cast<Given*>(a.data) + i, a.dtype};
+  }
+}
+template <class Given>
+DNDETR_CONVERT float load(const Array& a, int i) {
+  if constexpr (is_mixed<Given>) {
     if (a.dtype == Dtype::float32) return load<float>(a, i);
     return a.dtype == Dtype::bfloat16 ? load<BFloat16>(a, i) : load<Float16>(a, i);
   } else {
@@ -76,8 +95,8 @@ struct alignas(2 * sizeof(Element)) ElementPair {
   Element x, y;
 };
 template <class Given>
-DNDETR_CONVERT Two load_two(const Array& a, std::int64_t i) {
-  if constexpr (std::is_same_v<Given, Mixed>) {
+DNDETR_CONVERT Two load_two(const Array& a, int i) {
+  if constexpr (is_mixed<Given>) {
     if (a.dtype == Dtype::float32) return load_two<float>(a, i);
     return a.dtype == Dtype::bfloat16 ? load_two<BFloat16>(a, i) : load_two<Float16>(a, i);
   } else {
@@ -86,8 +105,8 @@ DNDETR_CONVERT Two load_two(const Array& a, std::int64_t i) {
   }
 }
 template <class Given>
-DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
-  if constexpr (std::is_same_v<Given, Mixed>) {
+DNDETR_CONVERT void store(const Array& a, int i, float x) {
+  if constexpr (is_mixed<Given>) {
     if (a.dtype == Dtype::float32) return store<float>(a, i, x);
     return a.dtype == Dtype::bfloat16 ? store<BFloat16>(a, i, x) : store<Float16>(a, i, x);
   } else {
@@ -95,8 +114,8 @@ DNDETR_CONVERT void store(const Array& a, std::int64_t i, float x) {
   }
 }
 template <class Given>
-DNDETR_CONVERT void store_two(const Array& a, std::int64_t i, Two x) {
-  if constexpr (std::is_same_v<Given, Mixed>) {
+DNDETR_CONVERT void store_two(const Array& a, int i, Two x) {
+  if constexpr (is_mixed<Given>) {
     store<Mixed>(a, 2 * i, x.x), store<Mixed>(a, 2 * i + 1, x.y);
   } else {
     static_cast<ElementPair<Given>*>(a.data)[i] = {narrow<Given>(x.x), narrow<Given>(x.y)};
@@ -136,12 +155,19 @@ struct Axis {
   DNDETR_CONVERT float high_weight() const { return has_high ? part : 0.0f; }
 };
 
+DNDETR_CONVERT int floor_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float2int_rd(x);
+#else
+  return int(std::floor(x));
+#endif
+}
+
 // x in pixels of which there are `size`. A NaN lies before the first one, and goes on into the weights.
 DNDETR_CONVERT Axis axis_at(float x, float size, int valid) {
-  const float before = floorf(fminf(fmaxf(x, -1.0f), size));
   Axis axis;
-  axis.low = int(before);
-  axis.part = x - before;
+  axis.low = floor_of(fminf(fmaxf(x, -1.0f), size));
+  axis.part = x - float(axis.low);
   axis.has_low = unsigned(axis.low) < unsigned(valid);
   axis.has_high = !(x <= -1.0f) && axis.low + 1 < valid;
   return axis;
@@ -154,23 +180,22 @@ struct Affine {
 
 template <class Given>
 DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int l, const View& level) {
-  if (p.reference_width == 0) return {{-0.5f, -0.5f}, {level.width, level.height}};
-  using Reference = std::conditional_t<std::is_same_v<Given, Mixed>, Mixed, float>;
-  const std::int64_t at = (row.query * p.levels + l) * (p.reference_width / 2);
-  const Two centre = load_two<Reference>(p.reference, at);
+  if (!has_reference<Given>(p)) return {{-0.5f, -0.5f}, {level.width, level.height}};
+  const int at = p.reference_width == 4 ? 2 * l : l;
+  const Two centre = load_two<Reference<Given>>(row.reference, at);
   const Two start{centre.x * level.width - 0.5f, centre.y * level.height - 0.5f};
   if (p.reference_width == 2) return {start, {1.0f, 1.0f}};
-  const Two size = load_two<Reference>(p.reference, at + 1);
+  const Two size = load_two<Reference<Given>>(row.reference, at + 1);
   const float half = 0.5f / float(p.points);
   return {start, {size.x * level.width * half, size.y * level.height * half}};
 }
 
-// Where a row's offsets, as pairs, and its logits start; those of its gradients, too.
-DNDETR_CONVERT std::int64_t first_offset(const Problem& p, const Row& row) {
-  return row.query * p.offsets_stride + row.head * p.samples;
+// Where a row's offsets and logits start.
+DNDETR_CONVERT std::int64_t first_offset(const Problem& p, std::int64_t query, int head) {
+  return query * p.offsets_stride + head * p.samples * 2;
 }
-DNDETR_CONVERT std::int64_t first_logit(const Problem& p, const Row& row) {
-  return row.query * p.logits_stride + row.head * p.samples;
+DNDETR_CONVERT std::int64_t first_logit(const Problem& p, std::int64_t query, int head) {
+  return query * p.logits_stride + head * p.samples;
 }
 DNDETR_CONVERT int level_of(const Problem& p, int k) { return int(unsigned(k) * p.per_level >> 16); }
 
@@ -187,7 +212,7 @@ DNDETR_CONVERT Sample sample_at(const Problem& p, const Row& row, int k, const V
   const int l = level_of(p, k);
   const View level = views[l];
   const Affine affine = affine_of<Given>(p, row, l, level);
-  const Two offset = load_two<Given>(p.offsets, first_offset(p, row) + k);
+  const Two offset = load_two<Given>(row.offsets, k);
   Sample s;
   s.x = axis_at(affine.start.x + affine.scale.x * offset.x, level.width, level.valid_width);
   s.y = axis_at(affine.start.y + affine.scale.y * offset.y, level.height, level.valid_height);

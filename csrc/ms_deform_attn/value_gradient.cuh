@@ -7,12 +7,10 @@
 // A corner outside of the window is added there directly.
 #pragma once
 
+#include "backward.cuh"
 #include "common/mma.cuh"
-#include "rows.cuh"
 
 namespace dndetr::deform {
-
-extern __shared__ float4 shared[];
 
 constexpr int kWindow = 16;              // pixels, both ways
 constexpr int kTile = 8;                 // queries, both ways
@@ -78,9 +76,9 @@ __host__ __device__ constexpr int channel_of(int part, int column) {
 
 // Adds what lanes of a warp have outside of the window to global memory: four samples at a time, by eight lanes each.
 // far: which of a sample's four corners, a bit each.
-template <class Element, int Width>
-__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, float* map, unsigned apart, int width,
-                                        unsigned far, Corner corner, const float (&weight)[4]) {
+template <bool Fixed, class Element, int Width>
+__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, void* to, std::int64_t map, unsigned apart,
+                                        int width, unsigned far, Corner corner, const float (&weight)[4], float unit) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (32 / kTeam);
   for (unsigned left = __ballot_sync(kWarp, far != 0); left != 0;) {
     unsigned mine = left;
@@ -102,16 +100,16 @@ __device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, 
         if ((its_far >> c & 1u) == 0) continue;
         const float w = its_weight[c];
         const int pixel = (its.y() + c / 2 * its.down()) * width + its.x() + c % 2 * its.right();
-        add_quad(map + std::int64_t(pixel) * apart + channel, w * a, w * b, w * d, w * e);
+        add_four<Fixed>(to, map + std::int64_t(pixel) * apart + channel, w * a, w * b, w * d, w * e, unit);
       }
     }
   }
 }
 
-// to: float [B, S, H, Width]. Launched only as compiled for sm_80 or later: before, there are no such products.
-template <class Element, int Width, class Given>
+// Writes grads.value alone. Launched only as compiled for sm_80 or later: before, there are no such products.
+template <class Element, int Width, bool Fixed, class Given>
 __global__ void __launch_bounds__(kValueThreads, 2)
-    value_gradient(const Problem p, const Element* __restrict__ grad_out, float* __restrict__ to) {
+    value_gradient(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kParts = Width / 8, kSlabs = kQueries / 16, kWarps = kValueThreads / 32;
   using Channels = Vector<Element, 8>;
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
 
   const Block block = block_at(p);
   look(p, block, tile.views);
-  const Row row = row_at(p, block, query);
+  const Row row = row_at<Given>(p, block, query);
   const float largest = largest_logit<kTeam, Given>(p, row, member);
   float sum = 0;
 #pragma unroll 1
@@ -191,11 +189,12 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   __syncthreads();
 
   const unsigned stride = unsigned(p.heads) * Width;
-  float* const image = to + block.image * p.batch_stride + row.head * p.head_stride;
+  const std::int64_t image = block.image * p.batch_stride + row.head * Width;
+  const float unit = Fixed ? *grads.fixed_point : 0.0f;
 #pragma unroll 1
   for (int l = 0; l < p.levels; ++l) {
     const Level level = p.level[l];
-    float* const map = image + std::int64_t(level.first) * stride;
+    const std::int64_t map = image + std::int64_t(level.first) * stride;
     unsigned rows = 0;
 #pragma unroll 1
     for (int k = l * p.points + member; k - member < (l + 1) * p.points; k += kTeam) {
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
         }
         __syncwarp();
       }
-      add_far(tile, map, stride, level.width, far, corner, weight);
+      add_far<Fixed>(tile, grads.value, map, stride, level.width, far, corner, weight, unit);
     }
     rows = __reduce_or_sync(kWarp, rows);
     if (lane == 0) atomicOr(&tile.rows[l], rows);
@@ -264,12 +263,14 @@ __global__ void __launch_bounds__(kValueThreads, 2)
       for (int half = 0; half < 2; ++half) {
         const int x = tile.start[l][0] + line + half * 8;
         if (x >= level.width) continue;
-        float* const pixel = map + (std::int64_t(tile.start[l][1] + y) * level.width + x) * stride;
+        const std::int64_t pixel = map + (std::int64_t(tile.start[l][1] + y) * level.width + x) * stride;
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
           const float a = product[part][2 * half], b = product[part][2 * half + 1];
           const float c = product[part + 1][2 * half], d = product[part + 1][2 * half + 1];
-          if (a != 0.0f || b != 0.0f || c != 0.0f || d != 0.0f) add_quad(pixel + channel_of(part, 2 * place), a, b, c, d);
+          if (a != 0.0f || b != 0.0f || c != 0.0f || d != 0.0f) {
+            add_four<Fixed>(grads.value, pixel + channel_of(part, 2 * place), a, b, c, d, unit);
+          }
         }
       }
     }

@@ -4,8 +4,9 @@ import ctypes
 import subprocess
 from pathlib import Path
 
-# Which kernels a launch takes: rows of one team, rows of several, sums of whole numbers, sums of a tile.
-KINDS = {"rows": 0, "split": 1, "fixed": 2, "tiles": 3}
+# Which kernels a launch takes: rows of one team, rows of several, sums of whole numbers, tensor cores with sums of a tile,
+# and these of whole numbers.
+KINDS = {"rows": 0, "split": 1, "fixed": 2, "tiles": 3, "fixed-tiles": 4}
 
 
 def compiled(root: Path, folder: Path) -> ctypes.CDLL:
@@ -40,7 +41,9 @@ class Emulated:
         (batch, queries, heads, width, points, form), shapes, value, strides, reference, offsets, logits, valid = (
             problem
         )
-        variant = KINDS["fixed"] if fixed_point else self.variant
+        variant = self.variant
+        if fixed_point:
+            variant = KINDS["fixed-tiles" if variant >= KINDS["tiles"] else "fixed"]
         sizes = (batch, queries, heads, width, points, form, len(shapes) // 2, variant, self.descending, *strides)
         arrays = (value, reference, offsets, logits, (valid, 0), out, grad_out, *grads, (fixed_point, 0))
         size = {0: 4, 2: 2, 3: 2}

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ def find_cuobjdump() -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: instructions as (address, mnemonic, text), registers of a thread, bytes of its stack."""
+    """One kernel: instructions as (address, mnemonic, predicate and operands), registers of a thread, bytes of its stack."""
 
     name: str
     registers: int
@@ -46,6 +47,31 @@ class Kernel:
     def loop_with(self, pattern: str) -> tuple[int, int]:
         """The shortest loop that holds such an instruction."""
         return next(span for span in self.loops if self.count(pattern, span))
+
+    def executed(self, within: tuple[int, int], turns: Callable[[tuple[int, int]], int]) -> int:
+        """Instructions that a warp executes in a range of addresses, in whose loops it takes so many turns.
+
+        Jumps with a condition are not taken, unless they close a loop, so whatever may be skipped counts; what lies
+        beyond the range, where lanes that went apart meet again, does not.
+        """
+        first, last = within
+        closed = {low: (low, high) for low, high in self.loops if first <= low and high <= last}  # the longest
+        closed.pop(first, None)
+        places = [(place, op, text) for place, op, text in self.instructions if first <= place <= last]
+        count, index = 0, 0
+        while index < len(places):
+            place, op, text = places[index]
+            if place in closed:
+                low, high = closed[place]
+                count += turns((low, high)) * self.executed((low, high), turns)
+                skip_to = high + 1
+            else:
+                count += 1
+                jump = re.fullmatch(r"\s*0x([0-9a-f]+)\s*", text) if op == "BRA" else None
+                skip_to = int(jump[1], 16) if jump and place < int(jump[1], 16) <= last else place + 1
+            while index < len(places) and places[index][0] < skip_to:
+                index += 1
+        return count
 
 
 def template_numbers(symbol: str) -> tuple[int, ...]:
@@ -74,7 +100,7 @@ def kernels(cuobjdump: str, file: Path, arch: str, name: str) -> list[Kernel]:
     for part in re.split(r"\n\s*Function : ", ask("-sass"))[1:]:
         symbol = part.split("\n", 1)[0].strip()
         if re.search(name, symbol):
-            lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]*)([^;/]*);", part)
-            code = tuple((int(place, 16), op, text) for place, op, text in lines)
+            lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P[T\d]+ )?([A-Z][\w.]*)([^;/]*);", part)
+            code = tuple((int(place, 16), op, f"{predicate}{text}") for place, predicate, op, text in lines)
             found.append(Kernel(symbol, *usage[symbol], code))
     return found

@@ -169,6 +169,12 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return bits;
   });
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+  const std::uint64_t bytes = low | std::uint64_t(high) << 32;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i) found |= unsigned(bytes >> (8 * (chosen >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return found;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class Word>
 Word __reduce_add_sync(unsigned, Word x) {

@@ -14,9 +14,11 @@ using namespace dndetr;
 
 namespace {
 
-// The kernels that a launch would choose from: variant 0 as many rows as threads, 1 rows split, 2 in fixed point, 3 the
-// gradient of value apart.
-template <class Element, int Width, bool Split, bool Fixed, bool Spread = true>
+// What a launch would choose from: a kernel for a row's lanes, rows split, sums of whole numbers, tensor cores (with sums of
+// a tile where queries are pixels), both of these.
+enum Variant { rows, split, fixed_point, tiles, fixed_tiles };
+
+template <class Element, int Width, bool Split, bool Fixed>
 void run(const DeformAttn& p, void* out, const void* grad_out, const deform::Outputs& grads) {
   using M = deform::Mapping<Element, Width>;
   const int parts = Split ? M::split : 1, slots = grad_out != nullptr && Width == 0 ? 2 : 1;
@@ -25,22 +27,27 @@ void run(const DeformAttn& p, void* out, const void* grad_out, const deform::Out
     if (grad_out == nullptr) {
       deform::forward<Element, Width, Split>(plan.problem, static_cast<Element*>(out));
     } else {
-      deform::backward<Element, Width, Split, Fixed, Spread>(plan.problem, static_cast<const Element*>(grad_out), grads);
+      deform::backward<Element, Width, Split, Fixed>(plan.problem, static_cast<const Element*>(grad_out), grads);
     }
   });
 }
 
-template <class Element, int Width>
-void run_value_gradient(const DeformAttn& p, const void* grad_out, void* to) {
-  const deform::Plan plan = deform::value_plan_for<Element, Width>(p);
-  // Garbage, and bounds: nothing is zero in advance, and nothing beyond what was asked for may change.
+// Garbage, and bounds: nothing is zero in advance, and nothing beyond what was asked for may change.
+template <class Kernel>
+void run_within_bounds(const deform::Plan& plan, const Kernel& kernel) {
   std::fill(std::begin(deform::shared), std::end(deform::shared), float4{-7, -7, -7, -7});
-  emulator::launch(plan.blocks, plan.threads, [&] {
-    deform::value_gradient<Element, Width, deform::Mixed>(plan.problem, static_cast<const Element*>(grad_out), static_cast<float*>(to));
-  });
+  emulator::launch(plan.blocks, plan.threads, kernel);
   for (std::size_t i = (plan.shared + 15) / 16; i < std::size(deform::shared); ++i) {
     if (deform::shared[i].x != -7) throw std::runtime_error("a write outside of shared memory");
   }
+}
+
+template <class Element, int Width, bool Fixed, class Given>
+void run_tiles(const DeformAttn& p, const void* grad_out, const deform::Outputs& grads) {
+  const auto* const from = static_cast<const Element*>(grad_out);
+  const deform::Plan value = deform::value_plan_for<Element, Width>(p), others = deform::half_plan_for(p, 8, 2);
+  run_within_bounds(value, [&] { deform::value_gradient<Element, Width, Fixed, Given>(value.problem, from, grads); });
+  run_within_bounds(others, [&] { deform::half_backward<Element, Given>(others.problem, from, grads); });
 }
 
 }  // namespace
@@ -67,15 +74,26 @@ extern "C" const char* emulate(const std::int64_t* sizes, const int* shapes, voi
     deform::check_supported(p);
     deform::with_kernel(p, [&](auto element, auto width) {
       using Element = decltype(element);
-      if (variant == 2) return run<Element, 0, false, true>(p, arrays[5], arrays[6], grads);
+      if (variant == fixed_point) return run<Element, 0, false, true>(p, arrays[5], arrays[6], grads);
       if constexpr (width.value > 0) {
-        if (variant == 1) return run<Element, width.value, true, false>(p, arrays[5], arrays[6], grads);
+        if (variant == split) return run<Element, width.value, true, false>(p, arrays[5], arrays[6], grads);
       }
-      if constexpr (deform::has_value_gradient<Element, width.value>) {
-        if (variant == 3 && arrays[6] != nullptr && deform::has_tiles(p)) {
-          run_value_gradient<Element, width.value>(p, arrays[6], grads.value);
-          return run<Element, width.value, false, false, false>(p, arrays[5], arrays[6], grads);
+      if constexpr (deform::has_half_kernels<Element, width.value>) {
+        if (variant >= tiles && arrays[6] == nullptr && deform::has_half_weights<Element>(p)) {
+          return deform::with_given<Element>(p, [&](auto given) {
+            const deform::Plan plan = deform::half_plan_for(p, 4, 1);
+            auto* const to = static_cast<Element*>(arrays[5]);
+            run_within_bounds(plan, [&] { deform::half_forward<Element, decltype(given)>(plan.problem, to); });
+          });
         }
+        if (variant >= tiles && arrays[6] != nullptr && deform::has_tiles(p)) {
+          if (variant == fixed_tiles) return run_tiles<Element, width.value, true, deform::Mixed>(p, arrays[6], grads);
+          return deform::with_given<Element>(
+              p, [&](auto given) { run_tiles<Element, width.value, false, decltype(given)>(p, arrays[6], grads); });
+        }
+      }
+      if (variant == fixed_tiles && arrays[6] != nullptr) {
+        return run<Element, 0, false, true>(p, arrays[5], arrays[6], grads);
       }
       run<Element, width.value, false, false>(p, arrays[5], arrays[6], grads);
     });

@@ -1,0 +1,208 @@
+// Deformable attention in half precision on tensor cores: a warp takes the corners of one row at a time as a matrix.
+//
+// What a corner gives is a product of small matrices. Forward, [channels, corners] times the corners' weights; backward,
+// [corners, channels] times the gradient of the output. In either, lanes load whole lines of pixels, as many instructions
+// as without, but neither widen nor multiply nor add what they hold. Weights are split in two numbers of half precision,
+// 16 digits together: with values that have eight or eleven, what is left out is far below the result's own rounding.
+//
+// Warps prepare kBatch rows together, four lanes for each, and then go through them. The gradient of value is
+// value_gradient.cuh's.
+#pragma once
+
+#include "backward.cuh"
+#include "common/mma.cuh"
+
+namespace dndetr::deform {
+
+constexpr int kBatch = 8;                // rows that a warp prepares together
+constexpr int kBatchTeam = 32 / kBatch;  // lanes of each meanwhile
+constexpr int kSamples = 8;              // of a step: eight loads in flight forward, four backward
+
+// Which kernels there are: at the models' width.
+template <class Element, int Width>
+constexpr bool has_half_kernels = sizeof(Element) == 2 && Width == 32;
+
+// Where a row goes and whether any pixel of it is seen, in a word that lanes hand each other.
+constexpr std::uint32_t kDead = 0xffffffffu;
+
+// The two numbers of half precision that make a weight, the larger one in the low half of a word.
+template <class Element>
+__device__ __forceinline__ std::uint32_t split_weight(float weight) {
+  float large;
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    large = bit_cast<float>(bit_cast<std::uint32_t>(weight) & 0xffff0000u);
+  } else {
+    large = widen(narrow<Element>(weight));
+  }
+  struct alignas(4) Parts {
+    Element large, small;
+  };
+  return bit_cast<std::uint32_t>(Parts{narrow<Element>(large), narrow<Element>(weight - large)});
+}
+
+// Memory of a block: each row's samples as weights and places, `samples_in_shared` apart.
+template <class Element, class Given>
+__global__ void __launch_bounds__(kThreads, 8) half_forward(const Problem p, Element* __restrict__ out) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  constexpr int kWidth = 32;
+  using Channels = Vector<Element, 4>;
+  struct Words {
+    std::uint32_t at[2];
+  };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = lane % kBatchTeam, own = lane / kBatchTeam;
+  const int apart = samples_in_shared(p), rows = p.tiles.rows(), line = lane / 4, place = lane % 4;
+  View* const views = reinterpret_cast<View*>(shared);
+  uint4* const all_weights = reinterpret_cast<uint4*>(after_views(shared));
+  uint4* const weights = all_weights + warp * kBatch * apart;
+  Place* const places = reinterpret_cast<Place*>(all_weights + blockDim.x / kBatchTeam * apart) + warp * kBatch * apart;
+  const Block block = block_at(p);
+  look(p, block, views);
+  const Channels* const image =
+      reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + block.image * p.batch_stride);
+  // Lanes of one line hold four channels of four corners. As rows of a matrix those are two pairs; as its columns, a corner
+  // is two, one for each channel of a pair. So a weight meets even channels in two columns of the result, one for each of
+  // its parts, and odd ones in two others: what a lane takes of a weight's word, and the half where it goes.
+  const unsigned chosen = line % 4 == 0 ? 0x4410u : line % 4 == 1 ? 0x4432u : line % 4 == 2 ? 0x1044u : 0x3244u;
+
+#pragma unroll 1
+  for (int first = warp * kBatch; first < rows; first += int(blockDim.x) / kBatchTeam) {
+    const Row row = row_at<Given>(p, block, first + own);
+    const auto keep = [&](int k, const Sample& s, float attention) {
+      const float4 w = weights_of(s, attention);
+      weights[own * apart + k] = {split_weight<Element>(w.x), split_weight<Element>(w.y), split_weight<Element>(w.z),
+                                  split_weight<Element>(w.w)};
+    };
+    const Softmax softmax = prepare<kBatchTeam, Given>(p, row, member, views, places + own * apart, keep);
+    const unsigned to = row.live ? unsigned(row.index) : kDead;
+#pragma unroll 1
+    for (int group = 0; group < kBatch; group += 4) {
+      // Lanes at even places get the even channels of their line's two pairs, the others the odd ones. Of every four rows
+      // each lane of a line writes one, once it has its neighbour's channels.
+      float kept[2] = {}, given[2] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4* const its_weights = weights + (group + i) * apart + place;
+        const Place* const its_places = places + (group + i) * apart + place;
+        float upper[4] = {}, lower[4] = {};
+#pragma unroll 1
+        for (int k = 0; k < p.padded; k += kSamples) {
+          Words corner[kSamples / 4][4];
+#pragma unroll
+          for (int u = 0; u < kSamples / 4; ++u) {
+            const Place at = its_places[k + 4 * u];
+            const Addresses a = addresses_of({at.first + line, at.steps}, p.pixel_stride);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) corner[u][c] = bit_cast<Words>(load_vector(image + a.at[c]));
+          }
+#pragma unroll
+          for (int u = 0; u < kSamples / 4; ++u) {
+            const uint4 w = its_weights[k + 4 * u];
+            const Words(&c)[4] = corner[u];
+            const std::uint32_t above[4] = {c[0].at[0], c[0].at[1], c[1].at[0], c[1].at[1]};
+            const std::uint32_t below[4] = {c[2].at[0], c[2].at[1], c[3].at[0], c[3].at[1]};
+            multiply_add<Element>(upper, above, __byte_perm(w.x, 0, chosen), __byte_perm(w.y, 0, chosen));
+            multiply_add<Element>(lower, below, __byte_perm(w.z, 0, chosen), __byte_perm(w.w, 0, chosen));
+          }
+        }
+        const float low = upper[0] + upper[1] + lower[0] + lower[1], high = upper[2] + upper[3] + lower[2] + lower[3];
+        if (place == i) kept[0] = low, kept[1] = high;
+        if (place == (i ^ 1)) given[0] = low, given[1] = high;
+      }
+      const float found[2] = {__shfl_xor_sync(kWarp, given[0], 1), __shfl_xor_sync(kWarp, given[1], 1)};
+      const int source = (group + place) * kBatchTeam;
+      const unsigned index = __shfl_sync(kWarp, to, source);
+      const float factor = __shfl_sync(kWarp, softmax.inverse, source);
+      const bool seen = __shfl_sync(kWarp, unsigned(softmax.seen), source) != 0;
+      const bool even = place % 2 == 0;
+      const float channels[4] = {even ? kept[0] : found[0], even ? found[0] : kept[0], even ? kept[1] : found[1],
+                                 even ? found[1] : kept[1]};
+      Channels result;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) result.at[i] = narrow<Element>((seen ? channels[i] : 0.0f) * factor);
+      if (index != kDead) *reinterpret_cast<Channels*>(out + std::int64_t(index) * kWidth + line * 4) = result;
+    }
+    __syncwarp();  // the next rows' samples take the place of these
+  }
+#endif
+}
+
+// What is kept of a prepared sample for `finish`.
+struct Kept {
+  float attention, x, y;
+  unsigned counts;  // has_low and has_high of x, then of y, a bit each
+};
+
+// All gradients but value's.
+template <class Element, class Given>
+__global__ void __launch_bounds__(kThreads, 8)
+    half_backward(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  constexpr int kWidth = 32;
+  using Channels = Vector<Element, 8>;
+  struct Words {
+    std::uint32_t at[4];
+  };
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = lane % kBatchTeam, own = lane / kBatchTeam;
+  const int apart = samples_in_shared(p), rows = p.tiles.rows(), line = lane / 4, place = lane % 4;
+  const int held = int(blockDim.x) / kBatchTeam * apart;
+  View* const views = reinterpret_cast<View*>(shared);
+  float4* const dots = after_views(shared) + warp * kBatch * apart;
+  Kept* const kept = reinterpret_cast<Kept*>(after_views(shared) + held) + warp * kBatch * apart;
+  Place* const places = reinterpret_cast<Place*>(after_views(shared) + 2 * held) + warp * kBatch * apart;
+  const Block block = block_at(p);
+  look(p, block, views);
+  const Channels* const image =
+      reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + block.image * p.batch_stride);
+  // A line is a corner of one of two samples.
+  const unsigned right = line % 2 == 0 ? 0u : p.pixel_stride, down = line % 4 < 2 ? 0u : 0x7fffffffu;
+
+#pragma unroll 1
+  for (int first = warp * kBatch; first < rows; first += int(blockDim.x) / kBatchTeam) {
+    const Row row = row_at<Given>(p, block, first + own);
+    const auto keep = [&](int k, const Sample& s, float attention) {
+      const unsigned counts = unsigned(s.x.has_low) | unsigned(s.x.has_high) << 1 | unsigned(s.y.has_low) << 2 |
+                              unsigned(s.y.has_high) << 3;
+      kept[own * apart + k] = {attention, s.x.part, s.y.part, counts};
+    };
+    const Softmax softmax = prepare<kBatchTeam, Given>(p, row, member, views, places + own * apart, keep);
+#pragma unroll 1
+    for (int i = 0; i < kBatch; ++i) {
+      // Of the eight channels of a corner that a lane loads, four count as a row's, four as those of the row eight on; the
+      // gradient's own ones meet the first in even columns and the others in odd ones.
+      const std::int64_t its = __shfl_sync(kWarp, unsigned(row.index), i * kBatchTeam);
+      const Words grad = bit_cast<Words>(load_vector(reinterpret_cast<const Channels*>(grad_out + its * kWidth) + place));
+      const bool odd = line % 2 != 0;
+      const std::uint32_t first_half = odd ? grad.at[1] : grad.at[0], second_half = odd ? grad.at[3] : grad.at[2];
+      const Place* const its_places = places + i * apart + line / 4;
+      float* const its_dots = reinterpret_cast<float*>(dots + i * apart + line / 4 + 2 * place) + line % 4;
+#pragma unroll 1
+      for (int k = 0; k < p.padded; k += kSamples) {
+        Words corner[kSamples / 2];
+#pragma unroll
+        for (int u = 0; u < kSamples / 2; ++u) {
+          const Place at = its_places[k + 2 * u];
+          const unsigned from = at.first + place + (int(at.steps) < 0 ? 0u : right) + (at.steps & down);
+          corner[u] = bit_cast<Words>(load_vector(image + from));
+        }
+        float dot = 0;  // of one of the corners: each lane of a line keeps another
+#pragma unroll
+        for (int u = 0; u < kSamples / 2; ++u) {
+          float sum[4] = {};
+          multiply_add<Element>(sum, corner[u].at, first_half, second_half);
+          dot = place == u ? sum[0] + sum[3] : dot;
+        }
+        its_dots[k * 4] = dot;
+      }
+    }
+    __syncwarp();
+    finish<kBatchTeam, Given>(p, grads, row, views, softmax, softmax.inverse, member, dots + own * apart, [&](int k) {
+      const Kept sample = kept[own * apart + k];
+      const auto has = [&](int bit) { return (sample.counts >> bit & 1u) != 0; };
+      return Moment{{0, sample.x, has(0), has(1)}, {0, sample.y, has(2), has(3)}, sample.attention};
+    });
+    __syncwarp();  // the next rows' samples take the place of these
+  }
+#endif
+}
+
+}  // namespace dndetr::deform
