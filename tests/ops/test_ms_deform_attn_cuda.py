@@ -109,6 +109,26 @@ def test_emulated_sums_of_a_tile_whatever_the_reach(emulated, dtype, reach):
     as_close_as_the_reference(run(arguments), arguments, dtype)
 
 
+@pytest.mark.parametrize("direction", [None, 0, 1])
+def test_emulated_sums_of_a_tile_take_few_reductions(emulated, direction):
+    """In an encoder as it starts out, each head looking in one direction, and with offsets of a pixel or so."""
+    case = (1, 5600, 1, *op.CASES["quarter-encoder"][3:-1], False)
+    value, shapes, points, offsets, logits, _ = op.make_inputs(case, torch.bfloat16)
+    offsets = offsets / 2
+    if direction is not None:
+        side = torch.tensor([(1.0, 0.0), (1.0, 1.0)][direction])
+        offsets = offsets / 2 + side * torch.arange(1, 5)[:, None]
+    arguments = (value, flat(shapes), points, offsets.bfloat16(), logits, None)
+    added = {}
+    for kind in ("rows", "tiles"):
+        emulated.variant = KINDS[kind]
+        emulated.sums()
+        _ms_deform_attn._backward_cuda(torch.ones(1, 5600, 32).bfloat16(), *arguments, False)
+        added[kind] = emulated.sums()
+    # Whole sectors each; where a lane's eight channels were two reductions, 32 bytes apart, a row's took twice as many.
+    assert 0.05 < added["tiles"] / added["rows"] < 0.125
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_emulated_a_broken_gradient_stays_with_its_own_pixels(emulated, broken):
     value, shapes, *points, valid = op.make_case("tiles", torch.bfloat16)
@@ -143,8 +163,13 @@ def test_emulated_threads_may_take_turns_in_any_order(emulated, deterministic, n
             assert torch.equal(ascending[part], descending[part]), part
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_emulated_locations_and_weights(emulated, deterministic, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "rows"), (torch.bfloat16, "rows"), (torch.bfloat16, "tiles")],
+    ids=str,
+)
+def test_emulated_locations_and_weights(emulated, deterministic, dtype, kind):
+    emulated.variant = KINDS[kind]
     value, shapes, points, offsets, logits, _ = op.make_case("width-32", dtype)
     locations = op.sampling_locations(points.to(dtype), offsets, shapes)
     weights = (3 * logits).view(locations.shape[:-1])
@@ -161,21 +186,37 @@ def test_emulated_locations_and_weights(emulated, deterministic, dtype):
             assert error(given[part], a) <= max(2 * error(b, a), 4e-6 if dtype == torch.float32 else 0), part
 
 
+def test_emulated_weights_beyond_the_range_of_float16(emulated):
+    emulated.variant = KINDS["tiles"]
+    value, shapes, points, offsets, logits, _ = op.make_case("width-32", torch.float16)
+    locations = op.sampling_locations(points, offsets.float(), shapes)
+    value, weights = value / 1000, (1e5 * logits.float()).view(locations.shape[:-1])
+    given = _ms_deform_attn._forward_cuda(value, flat(shapes), None, locations, weights, None)
+    exact = op.ms_deform_attn_reference(value.double(), shapes, locations.double(), weights.double())
+    assert weights.max() > 1e5 and error(given, exact) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rows", "tiles"])
 @pytest.mark.parametrize("place", [1e4, -1e4, 1e30, -1e30, float("inf"), -float("inf")])
-def test_emulated_far_points_see_and_move_nothing(emulated, place):
-    value, shapes, points, offsets, logits, _ = op.make_case("one-point")
+def test_emulated_far_points_see_and_move_nothing(emulated, kind, place):
+    emulated.variant = KINDS[kind]
+    case = op.make_case("one-point") if kind == "rows" else op.make_case("pixels", torch.bfloat16)
+    value, shapes, points, offsets, logits, _ = case
     value = torch.full_like(value, float("nan"))
     parts = run((value, shapes, points, torch.full_like(offsets, place), logits, None))
     for name in ("out", "value", "reference_points", "offsets"):
         assert (parts[name] == 0).all(), name
 
 
-def test_emulated_not_a_number_is_passed_on_and_reads_nothing_outside(emulated):
-    value, shapes, points, offsets, logits, valid = op.make_case("tiny")
+@pytest.mark.parametrize(("kind", "name"), [("rows", "tiny"), ("tiles", "pixels")])
+def test_emulated_not_a_number_is_passed_on_and_reads_nothing_outside(emulated, kind, name):
+    emulated.variant = KINDS[kind]
+    dtype = torch.float32 if kind == "rows" else torch.bfloat16
+    value, shapes, points, offsets, logits, valid = op.make_case(name, dtype)
     offsets[0, 3, 1, 1, 2, 0] = float("nan")
     logits[1, 5, 0, 2] = float("nan")
-    clean = run(op.make_case("tiny"))["out"].unflatten(-1, (2, 8))
-    broken = run((value, shapes, points, offsets, logits, valid))["out"].unflatten(-1, (2, 8))
+    clean = run(op.make_case(name, dtype))["out"].unflatten(-1, (2, -1))
+    broken = run((value, shapes, points, offsets, logits, valid))["out"].unflatten(-1, (2, -1))
     assert broken[0, 3, 1].isnan().all() and broken[1, 5, 0].isnan().all()
     broken[0, 3, 1] = clean[0, 3, 1]
     broken[1, 5, 0] = clean[1, 5, 0]
@@ -219,8 +260,9 @@ def test_emulated_valid_sizes_out_of_range(emulated, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["width-32", "many-levels"])
-def test_emulated_strides(emulated, name, dtype):
+@pytest.mark.parametrize(("name", "kind"), [("width-32", "rows"), ("many-levels", "rows"), ("pixels", "tiles")])
+def test_emulated_strides(emulated, name, kind, dtype):
+    emulated.variant = KINDS[kind]
     value, shapes, *points, valid = op.make_case(name, dtype)
     width = value.shape[-1]
     expected = run((value, shapes, *points, valid))

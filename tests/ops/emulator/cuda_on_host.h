@@ -12,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -65,6 +66,7 @@ inline int barriers = 0;
 inline std::function<void()> body;
 inline std::vector<std::pair<std::uintptr_t, std::uintptr_t>> readable;
 inline bool descending = false, reads_outside = false;
+inline std::int64_t sums = 0;  // numbers added to global memory, of which there are whole ones of 64 bits, and floats
 
 inline void enter() {
   body();
@@ -226,6 +228,7 @@ T __ldg(const T* from) {
 
 template <class T>
 void atomicAdd(T* to, T x) {
+  emulator::sums += sizeof(T) == 8 || !std::is_integral_v<T>;
   *to += x;
 }
 template <class T>

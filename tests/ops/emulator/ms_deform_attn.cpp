@@ -52,6 +52,9 @@ void run_tiles(const DeformAttn& p, const void* grad_out, const deform::Outputs&
 
 }  // namespace
 
+// Numbers added to the gradient of value since the last call.
+extern "C" std::int64_t sums() { return std::exchange(emulator::sums, 0); }
+
 // sizes: batch, queries, heads, width, points, reference width, levels, variant, descending turns, and value's strides.
 // arrays: value, reference, offsets, logits, valid sizes, out, grad_out, the four gradients, fixed point; with dtypes.
 extern "C" const char* emulate(const std::int64_t* sizes, const int* shapes, void* const* arrays, const int* dtypes,
