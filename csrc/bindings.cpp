@@ -111,13 +111,17 @@ void match(const dndetr::MatchInputs& inputs, int sets, std::array<std::uintptr_
   dndetr::match(inputs, match_outputs(sets, outputs), threads, chosen);
 }
 
+// An array, and elements from one query's to the next.
+using Rows = std::pair<Pointer, std::int64_t>;
+
 // What both directions of deformable attention are given. `sizes`: batch, queries, heads, width, points, reference width.
 struct DeformAttnArguments {
   std::array<int, 6> sizes;
   std::vector<int> shapes;
   Pointer value;
   std::array<std::int64_t, 3> value_strides;
-  Pointer reference, offsets, logits;
+  Pointer reference;
+  Rows offsets, logits;
   std::uintptr_t valid_sizes;
 
   dndetr::DeformAttn problem() const {
@@ -134,8 +138,10 @@ struct DeformAttnArguments {
             value_strides[1],
             value_strides[2],
             array_at(reference),
-            array_at(offsets),
-            array_at(logits),
+            array_at(offsets.first),
+            array_at(logits.first),
+            offsets.second,
+            logits.second,
             reinterpret_cast<const std::int64_t*>(valid_sizes)};
   }
 };
@@ -147,11 +153,11 @@ void ms_deform_attn(const DeformAttnArguments& arguments, Pointer out, int threa
 }
 
 void ms_deform_attn_backward(const DeformAttnArguments& arguments, Pointer grad_out, Pointer grad_value,
-                             Pointer grad_reference, Pointer grad_offsets, Pointer grad_logits, int threads,
+                             Pointer grad_reference, const Rows& grad_offsets, const Rows& grad_logits, int threads,
                              const std::string& simd) {
   const dndetr::Simd chosen = simd_named(simd);
-  const dndetr::DeformAttnGrads grads{array_at(grad_value), array_at(grad_reference), array_at(grad_offsets),
-                                      array_at(grad_logits)};
+  const dndetr::DeformAttnGrads grads{array_at(grad_value),        array_at(grad_reference), array_at(grad_offsets.first),
+                                      array_at(grad_logits.first), grad_offsets.second,      grad_logits.second};
   py::gil_scoped_release release;
   dndetr::ms_deform_attn_backward(arguments.problem(), array_at(grad_out), grads, threads, chosen);
 }
@@ -163,10 +169,10 @@ void ms_deform_attn_cuda(const DeformAttnArguments& arguments, Pointer out, Stre
 }
 
 void ms_deform_attn_backward_cuda(const DeformAttnArguments& arguments, Pointer grad_out, Pointer grad_value,
-                                  Pointer grad_reference, Pointer grad_offsets, Pointer grad_logits,
+                                  Pointer grad_reference, const Rows& grad_offsets, const Rows& grad_logits,
                                   std::uintptr_t fixed_point, StreamHandle stream) {
-  const dndetr::DeformAttnGrads grads{array_at(grad_value), array_at(grad_reference), array_at(grad_offsets),
-                                      array_at(grad_logits)};
+  const dndetr::DeformAttnGrads grads{array_at(grad_value),        array_at(grad_reference), array_at(grad_offsets.first),
+                                      array_at(grad_logits.first), grad_offsets.second,      grad_logits.second};
   py::gil_scoped_release release;
   dndetr::ms_deform_attn_backward_cuda(arguments.problem(), array_at(grad_out), grads,
                                        reinterpret_cast<const float*>(fixed_point), stream_at(stream));
@@ -308,7 +314,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"), "Costs of workspace that a problem of this size needs: 0 where shared memory holds them.");
 #endif
   py::class_<DeformAttnArguments>(m, "DeformAttn", "Inputs of deformable attention; whoever makes one keeps them alive.")
-      .def(py::init<std::array<int, 6>, std::vector<int>, Pointer, std::array<std::int64_t, 3>, Pointer, Pointer, Pointer,
+      .def(py::init<std::array<int, 6>, std::vector<int>, Pointer, std::array<std::int64_t, 3>, Pointer, Rows, Rows,
                     std::uintptr_t>(),
            py::arg("sizes"), py::arg("shapes"), py::arg("value"), py::arg("value_strides"), py::arg("reference"),
            py::arg("offsets"), py::arg("logits"), py::arg("valid_sizes"));

@@ -86,13 +86,15 @@ struct DeformAttn {
   const int* shapes;    // height and width of each level
   Array value;
   std::int64_t batch_stride, pixel_stride, head_stride;
-  Array reference, offsets, logits;  // [B, Q, L, 2 or 4], [B, Q, H, L, P, 2], [B, Q, H, L, P]
-  const std::int64_t* valid_sizes;   // [B, L, 2] (height, width), or null: every pixel counts
+  Array reference, offsets, logits;             // [B, Q, L, 2 or 4], [B, Q, H, L, P, 2], [B, Q, H, L, P]
+  std::int64_t offsets_stride, logits_stride;   // from a query to the next, images following each other
+  const std::int64_t* valid_sizes;              // [B, L, 2] (height, width), or null: every pixel counts
 };
 
 // Gradients; `reference` is [B, H, Q, L, 2 or 4], each head's part apart, or null data where it is not wanted.
 struct DeformAttnGrads {
   Array value, reference, offsets, logits;
+  std::int64_t offsets_stride, logits_stride;
 };
 
 // out [B, Q, H, D]. Computed in double for float64 values, else in float.
@@ -101,7 +103,8 @@ void ms_deform_attn_backward(const DeformAttn& problem, Array grad_out, const De
                              Simd simd);
 
 // The same on a GPU, computed in float: no float64, widths a multiple of 4, at most 8 levels and 8 points. Pointers and
-// strides of value are aligned to 16 bytes (8 where a row of channels is no multiple of 16), those of grad_out too.
+// strides of value are aligned to 16 bytes (8 where a row of channels is no multiple of 16), those of grad_out too; those
+// of offsets and their gradients to two elements.
 void ms_deform_attn_cuda(const DeformAttn& problem, Array out, Stream stream);
 // value and grads.value are contiguous; grads.value, zeroed, is float32 whatever the dtype of value. With `fixed_point`,
 // one float in device memory, it is int64 and counts in units of its inverse: sums do not depend on their order.

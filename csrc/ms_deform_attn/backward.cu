@@ -10,7 +10,8 @@ void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const Def
   deform::check_supported(p);
   if (p.batch == 0 || p.queries == 0 || p.heads == 0 || p.width == 0) return;
   const Launch launch("ms_deform_attn_backward", stream);
-  const deform::Outputs outputs{grads.value.data, grads.reference, grads.offsets, grads.logits, fixed_point};
+  const deform::Outputs outputs{grads.value.data,     grads.reference,     grads.offsets, grads.logits,
+                                 grads.offsets_stride, grads.logits_stride, fixed_point};
   deform::with_kernel(p, [&](auto element, auto width) {
     using Element = decltype(element);
     const auto start = [&](auto kernel, const deform::Plan& plan) {

@@ -16,29 +16,32 @@ extern __shared__ float4 shared[];
 struct Outputs {
   void* value;
   Array reference, offsets, logits;  // reference: float [B, H, Q, L, 2 or 4], or null data
+  std::int64_t offsets_stride, logits_stride;
   const float* fixed_point;
 };
 
-// Adds to the gradient of value. Float sums depend on their order; those of whole numbers do not, whatever the order of the
-// blocks.
+// What the gradient of value is summed in. Float sums depend on their order; those of whole numbers do not, whatever the
+// order of the blocks.
 template <bool Fixed>
-__device__ __forceinline__ void add_four(void* to, std::int64_t place, float a, float b, float c, float d, float unit) {
+using Sum = std::conditional_t<Fixed, unsigned long long, float>;
+
+template <bool Fixed>
+__device__ __forceinline__ void add_four(Sum<Fixed>* to, float a, float b, float c, float d, float unit) {
   if constexpr (Fixed) {
-    unsigned long long* const sums = static_cast<unsigned long long*>(to) + place;
     const float added[4] = {a, b, c, d};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) atomicAdd(sums + i, static_cast<unsigned long long>(__float2ll_rn(added[i] * unit)));
+    for (int i = 0; i < 4; ++i) atomicAdd(to + i, static_cast<unsigned long long>(__float2ll_rn(added[i] * unit)));
   } else {
-    add_quad(static_cast<float*>(to) + place, a, b, c, d);
+    add_quad(to, a, b, c, d);
   }
 }
 // Apart: elements between a lane's quads.
 template <bool Fixed, int Apart, int N>
-__device__ __forceinline__ void spread(void* to, std::int64_t place, const float (&grad)[N], float weight, float unit) {
+__device__ __forceinline__ void spread(Sum<Fixed>* to, const float (&grad)[N], float weight, float unit) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    add_four<Fixed>(to, place + i / 4 * Apart, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2],
-                    weight * grad[i + 3], unit);
+    add_four<Fixed>(to + i / 4 * Apart, weight * grad[i], weight * grad[i + 1], weight * grad[i + 2], weight * grad[i + 3],
+                    unit);
   }
 }
 
@@ -48,8 +51,8 @@ template <int Team, class Given, class Read>
 __device__ __forceinline__ void finish(const Problem& p, const Outputs& grads, const Row& row, const View* views,
                                        const Softmax& softmax, float scale, int lane, float4* dots,
                                        const Read& read) {
-  const Array offsets = advance<Given>(grads.offsets, first_offset(p, row.query, row.head));
-  const Array logits = advance<Given>(grads.logits, first_logit(p, row.query, row.head));
+  const Array offsets = advance<Given>(grads.offsets, row.query * grads.offsets_stride + row.head * p.samples * 2);
+  const Array logits = advance<Given>(grads.logits, row.query * grads.logits_stride + row.head * p.samples);
   float mean = 0;
 #pragma unroll 1
   for (int k = lane; k < p.samples; k += Team) {
@@ -115,18 +118,19 @@ __global__ void __launch_bounds__(kThreads, 5)
   const float unit = Fixed ? *grads.fixed_point : 0.0f;
   const Block block = block_at(p);
   look(p, block, views);
+  const std::int64_t image = block.image * p.batch_stride;
+  const Element* const value = static_cast<const Element*>(p.value) + image;
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
     const Row row = row_at<Mixed>(p, block, first + team);
     const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
     const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
-    const std::int64_t image = block.image * p.batch_stride;
     for (int start = 0; start < width; start += M::lanes * M::vector) {
       const int channel = start + channel_lane * M::vector;
       const bool inside = Width > 0 || channel < width;
-      const std::int64_t from = image + (inside ? channel : width - M::vector);
-      const Channels* const base = reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + from);
+      const Channels* const base =
+          kept_whole(reinterpret_cast<const Channels*>(value + (inside ? channel : width - M::vector)));
       const Channels given =
           load_vector(reinterpret_cast<const Channels*>(grad_out + row.index * width + (inside ? channel : 0)));
       float grad[M::vector];
@@ -136,6 +140,8 @@ __global__ void __launch_bounds__(kThreads, 5)
       // bytes: those of a lane's own channels would each fill one half.
       constexpr int kQuads = Width > 0 ? M::vector / 4 : 1, kApart = M::lanes * 4;
       const int quad = kQuads > 1 ? start + channel_lane * 4 : inside ? channel : width - 4;
+      Sum<Fixed>* sums = static_cast<Sum<Fixed>*>(grads.value) + image + quad;
+      if constexpr (kQuads > 1) sums = kept_whole(sums);
       float quads[M::vector];
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 5)
             for (int i = 0; i < M::vector; ++i) sum += grad[i] * channels[i];
             dot[u * 4 + c] = sum;
             if (weight[c] != 0.0f && inside) {
-              spread<Fixed, kApart>(grads.value, image + quad + std::int64_t(a[u].at[c]) * M::vector, quads, weight[c], unit);
+              spread<Fixed, kApart>(sums + std::int64_t(a[u].at[c]) * M::vector, quads, weight[c], unit);
             }
           }
         }

@@ -20,18 +20,18 @@ __global__ void __launch_bounds__(kThreads, 8) forward(const Problem p, Element*
   const int rows = p.tiles.rows(), width = Width > 0 ? Width : p.width;
   const Block block = block_at(p);
   look(p, block, views);
+  const Element* const value = static_cast<const Element*>(p.value) + block.image * p.batch_stride;
 
 #pragma unroll 1
   for (int first = 0; first < rows; first += teams) {
     const Row row = row_at<Mixed>(p, block, first + team);
     const auto keep = [&](int k, const Sample& s, float attention) { weights[k] = weights_of(s, attention); };
     const Softmax softmax = prepare<kTeam, Mixed>(p, row, lane, views, places, keep);
-    const Element* const image = static_cast<const Element*>(p.value) + block.image * p.batch_stride;
     for (int channel = lane % M::lanes * M::vector; channel - lane % M::lanes * M::vector < width;
          channel += M::lanes * M::vector) {
       // Lanes past the last channel repeat it.
       const int from = Width > 0 || channel < width ? channel : width - M::vector;
-      const Channels* const base = reinterpret_cast<const Channels*>(image + from);
+      const Channels* const base = kept_whole(reinterpret_cast<const Channels*>(value + from));
       float sum[M::vector] = {};
       for (int k = part * kStep; k < p.padded; k += kStep * kParts) {
         Channels corner[kStep][4];

@@ -106,7 +106,7 @@ DNDETR_TARGET void scatter_all(const DeformAttn& p, Array grad_out, const Deform
   const int samples = s.samples, columns = p.levels * p.reference_width;
   for (int first = 0; first < p.queries; first += kBlock) {
     const int count = std::min(kBlock, p.queries - first);
-    const std::int64_t row = (std::int64_t(b) * p.queries + first) * p.heads + head;
+    const std::int64_t query = std::int64_t(b) * p.queries + first, row = query * p.heads + head;
     prepare(p, b, head, first, count, s);
     for (int q = 0; q < count; ++q) {
       const std::int64_t place = (row + std::int64_t(q) * p.heads) * p.width;
@@ -114,11 +114,12 @@ DNDETR_TARGET void scatter_all(const DeformAttn& p, Array grad_out, const Deform
       DNDETR_ALL_CHANNELS(scatter, rows, sums)
     }
     differentiate(p, s);
-    DNDETR_WITH_ELEMENT(grads.offsets.dtype,
-                        store_columns(s.offset, std::int64_t(p.heads) * samples * 2, count, samples * 2,
-                                      static_cast<Element*>(grads.offsets.data) + row * samples * 2))
-    DNDETR_WITH_ELEMENT(grads.logits.dtype, store_columns(s.weight, std::int64_t(p.heads) * samples, count, samples,
-                                                          static_cast<Element*>(grads.logits.data) + row * samples))
+    const std::int64_t offset = query * grads.offsets_stride + head * samples * 2;
+    const std::int64_t logit = query * grads.logits_stride + head * samples;
+    DNDETR_WITH_ELEMENT(grads.offsets.dtype, store_columns(s.offset, grads.offsets_stride, count, samples * 2,
+                                                           static_cast<Element*>(grads.offsets.data) + offset))
+    DNDETR_WITH_ELEMENT(grads.logits.dtype, store_columns(s.weight, grads.logits_stride, count, samples,
+                                                          static_cast<Element*>(grads.logits.data) + logit))
     if (grads.reference.data) {
       const std::int64_t start = ((std::int64_t(b) * p.heads + head) * p.queries + first) * columns;
       store_columns(s.reference, columns, count, columns, static_cast<Real*>(grads.reference.data) + start);

@@ -91,7 +91,7 @@ inline Plan plan_for(const DeformAttn& p, int vector, int team, int parts, int s
                                 " elements apart, which is not aligned, or too many for one image");
   }
   k.reference = p.reference, k.offsets = p.offsets, k.logits = p.logits;
-  k.offsets_stride = std::int64_t(k.heads) * k.samples * 2, k.logits_stride = std::int64_t(k.heads) * k.samples;
+  k.offsets_stride = p.offsets_stride, k.logits_stride = p.logits_stride;
   k.valid_sizes = p.valid_sizes;
   const std::size_t row = samples_in_shared(k) * (slots * sizeof(float4) + sizeof(Place));
   for (plan.threads = kThreads; kViews + plan.threads / team * row > 48 * 1024;) plan.threads /= 2;

@@ -87,14 +87,15 @@ template <class Real>
 DNDETR_TARGET __attribute__((noinline)) void prepare(const DeformAttn& p, int b, int head, int first, int rows,
                                                      const Workspace<Real>& s) {
   const int samples = p.levels * p.points;
-  const std::int64_t row = (std::int64_t(b) * p.queries + first) * p.heads + head;
-  DNDETR_WITH_ELEMENT(p.offsets.dtype, load_columns(static_cast<const Element*>(p.offsets.data) + row * samples * 2,
-                                                    std::int64_t(p.heads) * samples * 2, rows, samples * 2, s.offset))
-  DNDETR_WITH_ELEMENT(p.logits.dtype, load_columns(static_cast<const Element*>(p.logits.data) + row * samples,
-                                                   std::int64_t(p.heads) * samples, rows, samples, s.weight))
+  const std::int64_t query = std::int64_t(b) * p.queries + first;
+  const std::int64_t offset = query * p.offsets_stride + head * samples * 2, logit = query * p.logits_stride + head * samples;
+  DNDETR_WITH_ELEMENT(p.offsets.dtype, load_columns(static_cast<const Element*>(p.offsets.data) + offset, p.offsets_stride,
+                                                    rows, samples * 2, s.offset))
+  DNDETR_WITH_ELEMENT(p.logits.dtype, load_columns(static_cast<const Element*>(p.logits.data) + logit, p.logits_stride,
+                                                   rows, samples, s.weight))
   if (p.reference_width > 0) {
     const int columns = p.levels * p.reference_width;
-    const std::int64_t start = (std::int64_t(b) * p.queries + first) * columns;
+    const std::int64_t start = query * columns;
     DNDETR_WITH_ELEMENT(p.reference.dtype, load_columns(static_cast<const Element*>(p.reference.data) + start, columns,
                                                         rows, columns, s.reference))
   }

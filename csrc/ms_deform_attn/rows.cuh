@@ -65,8 +65,8 @@ __device__ __forceinline__ Row row_at(const Problem& p, const Block& block, int 
   row.query = block.query + (row.live ? y * block.width + x : 0);
   row.index = row.query * p.heads + row.head;
   row.reference = advance<Reference<Given>>(p.reference, row.query * (p.levels * p.reference_width));
-  row.offsets = advance<Given>(p.offsets, first_offset(p, row.query, row.head));
-  row.logits = advance<Given>(p.logits, first_logit(p, row.query, row.head));
+  row.offsets = advance<Given>(p.offsets, row.query * p.offsets_stride + row.head * p.samples * 2);
+  row.logits = advance<Given>(p.logits, row.query * p.logits_stride + row.head * p.samples);
   return row;
 }
 

@@ -190,13 +190,6 @@ DNDETR_CONVERT Affine affine_of(const Problem& p, const Row& row, int l, const V
   return {start, {size.x * level.width * half, size.y * level.height * half}};
 }
 
-// Where a row's offsets and logits start.
-DNDETR_CONVERT std::int64_t first_offset(const Problem& p, std::int64_t query, int head) {
-  return query * p.offsets_stride + head * p.samples * 2;
-}
-DNDETR_CONVERT std::int64_t first_logit(const Problem& p, std::int64_t query, int head) {
-  return query * p.logits_stride + head * p.samples;
-}
 DNDETR_CONVERT int level_of(const Problem& p, int k) { return int(unsigned(k) * p.per_level >> 16); }
 
 struct Sample {

@@ -77,38 +77,33 @@ __host__ __device__ constexpr int channel_of(int part, int column) {
 // Adds what lanes of a warp have outside of the window to global memory: four samples at a time, by eight lanes each.
 // far: which of a sample's four corners, a bit each.
 template <bool Fixed, class Element, int Width>
-__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, void* to, std::int64_t map, unsigned apart,
-                                        int width, unsigned far, Corner corner, const float (&weight)[4], float unit) {
+__device__ __forceinline__ void add_far(const TileMemory<Element, Width>& tile, Sum<Fixed>* image, unsigned map,
+                                        unsigned apart, int width, unsigned far, Corner corner, const float (&weight)[4],
+                                        float unit) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (32 / kTeam);
   for (unsigned left = __ballot_sync(kWarp, far != 0); left != 0;) {
     unsigned mine = left;
     for (int i = 0; i < lane / 8; ++i) mine &= mine - 1;
     for (int i = 0; i < 4; ++i) left &= left - 1;
     const int source = mine != 0 ? __ffs(int(mine)) - 1 : 0;
-    const Corner its{__shfl_sync(kWarp, corner.bits, source)};
-    const unsigned its_far = __shfl_sync(kWarp, far, source);
-    float its_weight[4];
+    const Corner at{__shfl_sync(kWarp, corner.bits, source)};
+    const unsigned its = __shfl_sync(kWarp, far, source), its_far = mine != 0 ? its : 0u;
+    static_assert(Width == 32, "eight lanes hold the channels");
+    const Element* const from = tile.gradients + (first + source / kTeam) * tile.row + lane % 8 * 4;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) its_weight[c] = __shfl_sync(kWarp, weight[c], source);
-    if (mine == 0) continue;
-#pragma unroll
-    for (int channel = lane % 8 * 4; channel < Width; channel += 32) {
-      const Element* const from = tile.gradients + (first + source / kTeam) * tile.row + channel;
-      const float a = widen(from[0]), b = widen(from[1]), d = widen(from[2]), e = widen(from[3]);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if ((its_far >> c & 1u) == 0) continue;
-        const float w = its_weight[c];
-        const int pixel = (its.y() + c / 2 * its.down()) * width + its.x() + c % 2 * its.right();
-        add_four<Fixed>(to, map + std::int64_t(pixel) * apart + channel, w * a, w * b, w * d, w * e, unit);
-      }
+    for (int c = 0; c < 4; ++c) {
+      const float w = __shfl_sync(kWarp, weight[c], source);
+      if ((its_far >> c & 1u) == 0) continue;
+      const unsigned pixel = (at.y() + c / 2 * at.down()) * width + at.x() + c % 2 * at.right();
+      add_four<Fixed>(image + 4 * std::uint64_t(map + pixel * apart + lane % 8), w * widen(from[0]), w * widen(from[1]),
+                      w * widen(from[2]), w * widen(from[3]), unit);
     }
   }
 }
 
 // Writes grads.value alone. Launched only as compiled for sm_80 or later: before, there are no such products.
 template <class Element, int Width, bool Fixed, class Given>
-__global__ void __launch_bounds__(kValueThreads, 2)
+__global__ void __launch_bounds__(kValueThreads, Fixed ? 1 : 2)
     value_gradient(const Problem p, const Element* __restrict__ grad_out, const Outputs grads) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kParts = Width / 8, kSlabs = kQueries / 16, kWarps = kValueThreads / 32;
@@ -188,13 +183,13 @@ __global__ void __launch_bounds__(kValueThreads, 2)
   }
   __syncthreads();
 
-  const unsigned stride = unsigned(p.heads) * Width;
-  const std::int64_t image = block.image * p.batch_stride + row.head * Width;
+  const unsigned stride = unsigned(p.heads) * (Width / 4);  // in quads, as all places in the image
+  Sum<Fixed>* const image = static_cast<Sum<Fixed>*>(grads.value) + block.image * p.batch_stride;
   const float unit = Fixed ? *grads.fixed_point : 0.0f;
 #pragma unroll 1
   for (int l = 0; l < p.levels; ++l) {
-    const Level level = p.level[l];
-    const std::int64_t map = image + std::int64_t(level.first) * stride;
+    const View& level = tile.views[l];
+    const unsigned map = level.first * stride + unsigned(block.head) * (Width / 4);
     unsigned rows = 0;
 #pragma unroll 1
     for (int k = l * p.points + member; k - member < (l + 1) * p.points; k += kTeam) {
@@ -230,7 +225,7 @@ __global__ void __launch_bounds__(kValueThreads, 2)
         }
         __syncwarp();
       }
-      add_far<Fixed>(tile, grads.value, map, stride, level.width, far, corner, weight, unit);
+      add_far<Fixed>(tile, image, map, stride, level.columns, far, corner, weight, unit);
     }
     rows = __reduce_or_sync(kWarp, rows);
     if (lane == 0) atomicOr(&tile.rows[l], rows);
@@ -262,14 +257,14 @@ __global__ void __launch_bounds__(kValueThreads, 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int x = tile.start[l][0] + line + half * 8;
-        if (x >= level.width) continue;
-        const std::int64_t pixel = map + (std::int64_t(tile.start[l][1] + y) * level.width + x) * stride;
+        if (x >= level.columns) continue;
+        const unsigned pixel = map + unsigned((tile.start[l][1] + y) * level.columns + x) * stride;
 #pragma unroll
         for (int part = 0; part < kParts; part += 2) {
           const float a = product[part][2 * half], b = product[part][2 * half + 1];
           const float c = product[part + 1][2 * half], d = product[part + 1][2 * half + 1];
           if (a != 0.0f || b != 0.0f || c != 0.0f || d != 0.0f) {
-            add_four<Fixed>(grads.value, pixel + channel_of(part, 2 * place), a, b, c, d, unit);
+            add_four<Fixed>(image + 4 * std::uint64_t(pixel + channel_of(part, 2 * place) / 4), a, b, c, d, unit);
           }
         }
       }

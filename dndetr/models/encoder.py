@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops.ms_deform_attn import ms_deform_attn_fused
+from ..ops.ms_deform_attn import ms_deform_attn_projected
 from .features import Features, token_centres
 from .layers import (
     MLP,
@@ -17,7 +17,7 @@ from .layers import (
     dense_attention,
     merge_heads,
 )
-from .linear import Linear
+from .linear import Linear, linears
 
 
 class DenseEncoderLayer(Recomputable):
@@ -80,11 +80,9 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query: Tensor, reference_points: Tensor, features: Features) -> Tensor:
         """query [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
-        batch, queries, _ = query.shape
         value = self.value_proj(features.tokens).unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
-        logits = self.attention_weights(query).view(batch, queries, self.heads, self.levels * self.points)
-        out = ms_deform_attn_fused(value, features.shapes, reference_points, offsets, logits, features.valid_sizes)
+        projected = linears(query, self.sampling_offsets, self.attention_weights)
+        out = ms_deform_attn_projected(value, features.shapes, reference_points, projected, features.valid_sizes)
         return self.output_proj(out)
 
 

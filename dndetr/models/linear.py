@@ -90,6 +90,24 @@ def linear(
     return out.view(*x.shape[:-1], len(weight))
 
 
+def linears(x: Tensor, *layers: nn.Module) -> Tensor:
+    """x [..., K] through layers beside each other -> their results [..., N of all], by one product where it may be.
+
+    Layers that others have replaced, hooked or wrapped are called one by one.
+    """
+    if not all(type(layer) is Linear and not _hooked(layer) for layer in layers):
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return linear(x, weight, bias)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether a call of the layer does more than its forward method."""
+    return any(
+        (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    ) or "forward" in vars(layer)
+
+
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The half-precision type in which a GPU multiplies these, itself or under autocast; None for other products."""
     if torch.compiler.is_compiling() or plain_torch_only() or not x.is_cuda or x.numel() == 0:

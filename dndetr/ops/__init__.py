@@ -9,7 +9,7 @@ from .frozen_norm import frozen_norm
 from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
-from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
 from .prelu import prelu
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
@@ -32,6 +32,7 @@ __all__ = [
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "ms_deform_attn_projected",
     "prelu",
     "prelu_column_sums",
     "relu_column_sums",

@@ -1,6 +1,6 @@
 """The compiled op ``torch.ops.dndetr.ms_deform_attn``: its schema, its C++ and CUDA implementations, and its gradient.
 
-Both forms of :mod:`dndetr.ops.ms_deform_attn` are this one op. What the compiled code cannot take as it is, for its
+All forms of :mod:`dndetr.ops.ms_deform_attn` are this one op. What the compiled code cannot take as it is, for its
 strides or its alignment, is copied here.
 """
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import _backend
 
-# One op for both forms: without reference points, offsets are locations and logits are weights. ``shapes`` is flat.
-_INPUTS = "Tensor value, int[] shapes, Tensor? reference_points, Tensor offsets, Tensor logits, Tensor? valid_sizes"
+# One op for all forms: without reference points, offsets are locations and logits are weights; without logits, offsets
+# are a projection [B, Q, C] that has both, all heads' offsets first. ``shapes`` is flat.
+_INPUTS = "Tensor value, int[] shapes, Tensor? reference_points, Tensor offsets, Tensor? logits, Tensor? valid_sizes"
 torch.library.define("dndetr::ms_deform_attn", f"({_INPUTS}) -> Tensor")
 torch.library.define(
     "dndetr::ms_deform_attn_backward",
@@ -23,25 +24,61 @@ _ABSENT = (0, 0)
 _pointer = _backend.pointer
 
 
+def parts(projected: Tensor, heads: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Views of a projection [B, Q, H * L * P * 3]: offsets [B, Q, H, L, P, 2] and logits [B, Q, H, L * P]."""
+    samples = projected.shape[2] // (3 * heads)
+    offsets, logits = projected.split([heads * samples * 2, heads * samples], dim=2)
+    return offsets.unflatten(2, (heads, levels, samples // levels, 2)), logits.unflatten(2, (heads, samples))
+
+
+def _given(value, shapes, offsets, logits):
+    """Offsets and logits, apart."""
+    return parts(offsets, value.shape[2], len(shapes) // 2) if logits is None else (offsets, logits)
+
+
+def _made(offsets, logits):
+    """Memory for the gradients of offsets and logits, for that of a projection where there are no logits."""
+    if logits is not None:
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (offsets, logits))
+    batch, queries, columns = offsets.shape
+    # Every row starts with a whole pair.
+    return offsets.new_empty((batch, queries, columns + columns % 2))[..., :columns], offsets.new_empty(0)
+
+
+def _rows(tensor):
+    """A tensor [B, Q, ...], or a copy, as rows [B * Q, ...] of elements that lie together."""
+    rows = tensor.flatten(2).flatten(0, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _pointer_to_rows(rows):
+    return _pointer(rows), rows.stride(0)
+
+
+def _pointers_to_made(value, shapes, made, logits):
+    """What ``_made`` returned, as the compiled module takes it."""
+    offsets, apart = made
+    return [_pointer_to_rows(_rows(x)) for x in _given(value, shapes, offsets, None if logits is None else apart)]
+
+
 def _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes):
     """Inputs as the compiled module takes them -> (problem, the tensors to keep alive meanwhile)."""
     if value.shape[1] >= 2**31:
         raise ValueError(f"ms_deform_attn: value has {value.shape[1]} pixels, compiled code takes less than 2**31")
-    offsets, logits = offsets.contiguous(), logits.contiguous()
     reference_points = None if reference_points is None else reference_points.contiguous()
     valid_sizes = None if valid_sizes is None else valid_sizes.contiguous()
     batch, queries, heads, _, points, _ = offsets.shape
+    rows = _rows(offsets), _rows(logits)
     problem = module.DeformAttn(
         (batch, queries, heads, value.shape[3], points, 0 if reference_points is None else reference_points.shape[3]),
         shapes,
         _pointer(value),
         value.stride()[:3],
         _ABSENT if reference_points is None else _pointer(reference_points),
-        _pointer(offsets),
-        _pointer(logits),
+        *map(_pointer_to_rows, rows),
         0 if valid_sizes is None else valid_sizes.data_ptr(),
     )
-    return problem, (value, reference_points, offsets, logits, valid_sizes)
+    return problem, (value, reference_points, rows, valid_sizes)
 
 
 def _reference_grad_by_head(value, reference_points, wanted):
@@ -58,7 +95,8 @@ def _forward_cpp(value, shapes, reference_points, offsets, logits, valid_sizes):
     module = _backend.compiled()
     value = value if value.stride(-1) == 1 else value.contiguous()
     out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
-    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
+    given = _given(value, shapes, offsets, logits)
+    problem, _alive = _problem(module, value, shapes, reference_points, *given, valid_sizes)
     module.ms_deform_attn(problem, _pointer(out), torch.get_num_threads())
     return out
 
@@ -68,21 +106,21 @@ def _backward_cpp(grad_out, value, shapes, reference_points, offsets, logits, va
     module = _backend.compiled()
     value = value if value.stride(-1) == 1 else value.contiguous()
     grad_out = grad_out.contiguous()
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, offsets, logits)]
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    made = _made(offsets, logits)
     by_head = _reference_grad_by_head(value, reference_points, reference_grad)
-    problem, _alive = _problem(module, value, shapes, reference_points, offsets, logits, valid_sizes)
-    grad_value, grad_offsets, grad_logits = map(_pointer, grads)
+    given = _given(value, shapes, offsets, logits)
+    problem, _alive = _problem(module, value, shapes, reference_points, *given, valid_sizes)
     module.ms_deform_attn_backward(
         problem,
         _pointer(grad_out),
-        grad_value,
+        _pointer(grad_value),
         _pointer(by_head) if reference_grad else _ABSENT,
-        grad_offsets,
-        grad_logits,
+        *_pointers_to_made(value, shapes, made, logits),
         torch.get_num_threads(),
     )
     grad_reference = by_head.sum(1).to(reference_points.dtype) if reference_grad else by_head
-    return grads[0], grad_reference, grads[1], grads[2]
+    return grad_value, grad_reference, *made
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -100,7 +138,7 @@ def _forward_cuda(value, shapes, reference_points, offsets, logits, valid_sizes)
     module = _backend.compiled()
     out = _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes)
     value = _aligned(value)
-    points = map(_aligned, (reference_points, offsets, logits))
+    points = map(_aligned, (reference_points, *_given(value, shapes, offsets, logits)))
     problem, _alive = _problem(module, value, shapes, *points, valid_sizes)
     module.ms_deform_attn_cuda(problem, _pointer(out), _backend.cuda_stream(value))
     return out
@@ -109,8 +147,8 @@ def _forward_cuda(value, shapes, reference_points, offsets, logits, valid_sizes)
 def _backward_cuda(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
     module = _backend.compiled()
     value = _aligned(value.contiguous())
-    grad_out = _aligned(grad_out.contiguous().view(*offsets.shape[:3], value.shape[3]))
-    grad_offsets, grad_logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (offsets, logits))
+    grad_out = _aligned(grad_out.contiguous().view(*offsets.shape[:2], *value.shape[2:]))
+    made = _made(offsets, logits)
     by_head = _reference_grad_by_head(value, reference_points, reference_grad)
     fixed_point = None
     if torch.are_deterministic_algorithms_enabled():
@@ -118,22 +156,21 @@ def _backward_cuda(grad_out, value, shapes, reference_points, offsets, logits, v
     grad_value = torch.zeros(
         value.shape, dtype=torch.float32 if fixed_point is None else torch.int64, device=value.device
     )
-    points = map(_aligned, (reference_points, offsets, logits))
+    points = map(_aligned, (reference_points, *_given(value, shapes, offsets, logits)))
     problem, _alive = _problem(module, value, shapes, *points, valid_sizes)
     module.ms_deform_attn_backward_cuda(
         problem,
         _pointer(grad_out),
         (grad_value.data_ptr(), _backend.DTYPES[torch.float32]),
         _pointer(by_head) if reference_grad else _ABSENT,
-        _pointer(grad_offsets),
-        _pointer(grad_logits),
+        *_pointers_to_made(value, shapes, made, logits),
         0 if fixed_point is None else fixed_point.data_ptr(),
         _backend.cuda_stream(value),
     )
     if fixed_point is not None:
         grad_value = grad_value.double() / fixed_point.double()
     grad_reference = by_head.sum(1).to(reference_points.dtype) if reference_grad else by_head
-    return grad_value.to(value.dtype), grad_reference, grad_offsets, grad_logits
+    return grad_value.to(value.dtype), grad_reference, *made
 
 
 torch.library.impl("dndetr::ms_deform_attn", "cuda", _forward_cuda)
@@ -157,14 +194,14 @@ def _fixed_point(grad_out: Tensor, weights: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("dndetr::ms_deform_attn")
 def _forward_fake(value, shapes, reference_points, offsets, logits, valid_sizes):
-    batch, queries, heads = offsets.shape[:3]
-    return value.new_empty((batch, queries, heads * value.shape[3]))
+    return value.new_empty((*offsets.shape[:2], value.shape[2] * value.shape[3]))
 
 
 @torch.library.register_fake("dndetr::ms_deform_attn_backward")
 def _backward_fake(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, reference_grad):
-    like = (value, reference_points if reference_grad else value.new_empty(0), offsets, logits)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    like = (value, reference_points if reference_grad else value.new_empty(0))
+    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    return *grads, *_made(offsets, logits)
 
 
 def _setup_context(ctx, inputs, output):
@@ -178,6 +215,7 @@ def _differentiate(ctx, grad_out):
     grad_value, grad_reference, grad_offsets, grad_logits = torch.ops.dndetr.ms_deform_attn_backward(
         grad_out, value, ctx.shapes, reference_points, offsets, logits, valid_sizes, reference_grad
     )
+    grad_logits = None if logits is None else grad_logits
     return grad_value, None, grad_reference if reference_grad else None, grad_offsets, grad_logits, None
 
 

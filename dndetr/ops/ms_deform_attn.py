@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backend, _ms_deform_attn  # noqa: F401, which registers the op
+from . import _backend, _ms_deform_attn
 
 
 def ms_deform_attn_reference(
@@ -163,6 +163,23 @@ def ms_deform_attn(
     return torch.ops.dndetr.ms_deform_attn(value, shapes, None, locations, weights, None)
 
 
+def _check_fused(op, backend, value, spatial_shapes, reference_points, offsets, logits, valid_sizes) -> str:
+    """Raise ValueError for what the fused form does not take -> the backend of the call."""
+    dimensions = {"value": (value, 4), "reference_points": (reference_points, 4), "offsets": (offsets, 6)}
+    _check_dimensions(op, **dimensions)
+    batch, heads, levels = value.shape[0], value.shape[2], len(spatial_shapes)
+    queries, points = offsets.shape[1], offsets.shape[4]
+    checks = {
+        "reference_points": (reference_points, (batch, queries, levels, 4 if reference_points.shape[-1] == 4 else 2)),
+        "offsets": (offsets, (batch, queries, heads, levels, points, 2)),
+        "logits": (logits, (batch, queries, heads, levels * points)),
+    }
+    if valid_sizes is not None:
+        checks["valid_sizes"] = (valid_sizes, (batch, levels, 2))
+    _check(op, value, spatial_shapes, **checks)
+    return _choose(op, backend, value, offsets, logits, reference_points)
+
+
 def ms_deform_attn_fused(
     value: Tensor,
     spatial_shapes: tuple[tuple[int, int], ...],
@@ -178,22 +195,39 @@ def ms_deform_attn_fused(
     offsets [B, Q, H, L, P, 2]; logits [B, Q, H, L * P]; valid_sizes [B, L, 2] int64 (height, width): pixels outside
     count as zero (None: all inside) -> [B, Q, H * D] in the dtype of value.
     """
-    dimensions = {"value": (value, 4), "reference_points": (reference_points, 4), "offsets": (offsets, 6)}
-    _check_dimensions("ms_deform_attn_fused", **dimensions)
-    batch, heads, levels = value.shape[0], value.shape[2], len(spatial_shapes)
-    queries, points = offsets.shape[1], offsets.shape[4]
-    checks = {
-        "reference_points": (reference_points, (batch, queries, levels, 4 if reference_points.shape[-1] == 4 else 2)),
-        "offsets": (offsets, (batch, queries, heads, levels, points, 2)),
-        "logits": (logits, (batch, queries, heads, levels * points)),
-    }
-    if valid_sizes is not None:
-        checks["valid_sizes"] = (valid_sizes, (batch, levels, 2))
-    _check("ms_deform_attn_fused", value, spatial_shapes, **checks)
-    if _choose("ms_deform_attn_fused", backend, value, offsets, logits, reference_points) == "reference":
-        return ms_deform_attn_fused_reference(value, spatial_shapes, reference_points, offsets, logits, valid_sizes)
+    given = (value, spatial_shapes, reference_points, offsets, logits, valid_sizes)
+    if _check_fused("ms_deform_attn_fused", backend, *given) == "reference":
+        return ms_deform_attn_fused_reference(*given)
     shapes = [side for shape in spatial_shapes for side in shape]
-    return torch.ops.dndetr.ms_deform_attn(value, shapes, reference_points, offsets, logits, valid_sizes)
+    return torch.ops.dndetr.ms_deform_attn(value, shapes, *given[2:])
+
+
+def ms_deform_attn_projected(
+    value: Tensor,
+    spatial_shapes: tuple[tuple[int, int], ...],
+    reference_points: Tensor,
+    projected: Tensor,
+    valid_sizes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`ms_deform_attn_fused` of one projection that makes offsets and logits together.
+
+    projected [B, Q, H * L * P * 3]: all heads' offsets [H, L, P, 2], then all heads' logits [H, L * P]; its gradient is
+    one tensor like it, so that nothing has to be put together.
+    """
+    _check_dimensions("ms_deform_attn_projected", value=(value, 4), projected=(projected, 3))
+    heads, levels = value.shape[2], len(spatial_shapes)
+    if projected.shape[2] % (3 * heads * levels):
+        raise ValueError(
+            f"ms_deform_attn_projected: projected must be [B, Q, {heads} heads x {levels} levels x points x 3], got "
+            f"{list(projected.shape)}"
+        )
+    offsets, logits = _ms_deform_attn.parts(projected, heads, levels)
+    given = (value, spatial_shapes, reference_points, offsets, logits, valid_sizes)
+    if _check_fused("ms_deform_attn_projected", backend, *given) == "reference":
+        return ms_deform_attn_fused_reference(*given)
+    shapes = [side for shape in spatial_shapes for side in shape]
+    return torch.ops.dndetr.ms_deform_attn(value, shapes, reference_points, projected, None, valid_sizes)
 
 
 # name: (B, Q, H, D, level shapes, P, form of the reference points, padding)

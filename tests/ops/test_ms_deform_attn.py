@@ -5,7 +5,7 @@ import goldens
 import pytest
 import torch
 
-from dndetr.ops import _backend, ms_deform_attn, ms_deform_attn_fused
+from dndetr.ops import _backend, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
 
 # The package exports the function under the module's name.
 op = importlib.import_module("dndetr.ops.ms_deform_attn")
@@ -92,6 +92,47 @@ def test_recordings_of_the_official_code(on, simd, dtype, tolerance):
             # Not recorded for points on pixel centres, a kink, and float32 puts those close to one on either side.
             if f"grad_{name}" in case and not (name == "sampling_locations" and dtype == torch.float32):
                 assert error(grad, case[f"grad_{name}"]) <= tolerance, name
+
+
+@pytest.mark.parametrize("apart", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["tiny", "width-32", "one-point", "no-queries", "no-images"])
+def test_offsets_and_logits_of_one_projection(extension, name, backend, dtype, apart):
+    """As from two; "one-point" has an odd number of columns. apart: columns between the rows that nobody reads."""
+    value, shapes, reference, offsets, logits, valid = op.make_case(name, dtype)
+    projected = torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1)
+    projected = torch.cat((projected, projected.new_full((*projected.shape[:2], apart), float("nan"))), dim=-1)
+    projected = projected[..., : projected.shape[2] - apart]
+
+    def with_gradients(function, *inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = function(inputs[0], shapes, *inputs[1:], valid, backend=backend)
+        return out, *torch.autograd.grad(out, inputs, torch.linspace(-1, 1, out.numel()).to(out.dtype).view_as(out))
+
+    one = with_gradients(ms_deform_attn_projected, value, reference, projected)
+    *two, grad_offsets, grad_logits = with_gradients(ms_deform_attn_fused, value, reference, offsets, logits)
+    two.append(torch.cat((grad_offsets.flatten(2), grad_logits.flatten(2)), dim=-1))
+    for a, b in zip(one, two, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_a_projection_of_another_width_is_an_error():
+    value, shapes, reference, *_ = op.make_case("width-32")
+    with pytest.raises(
+        ValueError, match=r"projected must be \[B, Q, 2 heads x 2 levels x points x 3\], got \[1, 21, 47\]"
+    ):
+        ms_deform_attn_projected(value, shapes, reference, torch.zeros(1, 21, 47))
+    with pytest.raises(ValueError, match=r"ms_deform_attn_projected: projected must have 3 dimensions"):
+        ms_deform_attn_projected(value, shapes, reference, torch.zeros(1, 21, 2, 24))
+
+
+@pytest.mark.parametrize("name", ["tiny", "one-point"])
+def test_opcheck_of_a_projection(extension, name):
+    value, shapes, reference, offsets, logits, valid = op.make_case(name)
+    projected = torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1)
+    inputs = [x.requires_grad_() for x in (value, reference, projected)]
+    torch.library.opcheck(torch.ops.dndetr.ms_deform_attn.default, (inputs[0], flat(shapes), *inputs[1:], None, valid))
 
 
 @pytest.mark.parametrize("simd", SIMD)

@@ -186,6 +186,21 @@ def test_emulated_locations_and_weights(emulated, deterministic, dtype, kind):
             assert error(given[part], a) <= max(2 * error(b, a), 4e-6 if dtype == torch.float32 else 0), part
 
 
+@pytest.mark.parametrize(("name", "kind"), [("one-point", "rows"), ("tiny", "rows"), ("pixels", "tiles")])
+def test_emulated_offsets_and_logits_of_one_projection(emulated, name, kind):
+    """As from two; "one-point" has an odd number of columns, so that pairs of offsets would lie badly."""
+    emulated.variant = KINDS[kind]
+    value, shapes, points, offsets, logits, valid = op.make_case(name, torch.bfloat16)
+    two = run((value, shapes, points, offsets, logits, valid))
+    projected = torch.cat((offsets.flatten(2), logits.flatten(2)), dim=-1)
+    given = (value, flat(shapes), points, projected, None, valid)
+    out = _ms_deform_attn._forward_cuda(*given)
+    grad_value, grad_points, grad, none = _ms_deform_attn._backward_cuda(grad_of(out).bfloat16(), *given, True)
+    grads = torch.cat((two["offsets"].flatten(2), two["logits"].flatten(2)), dim=-1)
+    assert torch.equal(out, two["out"]) and torch.equal(grad, grads) and none.numel() == 0
+    assert torch.equal(grad_points, two["reference_points"]) and error(grad_value, two["value"]) < 1e-2
+
+
 def test_emulated_weights_beyond_the_range_of_float16(emulated):
     emulated.variant = KINDS["tiles"]
     value, shapes, points, offsets, logits, _ = op.make_case("width-32", torch.float16)
@@ -240,10 +255,10 @@ def test_emulated_padding_is_not_read(emulated, deterministic, kind, empty):
 
 
 def test_too_many_blocks_are_an_error(library):
-    sizes = [2**18, 2**16, 8, 32, 4, 2, 1, KINDS["rows"], 0, 2**14, 2**8, 2**5]
+    sizes = [2**18, 2**16, 8, 32, 4, 2, 1, KINDS["rows"], 0, 2**14, 2**8, 2**5, 64, 32, 64, 32]
     arrays = [None] * 12
     message = library.emulate(
-        (ctypes.c_int64 * 12)(*sizes),
+        (ctypes.c_int64 * len(sizes))(*sizes),
         (ctypes.c_int * 2)(8, 8),
         (ctypes.c_void_p * 12)(*arrays),
         (ctypes.c_int * 12)(),
@@ -410,6 +425,7 @@ def test_gpu_opcheck():
 
 @pytest.mark.gpu
 def test_gpu_launch_errors_are_raised(extension):
-    problem = extension.DeformAttn((1, 1, 1, 32, 1, 2), [1, 1], (0, 0), [32, 32, 32], (0, 0), (0, 0), (0, 0), 0)
+    rows = ((0, 0), 2), ((0, 0), 1)
+    problem = extension.DeformAttn((1, 1, 1, 32, 1, 2), [1, 1], (0, 0), [32, 32, 32], (0, 0), *rows, 0)
     with pytest.raises(RuntimeError, match="ms_deform_attn: CUDA says"):
         extension.ms_deform_attn_cuda(problem, (0, 0), (torch.cuda.device_count(), 0))

@@ -4,8 +4,8 @@ import ctypes
 import subprocess
 from pathlib import Path
 
-# Which kernels a launch takes: rows of one team, rows of several, sums of whole numbers, tensor cores with sums of a tile,
-# and these of whole numbers.
+# Which kernels a launch takes: rows of one team, rows of several, sums of whole numbers, tensor cores with sums of a
+# tile, and these of whole numbers.
 KINDS = {"rows": 0, "split": 1, "fixed": 2, "tiles": 3, "fixed-tiles": 4}
 
 
@@ -35,20 +35,22 @@ class Emulated:
         return arguments
 
     def ms_deform_attn_cuda(self, problem, out, stream):
-        self._emulate(problem, out, (0, 0), [(0, 0)] * 4, 0)
+        self._emulate(problem, out, (0, 0), [(0, 0), (0, 0), ((0, 0), 0), ((0, 0), 0)], 0)
 
     def ms_deform_attn_backward_cuda(self, problem, grad_out, *grads_fixed_point_and_stream):
         *grads, fixed_point, _ = grads_fixed_point_and_stream
         self._emulate(problem, (0, 0), grad_out, grads, fixed_point)
 
     def _emulate(self, problem, out, grad_out, grads, fixed_point):
-        (batch, queries, heads, width, points, form), shapes, value, strides, reference, offsets, logits, valid = (
-            problem
-        )
+        (batch, queries, heads, width, points, form), shapes, value, strides, reference, *given, valid = problem
+        (offsets, *_), (logits, *_) = given
+        queries_apart = [apart for _, apart in (*given, *grads[2:])]
+        grads = [*grads[:2], *(pointer for pointer, _ in grads[2:])]
         variant = self.variant
         if fixed_point:
             variant = KINDS["fixed-tiles" if variant >= KINDS["tiles"] else "fixed"]
         sizes = (batch, queries, heads, width, points, form, len(shapes) // 2, variant, self.descending, *strides)
+        sizes += tuple(queries_apart)
         arrays = (value, reference, offsets, logits, (valid, 0), out, grad_out, *grads, (fixed_point, 0))
         size = {0: 4, 2: 2, 3: 2}
         pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))

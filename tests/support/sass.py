@@ -25,7 +25,7 @@ def find_cuobjdump() -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: instructions as (address, mnemonic, predicate and operands), registers of a thread, bytes of its stack."""
+    """One kernel: registers of a thread, bytes of its stack, instructions (address, mnemonic, predicate and rest)."""
 
     name: str
     registers: int

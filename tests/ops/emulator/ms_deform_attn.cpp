@@ -55,7 +55,8 @@ void run_tiles(const DeformAttn& p, const void* grad_out, const deform::Outputs&
 // Numbers added to the gradient of value since the last call.
 extern "C" std::int64_t sums() { return std::exchange(emulator::sums, 0); }
 
-// sizes: batch, queries, heads, width, points, reference width, levels, variant, descending turns, and value's strides.
+// sizes: batch, queries, heads, width, points, reference width, levels, variant, descending turns, value's strides, and those
+// from a query to the next of offsets and logits, and of their gradients.
 // arrays: value, reference, offsets, logits, valid sizes, out, grad_out, the four gradients, fixed point; with dtypes.
 extern "C" const char* emulate(const std::int64_t* sizes, const int* shapes, void* const* arrays, const int* dtypes,
                                const std::int64_t* bytes) {
@@ -63,8 +64,10 @@ extern "C" const char* emulate(const std::int64_t* sizes, const int* shapes, voi
   const auto array = [&](int i) { return Array{arrays[i], static_cast<Dtype>(dtypes[i])}; };
   const DeformAttn p{int(sizes[0]),  int(sizes[1]), int(sizes[2]), int(sizes[3]), int(sizes[6]), int(sizes[4]),
                      int(sizes[5]),  shapes,        array(0),      sizes[9],      sizes[10],     sizes[11],
-                     array(1),       array(2),      array(3),      static_cast<const std::int64_t*>(arrays[4])};
-  const deform::Outputs grads{arrays[7], array(8), array(9), array(10), static_cast<const float*>(arrays[11])};
+                     array(1),       array(2),      array(3),      sizes[12],
+                     sizes[13],      static_cast<const std::int64_t*>(arrays[4])};
+  const deform::Outputs grads{arrays[7], array(8),  array(9), array(10),
+                              sizes[14], sizes[15], static_cast<const float*>(arrays[11])};
   const int variant = int(sizes[7]);
   emulator::descending = sizes[8] != 0;
   emulator::reads_outside = false;
