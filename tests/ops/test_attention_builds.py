@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dndetr.kernels import conditional_attention, group_attention  # noqa: E402
-from dndetr.kernels.attention_tiles import TABLES, Class, Tile, table_of  # noqa: E402
+from dndetr.kernels.attention_tiles import TABLES, Class, Tile  # noqa: E402
+from dndetr.kernels.tiles import table_of  # noqa: E402
 from dndetr.ops import _attention  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
