@@ -211,5 +211,5 @@ class _HalfLayers(torch.autograd.Function):
             else:
                 grad, sums, of_slope = activated_product_backward(grad, weights[index], kept[index - 1], slope)
                 of_slopes.append(of_slope)
-        grad_slope = functools.reduce(torch.add, of_slopes) if needs_slope else None
+        grad_slope = functools.reduce(torch.add, of_slopes) if needs_slope and of_slopes else None
         return grad_x, None, grad_slope, *grads

@@ -68,7 +68,7 @@ def _forward(x, weight, bias, slope, keep):
 
     out, before = results = _forward_fake(x, weight, bias, slope, keep)
     with torch.cuda.device_of(x):
-        activated_product(x.contiguous(), weight, bias, slope, out, before if before.numel() else None)
+        activated_product(x.contiguous(), weight, bias.contiguous(), slope, out, before if before.numel() else None)
     return results
 
 
@@ -190,8 +190,10 @@ def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ..
 def _self_test(device_type: str) -> float:
     # In bfloat16, of which the interpreter has no products, and of whole tiles: the kernels that training compiles.
     dtype = torch.bfloat16 if device_type == "cuda" else torch.float16
-    x, weight, bias, slope, grad, after = given = [each.to(dtype) for each in make_case("queries", device_type)]
-    x64, weight64, bias64, slope64, grad64, after64 = (each.double() for each in given)
+    case = make_case("queries", device_type)
+    slope = case[3]
+    x, weight, bias, _, grad, after = (each.to(dtype) for each in case)
+    x64, weight64, bias64, slope64, grad64, after64 = (each.double() for each in case)
     before = F.linear(x64, weight64, bias64).to(dtype).double()
     hidden = (grad64 @ after64).to(dtype).double()
     out, _ = torch.ops.dndetr.activated_product(x, weight, bias, None, True)
