@@ -166,6 +166,7 @@ CASES = {
     "uneven": (67, 91, 45, torch.float16),
     "queries": (70, 64, 128, torch.bfloat16),
     "many-tiles": (300, 100, 200, torch.float16),
+    "many-rows": (5000, 64, 1024, torch.bfloat16),  # enough for any GPU's tiles of many rows
 }
 
 
@@ -189,19 +190,21 @@ def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ..
 
 def _self_test(device_type: str) -> float:
     # In bfloat16, of which the interpreter has no products, and of whole tiles: the kernels that training compiles.
-    dtype = torch.bfloat16 if device_type == "cuda" else torch.float16
-    case = make_case("queries", device_type)
-    slope = case[3]
-    x, weight, bias, _, grad, after = (each.to(dtype) for each in case)
-    x64, weight64, bias64, slope64, grad64, after64 = (each.double() for each in case)
-    before = F.linear(x64, weight64, bias64).to(dtype).double()
-    hidden = (grad64 @ after64).to(dtype).double()
-    out, _ = torch.ops.dndetr.activated_product(x, weight, bias, None, True)
-    sloped, kept = torch.ops.dndetr.activated_product(x, weight, bias, slope, True)
-    masked, sums, _ = torch.ops.dndetr.activated_product_backward(grad, after, out, None)
-    found = out, masked, sums, sloped, kept, *torch.ops.dndetr.activated_product_backward(grad, after, kept, slope)
-    exact = before.relu(), *relu_column_sums_reference(hidden, before), prelu_reference(before, slope64), before
-    exact += prelu_column_sums_reference(hidden, before, slope64)
+    found, exact = [], []
+    for name in ("queries", "many-rows") if device_type == "cuda" else ("queries",):
+        case = make_case(name, device_type)
+        dtype, slope = torch.bfloat16 if device_type == "cuda" else torch.float16, case[3]
+        x, weight, bias, _, grad, after = (each.to(dtype) for each in case)
+        x64, weight64, bias64, slope64, grad64, after64 = (each.double() for each in case)
+        before = F.linear(x64, weight64, bias64).to(dtype).double()
+        hidden = (grad64 @ after64).to(dtype).double()
+        out, _ = torch.ops.dndetr.activated_product(x, weight, bias, None, True)
+        sloped, kept = torch.ops.dndetr.activated_product(x, weight, bias, slope, True)
+        masked, sums, _ = torch.ops.dndetr.activated_product_backward(grad, after, out, None)
+        found += [out, masked, sums, sloped, kept]
+        found += torch.ops.dndetr.activated_product_backward(grad, after, kept, slope)
+        exact += [before.relu(), *relu_column_sums_reference(hidden, before), prelu_reference(before, slope64), before]
+        exact += prelu_column_sums_reference(hidden, before, slope64)
     return _backend.error_beyond_rounding(found, exact)
 
 
