@@ -212,4 +212,5 @@ def test_feed_forward_blocks_on_a_gpu_are_as_precise_as_in_two_steps(dtype, acti
     _backend.forget()
     for a, b, truth in zip(found, outcome(block, x, weighting), exact, strict=True):
         error, theirs = ((each.double() - truth).norm() for each in (a, b))
-        assert error <= 1.2 * theirs + 1e-6 * truth.norm()
+        chance = 5e-2 if truth.numel() == 1 else 1e-6  # rounding errors of a slope's gradient are one number
+        assert error <= 1.2 * theirs + chance * truth.norm()
