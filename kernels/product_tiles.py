@@ -37,16 +37,17 @@ class Class(NamedTuple):
     load: str
 
 
+_SIZES = ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
 CANDIDATES = tuple(
     Tile(rows, columns, terms, warps, stages, registers)
-    for rows, columns, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+    for rows, columns, warps in _SIZES
     for terms in (32, 64)
     for stages in (2, 3, 4)
     for registers in ((0, 128) if (rows, columns, warps) == (128, 128, 8) else (0,))
 )
 
-# Chosen by what ahead-of-time builds (Triton 3.9) say of registers, spills and shared memory, and by this: with 256
-# terms a program soon ends, and one beside it keeps tensor cores busy while it writes. On an H200 nothing was tried.
+# Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory, and by this: with
+# 256 terms a program soon ends, and one beside it keeps tensor cores busy while it writes. Nothing was tried on a GPU.
 _MANY, _FEW = Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)
 _TABLE = {
     Class(kernel, activation, load): tile
