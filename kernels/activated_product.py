@@ -112,11 +112,11 @@ def activated_product_backward_kernel(
     inside = (m < rows)[:, None] & (n < columns)[None, :]
     to = m[:, None] * columns + n[None, :]
     value = total.to(masked.dtype.element_ty)
-    at = tl.load(kept + to, mask=inside, other=0.0)
+    # Beyond the edges a ReLU lets nothing pass, and a PReLU's slope, which may be infinite, multiplies nothing.
+    at = tl.load(kept + to, mask=inside, other=0.0 if slope is None else 1.0)
     if slope is None:
-        value = tl.where(at <= 0.0, 0.0, value)  # beyond the edges, too; a NaN lets the gradient pass
+        value = tl.where(at <= 0.0, 0.0, value)  # a NaN lets the gradient pass
     else:
-        # Beyond the edges nothing is multiplied: factors may be infinite.
         value, at = tl.where(inside, value, 0.0).to(tl.float32), at.to(tl.float32)
         tl.store(slope_sums + tl.program_id(0), tl.sum(tl.where(at > 0.0, 0.0, value * at)))
         value = tl.where(at > 0.0, value, value * tl.load(slope).to(tl.float32))

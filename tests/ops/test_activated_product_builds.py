@@ -71,6 +71,15 @@ def test_tiles_that_do_not_divide_the_result_spill_nothing(tmp_path):
         assert "STACK:0" in told and "LOCAL:0" in told, (found, told)
 
 
+@pytest.mark.parametrize("found", [found for found in TABLES[90] if found.load == "few"], ids="-".join)
+def test_sizes_of_one_compile(found, tmp_path):
+    """Triton makes constants of arguments that are one."""
+    kernel, types, constants, divisible, options = given(found, TABLES[90][found], "*bf16")
+    constants |= dict.fromkeys(("rows", "columns", "terms", "term_stride", "column_stride"), 1) | {"WHOLE": False}
+    compiled, _ = build(kernel, types, constants, 90, tmp_path, divisible=divisible, **options)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("found", TABLES["amd"], ids="-".join)
 def test_no_kernel_spills_on_amd(found):
     if "amd" not in backends:
