@@ -1,4 +1,4 @@
-"""Few kernels of ours where torch needs many, or slow ones: stem, frozen_norm, add_norm, column_sums, prelu.
+"""Few kernels of ours where torch needs many, or slow ones: stem, frozen_norm, add_norm, column_sums, prelu, products.
 
 As bfloat16 training has them. ``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own
 time, forward and both passes, with the bytes that have to move and the share of a copy's rate at which ours moves them.
@@ -14,19 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dndetr.ops import add_norm, column_sums, frozen_norm, prelu, prelu_column_sums, relu_column_sums, stem
+from dndetr.ops import (
+    activated_product,
+    activated_product_backward,
+    add_norm,
+    column_sums,
+    frozen_norm,
+    prelu,
+    prelu_column_sums,
+    relu_column_sums,
+    stem,
+)
 
 BF16 = torch.bfloat16
 EPS = 1e-5
 
 
 class Contest(NamedTuple):
-    """Functions without arguments by name, what of their inputs gets a gradient, and the bytes that passes move."""
+    """Functions without arguments by name, ours and another, and what of their inputs gets a gradient.
+
+    forward, backward: bytes that passes move; operations: of the forward pass's products, where those matter.
+    """
 
     functions: dict[str, Callable[[], Tensor | tuple[Tensor | None, ...]]]
     leaves: list[Tensor]
     forward: int
     backward: int
+    operations: int = 0
 
 
 def of_frozen_norm(shape, with_norm, device="cuda", backend="triton") -> Contest:
@@ -110,6 +124,30 @@ def of_prelu(size, device="cuda", backend="triton") -> Contest:
     return Contest(functions, [], forward=2 * x.nbytes, backward=0)
 
 
+def of_activated_product(size, activation, backward, device="cuda", backend="triton", dtype=BF16) -> Contest:
+    """The first product of a feed-forward block, or the one that gives the gradient of what its activation was given.
+
+    size: rows, terms, hidden width. Against product and pass, the latter also of our own kernels.
+    """
+    rows, terms, columns = size
+    x, weight, bias, kept = (
+        torch.randn(*shape, device=device).to(dtype)
+        for shape in ((rows, terms), (columns, terms), (columns,), (rows, columns))
+    )
+    slope = torch.full((1,), 0.25, device=device) if activation == "PReLU" else None
+    after = weight.t().contiguous()
+
+    def taken(backend):
+        if backward:
+            return lambda: activated_product_backward(x, after, kept, slope, backend)
+        return lambda: activated_product(x, weight, bias, slope, True, backend)
+
+    results = 2 if backward or slope is not None else 1  # one of them is read, backward
+    moved = x.nbytes + weight.nbytes + results * kept.nbytes
+    operations = 2 * rows * terms * columns
+    return Contest({"ours": taken(backend), "two steps": taken("reference")}, [], moved, 0, operations)
+
+
 CONTESTS = {
     **{f"stem, {shape}": partial(of_stem, shape) for shape in ((2, 3, 800, 1333), (16, 3, 800, 1333))},
     **{
@@ -138,6 +176,20 @@ CONTESTS = {
             ("prelu", partial(of_prelu, size)),
         )
     },
+    **{
+        f"activated_product{'_backward' * backward}, {activation}, {size}": partial(
+            of_activated_product, size, activation, backward
+        )
+        for size, activation in (
+            ((44446, 256, 2048), "ReLU"),  # encoder and decoder of the deformable detector, 2 images
+            ((1000, 256, 2048), "ReLU"),
+            ((16800, 256, 2048), "PReLU"),  # of the dense one, 16 images
+            ((8000, 256, 2048), "PReLU"),
+            ((1000, 256, 256), "ReLU"),  # an MLP
+            ((44446, 1024, 2048), "ReLU"),  # more terms than the kernel is taken for
+        )
+        for backward in (False, True)
+    },
 }
 
 
@@ -161,10 +213,15 @@ def compete(record: Callable, name: str, contest: Contest, copy: float) -> None:
         passes["forward and backward"] = contest.forward + contest.backward, both
     for which, (moved, functions) in passes.items():
         seconds = {who: ceilings.gpu_seconds(function) for who, function in functions.items()}
-        share = moved / seconds["ours"] / copy
-        record(f"{name}, {which}", seconds, bytes=moved, share_of_copy=share, detail=True)
-        ratio = seconds["torch"] / seconds["ours"]
-        print(f"\n{name}, {which}: ours {seconds['ours'] * 1e6:.1f} us, torch {ratio:.2f}x that; {share:.0%} of a copy")
+        told = {"bytes": moved, "share_of_copy": moved / seconds["ours"] / copy}
+        if contest.operations:
+            told["operations_per_second"] = contest.operations / seconds["ours"]
+        record(f"{name}, {which}", seconds, **told, detail=True)
+        (other,) = seconds.keys() - {"ours"}
+        ratio, share = seconds[other] / seconds["ours"], told["share_of_copy"]
+        print(
+            f"\n{name}, {which}: ours {seconds['ours'] * 1e6:.1f} us, {other} {ratio:.2f}x that; {share:.0%} of a copy"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,20 @@ def _weight_gradients(grad_out: torch.Size, x: torch.Size, out_shape=None) -> in
     return 2 * x.numel() * grad_out[1]
 
 
+def _activated_product(x: torch.Size, weight: torch.Size, *_, out_shape=None) -> int:
+    """x [M, K], weight [N, K]."""
+    return 2 * x.numel() * weight[0]
+
+
+def _activated_product_backward(grad: torch.Size, weight: torch.Size, *_, out_shape=None) -> int:
+    """grad [M, K], weight [K, N]."""
+    return 2 * grad.numel() * weight[1]
+
+
 # What torch's counter does not know, and what it is counted as.
 _FORMULAS = {
+    torch.ops.dndetr.activated_product: _activated_product,
+    torch.ops.dndetr.activated_product_backward: _activated_product_backward,
     torch.ops.dndetr.conv3x3: _conv3x3,
     torch.ops.dndetr.conv3x3_backward: _conv3x3_backward,
     torch.ops.dndetr.weight_gradients: _weight_gradients,

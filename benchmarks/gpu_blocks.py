@@ -16,7 +16,7 @@ from gpu_call import Call
 
 DEVICE = "cuda"
 DEFORMABLE, DENSE = "dn-deformable-detr-r50", "dn-detr-r50"
-FUSED = ("stem", "frozen_norm", "add_norm", "column_sums", "prelu")
+FUSED = ("stem", "frozen_norm", "add_norm", "column_sums", "prelu", "activated_product")
 
 
 def machine(call: Call, found: dict) -> None:
@@ -89,6 +89,20 @@ def deformable_attention(call: Call, found: dict) -> None:
             run, inputs = bench.fused(bench.op.make_inputs(bench.ON_GPU[name], dtype, "cuda"), "cuda")
             times = bench.gpu_times(run, inputs, torch.randn_like(run().detach()))
             found[f"{name}, {dtype}"] = [seconds * 1e6 for seconds in times]
+
+
+def activated_products(call: Call, found: dict) -> None:
+    """Seconds of products with activations and of the same in two steps, and the rates that the kernels reach."""
+    import bench_fused as bench
+    import ceilings
+
+    copy = ceilings.gpu_copy()
+    for name, contest in bench.CONTESTS.items():
+        if name.startswith("activated_product"):
+            bench.compete(
+                lambda name, seconds, **told: found.update({name: {**seconds, **told}}), name, contest(), copy
+            )
+            call.save()
 
 
 def both_passes() -> None:

@@ -24,11 +24,13 @@ FIRST = (
     Block("tests, memcheck, training", 40, 125, correctness),
     Block("limits", 6, 20, blocks.limits),
     Block("deformable attention", 5, 20, blocks.deformable_attention),
+    Block("activated products", 12, 40, blocks.activated_products),
+    Block("deformable 2, activated products", 14, 45, partial(blocks.switched, DEFORMABLE, 2, FUSED[-1:])),
     Block("trace deformable 2", 6, 25, partial(blocks.trace, DEFORMABLE, 2)),
     Block("trace dense 2", 6, 25, partial(blocks.trace, DENSE, 2)),
     Block("trace dense 16", 8, 25, partial(blocks.trace, DENSE, 16)),
     Block("trace deformable 16", 10, 30, partial(blocks.trace, DEFORMABLE, 16)),
-    Block("dense 16, each fused op", 30, 75, partial(blocks.switched, DENSE, 16, FUSED)),
+    Block("dense 16, each fused op", 35, 85, partial(blocks.switched, DENSE, 16, FUSED)),
     Block("dense encoder's attention", 4, 20, blocks.dense_attention),
     Block("step deformable 16", 12, 40, partial(blocks.step, DEFORMABLE, 16, BOTH[:1])),
     Block("matching", 5, 20, blocks.matching),
@@ -57,7 +59,7 @@ SECOND = (
     recorded("ops", 20, 75, "bench_matching.py", "bench_attention.py", "-k", OPS),
     step(DENSE, 16, 15, 40, OURS),
     step(DEFORMABLE, 16, 15, 40, OURS),
-    recorded("fused ops, ceilings", 25, 60, "bench_fused.py", "bench_ceilings.py", "bench_losses.py"),
+    recorded("fused ops, ceilings", 40, 85, "bench_fused.py", "bench_ceilings.py", "bench_losses.py"),
     recorded("DINO", 30, 60, "bench_dino.py", "--contenders", PEERS),
 )
 

@@ -4,12 +4,12 @@ Training never tunes: it looks tiles up here. ``DNDETR_AUTOTUNE=1`` measures eve
 class instead and prints lines for these tables.
 """
 
-import os
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
+
+from .tiles import chosen, processors
 
 
 class Tile(NamedTuple):
@@ -53,10 +53,6 @@ def _table(rows: dict) -> dict[Class, Tile]:
         for load, tile in zip(("many", "few"), pair, strict=True)
     }
 
-
-# Bytes of shared memory that a program may have on the GPU after which a table is named. Any GPU takes the first of
-# these tables that its own suffices for.
-SHARED = {90: 227 * 1024, 80: 163 * 1024, 86: 99 * 1024, 75: 64 * 1024}
 
 # Chosen by what ahead-of-time builds (Triton 3.6 and 3.9) say of registers, spills and shared memory. On a GPU, an
 # H200, only those of many rows in half precision, 32 wide, were tried: they are within a fifth of each call's best.
@@ -269,25 +265,6 @@ TABLES["amd"] = _same(
 )
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of an H100 where there is none (the interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@cache
-def table_of(device: torch.device) -> int | str:
-    """The key in TABLES for a GPU: Hopper's where there is none (the interpreter)."""
-    if device.type != "cuda":
-        return 90
-    if torch.version.hip:
-        return "amd"
-    gpu = torch.cuda.get_device_properties(device)
-    if gpu.major == 10:
-        return 100
-    return next((arch for arch, needed in SHARED.items() if needed <= gpu.shared_memory_per_block_optin), 75)
-
-
 def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> Class:
     """The class of a call, q [B, H, Q, D] and v [B, H, S, D']."""
     batch, heads, queries, width = q.shape
@@ -299,27 +276,6 @@ def classify(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str) -> C
     )
 
 
-_tuned: dict[Class, Tile] = {}
-
-
 def attention_tile(kernel: str, q: torch.Tensor, v: torch.Tensor, precision: str, launch) -> Tile:
     """The tile of a call; ``launch(tile)`` runs it, for measurement when ``DNDETR_AUTOTUNE=1``."""
-    found = classify(kernel, q, v, precision)
-    tunable = os.environ.get("DNDETR_AUTOTUNE") == "1" and q.device.type == "cuda"
-    if found not in _tuned:
-        if not tunable or torch.cuda.is_current_stream_capturing():
-            return TABLES[table_of(q.device)][found]
-        _tuned[found] = fastest(launch, triton.testing.do_bench)
-        print(f"    {found}: {_tuned[found]},", flush=True)
-    return _tuned[found]
-
-
-def fastest(launch, measure) -> Tile:
-    """The candidate with the shortest ``measure(run)``; those that need too much shared memory are passed over."""
-    times = {}
-    for tile in CANDIDATES:
-        try:
-            times[tile] = measure(lambda tile=tile: launch(tile))
-        except triton.runtime.errors.OutOfResources:
-            continue
-    return min(times, key=times.get)
+    return chosen(classify(kernel, q, v, precision), TABLES, CANDIDATES, q.device, launch)

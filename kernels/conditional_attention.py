@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tiles import attention_tile, processors
+from .attention_tiles import attention_tile
 from .online_softmax import (
     LOG2_E,
     head_of,
@@ -21,6 +21,7 @@ from .online_softmax import (
     softmax_step,
     store_rows,
 )
+from .tiles import processors
 
 JOIN_ROWS = 16
 STRUCTURE = ["heads", "queries", "keys", "span", "splits"]

@@ -17,7 +17,7 @@ from .layers import (
     dense_attention,
     merge_heads,
 )
-from .linear import Linear, linears
+from .linear import Linear, parallel_linear
 
 
 class DenseEncoderLayer(Recomputable):
@@ -81,7 +81,7 @@ class MSDeformAttn(nn.Module):
     def forward(self, query: Tensor, reference_points: Tensor, features: Features) -> Tensor:
         """query [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
         value = self.value_proj(features.tokens).unflatten(-1, (self.heads, -1))
-        projected = linears(query, self.sampling_offsets, self.attention_weights)
+        projected = parallel_linear(query, self.sampling_offsets, self.attention_weights)
         out = ms_deform_attn_projected(value, features.shapes, reference_points, projected, features.valid_sizes)
         return self.output_proj(out)
 

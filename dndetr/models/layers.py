@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.add_norm import add_norm
 from ..ops.conditional_attention import conditional_attention
 from .activations import PReLU, activation
-from .linear import Linear, linear
+from .linear import Linear, linear, linear_layers
 
 
 class Recomputable(nn.Module):
@@ -70,10 +70,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = layer(x, relu=True)
-        return last(x)
+        return linear_layers(x, self.layers)
 
 
 class FeedForward(nn.Module):
@@ -86,13 +83,12 @@ class FeedForward(nn.Module):
         self.norm = ResidualNorm(width)
 
     def forward(self, x: Stream, position: Tensor | None = None) -> Stream:
-        if self.activation is None:
-            hidden = self.linear1(x.low, relu=True)
-        elif isinstance(self.activation, PReLU):
-            hidden = self.linear1(x.low, slope=self.activation.weight)
+        if self.activation is None or isinstance(self.activation, PReLU):
+            slope = None if self.activation is None else self.activation.weight
+            y = linear_layers(x.low, (self.linear1, self.linear2), slope)
         else:
-            hidden = self.activation(self.linear1(x.low))
-        return self.norm(x, self.linear2(hidden), position)
+            y = self.linear2(self.activation(self.linear1(x.low)))
+        return self.norm(x, y, position)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -4,20 +4,22 @@ torch sends a float32 ``linear`` on a CPU to MKL, which on processors of other m
 oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. Only the
 order of summation differs. bfloat16 products are oneDNN's in torch as well.
 
-On a GPU in half precision, products are torch's; backward, one short kernel of ours takes the gradient of a ReLU or of
-a PReLU with one slope, and adds up those of the bias and the slope. Everything else, and all that torch
-compiles, traces or transforms, takes torch's own way.
+On a GPU in half precision, products with a ReLU or a PReLU with one slope behind them are ours, and so are those that
+give the gradient of what such an activation was given; the others are torch's. One short kernel of ours adds up the
+gradient of a bias. Everything else, and all that torch compiles, traces or transforms, takes torch's own way.
 """
 
+import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._backend import plain_torch_only
+from ..ops.activated_product import activated_product, activated_product_backward
 from ..ops.column_sums import column_sums, prelu_column_sums, relu_column_sums
-from ..ops.prelu import prelu
 from ..ops.weight_gradients import weight_gradients
 from . import activations
 
@@ -84,28 +86,46 @@ def linear(
     if onednn:
         out = _Linear.apply(rows, weight, bias, relu)
     elif half is not None:
-        out = _HalfLinear.apply(rows.to(half), weight.to(half), bias.to(half), relu, slope)
+        out = _half_layers(rows.to(half), relu or slope is not None, slope, weight.to(half), bias.to(half))
     else:
         out = F.linear(rows, weight, bias).relu_()
     return out.view(*x.shape[:-1], len(weight))
 
 
-def linears(x: Tensor, *layers: nn.Module) -> Tensor:
+def linear_layers(x: Tensor, layers: Sequence[Linear], slope: Tensor | None = None) -> Tensor:
+    """x [..., K] through the layers, with a ReLU, or with a ``slope`` [1] a PReLU, between each two -> [..., N].
+
+    In half precision on a GPU all of them are one step of the gradient, unless a layer has hooks or no bias.
+    Differentiable as :func:`linear`.
+    """
+    half = half_precision(x, layers[0].weight)
+    if half is not None and all(_is_bare(layer) and half_precision(x, layer.weight) == half for layer in layers):
+        parameters = [each.to(half) for layer in layers for each in (layer.weight, layer.bias)]
+        rows = x.reshape(-1, x.shape[-1]).to(half)
+        return _half_layers(rows, len(layers) - 1, slope, *parameters).view(*x.shape[:-1], -1)
+    *hidden, last = layers
+    for layer in hidden:
+        x = layer(x, relu=slope is None, slope=slope)
+    return last(x)
+
+
+def parallel_linear(x: Tensor, *layers: nn.Module) -> Tensor:
     """x [..., K] through layers beside each other -> their results [..., N of all], by one product where it may be.
 
     Layers that others have replaced, hooked or wrapped are called one by one.
     """
-    if not all(type(layer) is Linear and not _hooked(layer) for layer in layers):
+    if not all(map(_is_bare, layers)):
         return torch.cat([layer(x) for layer in layers], dim=-1)
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     return linear(x, weight, bias)
 
 
-def _hooked(layer: nn.Module) -> bool:
-    """Whether a call of the layer does more than its forward method."""
-    return any(
-        (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    ) or "forward" in vars(layer)
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer is nothing but its product and its bias."""
+    if type(layer) is not Linear or layer.bias is None or "forward" in vars(layer):
+        return False
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return not any(hooks) and not nn.modules.module._has_any_global_hook()
 
 
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -147,35 +167,60 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if needs_bias else None, None
 
 
-class _HalfLinear(torch.autograd.Function):
+def _half_layers(x: Tensor, activated: int, slope: Tensor | None, *parameters: Tensor) -> Tensor:
+    """x [M, K] through layers of ``parameters`` weight, bias, ...; an activation follows the first ``activated``."""
+    if torch.is_grad_enabled():
+        return _HalfLayers.apply(x, activated, slope, *parameters)
+    return _through(x, activated, slope, parameters, keep=False)[0]
+
+
+def _through(x, activated, slope, parameters, keep):
+    """Result, inputs of all layers, and what the activations' gradients take; the lists are empty without ``keep``."""
+    inputs, kept = [], []
+    for index, (weight, bias) in enumerate(zip(parameters[::2], parameters[1::2], strict=True)):
+        inputs += [x] * keep
+        if index < activated:
+            x, of_activation = activated_product(x, weight, bias, slope, keep)
+            kept += [of_activation] * keep
+        else:
+            x = F.linear(x, weight, bias)
+    return x, inputs, kept
+
+
+class _HalfLayers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, relu, slope):
-        out = F.linear(x, weight, bias)
-        kept = None
-        if relu:
-            # Not as the product's epilogue (torch._addmm_activation): it may turn NaN into zero and hide it.
-            kept = out.relu_()
-        elif slope is not None:
-            kept, out = out, prelu(out, slope)
-        ctx.save_for_backward(x, weight, kept, slope)
+    def forward(ctx, x, activated, slope, *parameters):
+        out, inputs, kept = _through(x, activated, slope, parameters, keep=True)
+        ctx.layers = len(inputs)
+        ctx.save_for_backward(slope, *inputs, *parameters[::2], *kept)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
-        x, weight, kept, slope = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _, needs_slope = ctx.needs_input_grad
-        grad_bias = grad_slope = None
-        if slope is not None:
-            grad_out, grad_bias, grad_slope = prelu_column_sums(grad_out, kept, slope)
-        elif kept is None:
-            grad_out = grad_out.contiguous()
-            if needs_bias:
-                grad_bias = column_sums(grad_out)
-        elif needs_bias:
-            grad_out, grad_bias = relu_column_sums(grad_out, kept)
+    def backward(ctx, grad):
+        slope, *saved = ctx.saved_tensors
+        layers = ctx.layers
+        inputs, weights, kept = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
+        needs_x, _, needs_slope, *needs = ctx.needs_input_grad
+        grads, of_slopes, grad_x, sums = [None] * len(needs), [], None, None
+        if len(kept) < layers:
+            grad = grad.contiguous()
+            sums = column_sums(grad) if needs[-1] else None
+        elif slope is None:
+            grad, sums = relu_column_sums(grad, kept[-1])
         else:
-            grad_out = torch.ops.aten.threshold_backward(grad_out, kept, 0)
-        grad_x = grad_out @ weight if needs_x else None
-        grad_weight = grad_out.t() @ x if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, None, grad_slope if needs_slope else None
+            grad, sums, of_slope = prelu_column_sums(grad, kept[-1], slope)
+            of_slopes.append(of_slope)
+        for index in reversed(range(layers)):
+            grads[2 * index + 1] = sums if needs[2 * index + 1] else None
+            if needs[2 * index]:
+                grads[2 * index] = grad.t() @ inputs[index]
+            if not (needs_x or any(needs[: 2 * index]) or (needs_slope and index > 0)):
+                break
+            if index == 0:
+                grad_x = grad @ weights[0]
+            else:
+                grad, sums, of_slope = activated_product_backward(grad, weights[index], kept[index - 1], slope)
+                of_slopes.append(of_slope)
+        grad_slope = functools.reduce(torch.add, of_slopes) if needs_slope and of_slopes else None
+        return grad_x, None, grad_slope, *grads

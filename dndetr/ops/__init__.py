@@ -1,5 +1,6 @@
 """The compute-heavy parts, one module per op: a plain reference, its fast twins, and the choice between them."""
 
+from .activated_product import activated_product, activated_product_backward
 from .add_norm import add_norm
 from .assign import assign
 from .column_sums import column_sums, prelu_column_sums, relu_column_sums
@@ -21,6 +22,8 @@ __all__ = [
     "GroupLayout",
     "LossWeights",
     "Matches",
+    "activated_product",
+    "activated_product_backward",
     "add_norm",
     "assign",
     "column_sums",

@@ -29,6 +29,14 @@ def test_onednn_products_are_counted_as_those_of_torch(monkeypatch):
     assert counted == [{"products": ONE, "convolutions": 0, "3x3 convolutions": 0}] * 3
 
 
+def test_products_with_activations_are_products(fake_cuda):
+    x, weight, bias = (torch.empty(size, device="cuda") for size in ((ROWS, INPUTS), (OUTPUTS, INPUTS), OUTPUTS))
+    kept = x.new_empty(ROWS, OUTPUTS)
+    forward = floors.operations(lambda: torch.ops.dndetr.activated_product(x, weight, bias, None, True))
+    backward = floors.operations(lambda: torch.ops.dndetr.activated_product_backward(x, weight.t(), kept, None))
+    assert forward == backward == {"products": ONE, "convolutions": 0, "3x3 convolutions": 0}
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_convolutions_are_apart(extension, backend):
     x, kernel = torch.randn(2, 32, 10, 12, requires_grad=True), torch.randn(64, 32, 3, 3, requires_grad=True)

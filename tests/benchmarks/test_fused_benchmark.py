@@ -15,6 +15,13 @@ SMALL = {
     "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), "ReLU", "cpu", "reference"),
     "column_sums, behind a PReLU": lambda: bench_fused.of_column_sums((50, 16), "PReLU", "cpu", "reference"),
     "prelu": lambda: bench_fused.of_prelu((50, 16), "cpu", "reference"),
+    **{
+        f"activated_product{'_backward' * backward}, {activation}": lambda activation=activation, backward=backward: (
+            bench_fused.of_activated_product((50, 8, 16), activation, backward, "cpu", "reference")
+        )
+        for activation in ("ReLU", "PReLU")
+        for backward in (False, True)
+    },
 }
 # Bytes of each pass: numbers, times the sizes in which they are read or written.
 MOVED = {
@@ -27,6 +34,10 @@ MOVED = {
     "column_sums, behind a ReLU": [800 * 2 * 3],
     "column_sums, behind a PReLU": [800 * 2 * 3],
     "prelu": [800 * 2 * 2],
+    "activated_product, ReLU": [2 * (50 * 8 + 16 * 8 + 800)],
+    "activated_product, PReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
+    "activated_product_backward, ReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
+    "activated_product_backward, PReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
 }
 
 
@@ -60,10 +71,14 @@ def test_every_pass_is_recorded(name, monkeypatch):
     passes = ["forward", "forward and backward"][: len(MOVED[name])]
     assert list(recorded) == [f"{name}, {which}" for which in passes]
     for ((seconds,), counted), moved in zip(recorded.values(), MOVED[name], strict=True):
-        assert seconds == {"ours": 0.5, "torch": 0.5}
-        assert counted == {"bytes": moved, "share_of_copy": moved / 0.5 / 1e4, "detail": True}
+        of_products = name.startswith("activated_product")
+        assert seconds == {"ours": 0.5, "two steps" if of_products else "torch": 0.5}
+        rate = {"operations_per_second": 2 * 50 * 8 * 16 / 0.5} if of_products else {}
+        assert counted == {"bytes": moved, "share_of_copy": moved / 0.5 / 1e4, "detail": True} | rate
 
 
 def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
-    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} and len(bench_fused.CONTESTS) == 19
+    products = {"activated_product", "activated_product_backward"}
+    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} | products
+    assert len(bench_fused.CONTESTS) == 31

@@ -5,6 +5,7 @@ import os
 from functools import partial
 
 import bench_attention
+import bench_fused
 import bench_gpu_step
 import bench_matching
 import ceilings
@@ -97,6 +98,17 @@ def test_attention_and_matching_are_timed(on_a_cpu, call, monkeypatch):
     found = {}
     gpu_blocks.matching(call, found)
     assert len(found) == 6 and all(list(times.values()) == [1.0, 2.0, 2.0] for times in found.values())
+
+
+def test_activated_products_are_timed_against_two_steps(call, monkeypatch):
+    monkeypatch.setattr(ceilings, "gpu_seconds", lambda run: 1e-6 if run() is not None else None)
+    monkeypatch.setattr(ceilings, "gpu_copy", lambda: 4e12)
+    contest = partial(bench_fused.of_activated_product, (50, 8, 16), "ReLU", True, "cpu", "reference")
+    monkeypatch.setattr(bench_fused, "CONTESTS", {"prelu, 1": None, "activated_product_backward, 1": contest})
+    found = {}
+    gpu_blocks.activated_products(call, found)
+    (told,) = found.values()
+    assert told["ours"] == told["two steps"] == 1e-6 and told["operations_per_second"] == 2 * 50 * 8 * 16 / 1e-6
 
 
 def test_a_training_run_is_told_as_far_as_it_got(tmp_path):

@@ -10,19 +10,18 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
-from triton.runtime.interpreter import InterpreterBuilder
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
 
+import bfloat16_in_the_interpreter  # noqa: E402, F401
 import detectors  # noqa: E402
 import goldens  # noqa: E402
 from gradients import compare, outputs  # noqa: E402
 
 from dndetr.batch import Targets  # noqa: E402
 from dndetr.denoising import Noise, draw_noise, noised_queries  # noqa: E402
-from dndetr.kernels import attention_tiles  # noqa: E402
+from dndetr.kernels import attention_tiles, tiles  # noqa: E402
 from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402
 from dndetr.kernels.attention_tiles import Tile  # noqa: E402
 from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention  # noqa: E402
@@ -32,28 +31,11 @@ conditional = importlib.import_module("dndetr.ops.conditional_attention")
 PARTS = ("q_content", "q_position", "k_content", "k_position", "v")
 
 
-_dot = InterpreterBuilder.create_dot
-
-
-def _widened(x):
-    """The interpreter keeps bfloat16 as its 16 bits, and would multiply those."""
-    return (x.data.astype(np.uint32) << 16).view(np.float32)
-
-
-def _dot_of_bfloat16(self, a, b, d, input_precision, max_num_imprecise_acc):
-    if not a.dtype.scalar.is_bf16():
-        return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
-    return type(d)(np.matmul(_widened(a), _widened(b)) + d.data, d.dtype.scalar)
-
-
-InterpreterBuilder.create_dot = _dot_of_bfloat16
-
-
 def use(tile: Tile | None) -> None:
     """Force one tile for every kernel; None: the shipped table."""
-    attention_tiles._tuned.clear()
+    tiles._tuned.clear()
     if tile:
-        attention_tiles._tuned.update(dict.fromkeys(attention_tiles.TABLES[90], tile))
+        tiles._tuned.update(dict.fromkeys(attention_tiles.TABLES[90], tile))
 
 
 def groups(q, k, v, layout, active=None, scale=None):

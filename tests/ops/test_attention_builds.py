@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 import torch
+from architectures import SHARED_BUDGET, tiles_for
 
 triton = pytest.importorskip("triton")
 
@@ -21,20 +21,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dndetr.kernels import conditional_attention, group_attention  # noqa: E402
-from dndetr.kernels.attention_tiles import TABLES, Class, Tile, table_of  # noqa: E402
+from dndetr.kernels.attention_tiles import TABLES, Class, Tile  # noqa: E402
 from dndetr.ops import _attention  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Bytes that a block may ask for, as GPUs say.
-SHARED_BUDGET = {
-    75: 64 * 1024,
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
-}
 TRAINING = [
     (90, Class("group_attention_forward", "half", 32, "many")),
     (80, Class("group_attention_backward", "half", 32, "many")),
@@ -104,9 +94,7 @@ def fits(usage: Usage, arch: int) -> bool:
 
 def table(arch: int) -> dict[Class, Tile]:
     """What a GPU of this architecture takes."""
-    gpu = SimpleNamespace(major=arch // 10, shared_memory_per_block_optin=SHARED_BUDGET[arch])
-    with mock.patch("torch.cuda.get_device_properties", return_value=gpu):
-        return TABLES[table_of.__wrapped__(torch.device("cuda"))]
+    return tiles_for(TABLES, arch)
 
 
 def kernel_of(name: str):

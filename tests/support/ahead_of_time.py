@@ -8,6 +8,25 @@ from typing import Any
 from unittest import mock
 
 
+def source_of(
+    function,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    other: str = "i32",
+    divisible: Iterable[str] | None = None,
+):
+    """A kernel as a call would have it compiled, for Triton's compiler; arguments as of :func:`build`."""
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, other) for name in names}
+    if divisible is None:
+        divisible = [name for name in names if signature[name].startswith("*")]
+    known = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants}
+    return ASTSource(function, signature, constants, known)
+
+
 def build(
     function,
     types: dict[str, str],
@@ -26,15 +45,8 @@ def build(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver
-    from triton.compiler import ASTSource
 
-    names = function.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {name: "constexpr" if name in constants else types.get(name, other) for name in names}
-    if divisible is None:
-        divisible = [name for name in names if signature[name].startswith("*")]
-    known = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants}
-    source = ASTSource(function, signature, constants, known)
+    source = source_of(function, types, constants, other, divisible)
     with mock.patch.object(triton.knobs.cache, "dir", str(folder)):
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     binary = folder / "kernel.cubin"

@@ -19,7 +19,7 @@ class Operations(TorchDispatchMode):
         "split",
         "unbind",
     )
-    VIEWS = (*VIEWS, "detach", "alias", "split_with_sizes", "_unsafe_view", "promote_types")
+    VIEWS = (*VIEWS, "detach", "alias", "split_with_sizes", "_unsafe_view", "promote_types", "device")
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "equal")
 
     def __init__(self):
