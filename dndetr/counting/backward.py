@@ -84,7 +84,9 @@ def _results(node, grads: list[Tensor | None]) -> list[Tensor | None]:
         results = results if isinstance(results, tuple) else (results,)
         return [grad for grad, edge in zip(results, node.next_functions, strict=True) if edge[0] is not None]
     if getattr(node, "wants_zeros", True):
-        grads = [_zeros(about) if grad is None else grad for grad, about in zip(grads, node._input_metadata, strict=True)]
+        grads = [
+            _zeros(about) if grad is None else grad for grad, about in zip(grads, node._input_metadata, strict=True)
+        ]
     results = node.apply(*grads)
     results = results if isinstance(results, tuple) else (results,)
     # There is one for every input, and edges for tensors alone.
@@ -92,7 +94,7 @@ def _results(node, grads: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _zeros(about) -> Tensor | None:
-    return None if about is None else torch.zeros(about.shape, dtype=about.dtype, device="cuda")
+    return None if about is None else torch.zeros(about.shape, dtype=about.dtype, device=about.device)
 
 
 def _accumulate(leaf: Tensor, grad: Tensor | None) -> None:

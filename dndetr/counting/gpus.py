@@ -18,8 +18,8 @@ class Gpu(NamedTuple):
 
 
 # Seconds in a graph on an H200 (traces of benchmarks/results/, which name kernels, calls and times): the gap before a
-# kernel, what an elementwise kernel takes that has next to nothing to do, and what a product of a few hundred rows does.
-# They hardly depend on the card.
+# kernel, what an elementwise kernel takes that has next to nothing to do, and what a product of a few hundred rows
+# takes. They are taken to be the same on other cards.
 GAP, LEAST, LEAST_PRODUCT = 0.6e-6, 1.2e-6, 3.5e-6
 
 # Of what its data sheet promises an H200 reaches these shares: 4.0 of 4.8 TB/s in our kernels of whole maps, 690 of 989

@@ -25,7 +25,12 @@ _ONE_PASS = 4096  # rows whose sums are one kernel's (kernels/column_sums.py)
 _SHARES = 512  # at most, of what more rows are cut into
 
 # Seconds of a kernel that does next to nothing, and of a sample of deformable attention, or a pair of query and key.
-_DEFORMABLE = {"forward": (5e-6, 28e-12), "points": (10e-6, 42e-12), "tiles": (10e-6, 71e-12), "atomics": (1e-5, 27e-11)}
+_DEFORMABLE = {
+    "forward": (5e-6, 28e-12),
+    "points": (10e-6, 42e-12),
+    "tiles": (10e-6, 71e-12),
+    "atomics": (1e-5, 27e-11),
+}
 _ATTENTION = {"forward": (17e-6, 0.73e-12), "backward": (25e-6, 2.3e-12), "group backward": (5e-6, 3e-12)}
 _FEW_ROWS = 3.4e-6  # summed by programs that each go past all of them
 _STEM_PIXEL = 0.2e-9  # of the convolution's result
@@ -140,8 +145,8 @@ def _deformable(value, shapes, reference_points, offsets, *_) -> Own:
 
 
 def _deformable_backward(grad_out, value, shapes, reference_points, offsets, logits, valid_sizes, wanted) -> Own:
-    # Sums of value's gradient are float32: zeros first, rounded at the end. Where queries are pixels and numbers of half
-    # precision, they have a kernel of their own. Gradients of reference points are added up over heads.
+    # Sums of value's gradient are float32: zeros first, rounded at the end. Where queries are pixels and numbers of
+    # half precision, they have a kernel of their own. Gradients of reference points are added up over heads.
     samples = offsets.numel() // 2
     half = value.element_size() == 2
     tiles = half and value.shape[3] == 32 and offsets.shape[1] == value.shape[1]
@@ -177,7 +182,7 @@ OWN: dict[str, Callable[..., Own]] = {
 def own_cost(name: str, args: tuple, kwargs: dict, result) -> tuple[Own, int]:
     """What an op of ours costs, and the bytes of its inputs and results; ValueError for one without an entry."""
     if name not in OWN:
-        raise ValueError(f"counting/own_ops.py does not say what dndetr::{name} costs")
+        raise ValueError(f"{name} cannot be counted: dndetr/counting/own_ops.py does not say what it costs on a GPU")
     inputs = {id(tensor): touched(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
     results = sum(map(touched, tensors_in(result)))
     return OWN[name](*args, **kwargs), sum(inputs.values()) + results

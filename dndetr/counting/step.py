@@ -1,6 +1,7 @@
 """A training step as it runs on a GPU, counted on fake tensors: what a captured step holds, from batch to average."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,11 +9,11 @@ from torch import nn
 from ..batch import Batch, Targets
 from ..config import Config
 from ..data.collate import target_bucket
-from ..device import pick_precision
 from ..models.backbone import FrozenBatchNorm2d
 from ..models.build import build_model
 from ..training.build import build_step
 from ..training.distributed import Processes
+from ..training.optim import WeightAverage
 from ..training.step import TrainStep
 from .backward import plain_backward
 from .counter import ELSEWHERE, Counted, Counter
@@ -20,14 +21,11 @@ from .fake_gpu import fake_gpu
 from .replaced import replaced
 from .stages import parts_of, stages
 
-CLASSES = 91  # COCO's
 _FORWARD = "rest of the forward pass"
 _STEPS_PER_EPOCH = 1000  # of which nothing depends that is counted
 
 
-def count_step(
-    config: Config, canvas: tuple[int, int], objects: int, classes: int = CLASSES
-) -> tuple[list[Counted], list[str]]:
+def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: int) -> tuple[list[Counted], list[str]]:
     """What a step of ``config`` launches -> its operations, the names of stages in order.
 
     canvas: (height, width) of each of its ``batch_size`` images; objects: of an image, whose bucket decides the slots.
@@ -36,12 +34,21 @@ def count_step(
     """
     if config.model.checkpointing:
         raise ValueError("--model.checkpointing: what is computed again during backward is not counted; leave it out")
-    precision = torch.bfloat16 if config.precision == "auto" else pick_precision(config.precision, torch.device("cuda"))
+    if config.precision == "float32":
+        raise ValueError("--precision float32: rates of GPUs are those of bfloat16; leave it out")
     with torch.device("meta"):
         model = build_model(config.model, classes).train()
+    # Copied here: fake tensors have no memory that could be.
+    average = WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None
+    config = replace(config, optimizer=replace(config.optimizer, ema=0.0))
     with fake_gpu():
         _bring_there(model)
-        step = build_step(config, model, classes, _STEPS_PER_EPOCH, precision, "eager", Processes({}), lambda text: None)
+        step = build_step(
+            config, model, classes, _STEPS_PER_EPOCH, torch.bfloat16, "eager", Processes({}), lambda text: None
+        )
+        if average is not None:
+            _bring_there(average.model)
+            step.average = average
         _keep_folded(model)
         batches = [_batch(config.batch_size, canvas, objects)] * config.accumulate
         with replaced(step, "run", lambda tensors, batches: step.compute_arrived(_arrived(tensors), batches)):

@@ -9,7 +9,17 @@ from torch._ops import OpOverload
 from .kernels import name_of
 
 # Results of these have the shape or kind of an input whose numbers nobody reads.
-_LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill_", "zero_", "_foreach_zero_"}
+_LIKE = {
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "fill_",
+    "zero_",
+    "_foreach_zero_",
+}
 # In-place operations that do not read what they change.
 _OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 # These read of their first argument what they return; where it is the second argument that is named.
@@ -27,6 +37,8 @@ _TWICE = {
     "scatter_add",
     "slice_scatter",
 }
+# Declared as changed, but only where a loss was scaled: the gradients.
+_READ_ONLY = {"_fused_adamw_": "grads"}
 # Zeros into which the gradient is copied.
 _INTO_ZEROS = {"select_backward", "slice_backward", "diagonal_backward"}
 
@@ -63,6 +75,7 @@ def traffic(operation: OpOverload, args: tuple, kwargs: dict, result) -> int:
     for place, argument in enumerate(operation._schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
+        written = written and argument.name != _READ_ONLY.get(name)
         (changed if written else given).extend(tensors_in(value))
     made = () if changed else tensors_in(result)
     written = total(changed) + total(made)
