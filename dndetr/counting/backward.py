@@ -84,17 +84,16 @@ def _results(node, grads: list[Tensor | None]) -> list[Tensor | None]:
         results = results if isinstance(results, tuple) else (results,)
         return [grad for grad, edge in zip(results, node.next_functions, strict=True) if edge[0] is not None]
     if getattr(node, "wants_zeros", True):
+        # Of results that cannot be differentiated neither shape nor device is remembered: zeros stand for zeros.
+        device = next((grad.device for grad in grads if grad is not None), None)
         grads = [
-            _zeros(about) if grad is None else grad for grad, about in zip(grads, node._input_metadata, strict=True)
+            torch.zeros(about.shape, dtype=about.dtype, device=device or about.device) if grad is None else grad
+            for grad, about in zip(grads, node._input_metadata, strict=True)
         ]
     results = node.apply(*grads)
     results = results if isinstance(results, tuple) else (results,)
     # There is one for every input, and edges for tensors alone.
     return [grad for grad, needed in zip(results, node.needs_input_grad, strict=True) if needed]
-
-
-def _zeros(about) -> Tensor | None:
-    return None if about is None else torch.zeros(about.shape, dtype=about.dtype, device=about.device)
 
 
 def _accumulate(leaf: Tensor, grad: Tensor | None) -> None:
@@ -103,14 +102,15 @@ def _accumulate(leaf: Tensor, grad: Tensor | None) -> None:
     if leaf.grad is not None:
         leaf.grad.add_(grad)
     else:
-        leaf.grad = grad.detach() if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+        # Laid out as the leaf is; where there is one place only, its stride means nothing.
+        alike = all(a == b for a, b, size in zip(grad.stride(), leaf.stride(), leaf.shape, strict=True) if size != 1)
+        leaf.grad = grad.detach() if alike else torch.empty_like(leaf).copy_(grad)
 
 
 def _add(grads: list[Tensor | None], place: int, node, grad: Tensor | None) -> None:
     if grad is None:
         return
     about = node._input_metadata[place]
-    if about is not None:
-        grad = grad if list(grad.shape) == list(about.shape) else grad.sum_to_size(about.shape)
-        grad = grad.to(about.dtype)
+    grad = grad if list(grad.shape) == list(about.shape) else grad.sum_to_size(about.shape)
+    grad = grad.to(about.dtype)
     grads[place] = grad if grads[place] is None else grads[place] + grad
