@@ -80,8 +80,8 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
     if given.json is not None:
         write_json_atomic(given.json, about | found, indent=1)
     head = (
-        f"a step of {config.preset}, images: {about['images']} of {canvas[0]}x{canvas[1]} with up to {objects} objects, "
-        f"counted; predicted for {name} (rates {gpu.source})"
+        f"a step of {config.preset}, counted; images: {about['images']} of {canvas[0]}x{canvas[1]}, "
+        f"up to {objects} objects each; predicted for {name} (rates {gpu.source})"
     )
     return "\n".join([head, *words(found)])
 
