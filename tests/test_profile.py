@@ -36,9 +36,8 @@ def test_a_step_is_counted_without_gpu_and_data(tmp_path, capsys):
     flags = ["--preset", "small", "--batch-size", "1", "--canvas", "64x96", "--gpu", "a100", "--json", str(path)]
     assert profile.main(["--count", "--objects", "3", *flags]) == 0
     head, columns, *rows = capsys.readouterr().out.splitlines()
-    assert (
-        head.startswith("a step of small, counted; images: 1 of 64x96, up to 3 objects each") and "not measured" in head
-    )
+    assert head.startswith("a step of small, counted; images: 1 of 64x96, up to 3 objects each")
+    assert "a100 (rates from its data sheet, not measured)" in head
     assert columns.split()[:2] == ["stage", "kernels"]
     found = json.loads(path.read_text())
     assert (found["canvas"], found["gpu"], found["images"], found["objects"]) == ([64, 96], "a100", 1, 3)
