@@ -20,7 +20,7 @@ from .files import demand_file, write_json_atomic, writing
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
 _STEPS, _TRACE = 5, Path("trace.json.gz")
-_CANVAS = (800, 1333)
+_CANVAS, _OBJECTS, _CLASSES = (800, 1333), 20, 91  # as COCO has them
 _TRACING, _COUNTING = ("steps", "trace"), ("gpu", "canvas", "objects", "classes", "json")
 
 
@@ -34,8 +34,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     parser.add_argument("--count", action="store_true", help="count a step of a GPU instead, on fake tensors")
     parser.add_argument("--gpu", help="whose time is predicted: h200 (default), h100, a100, rtx-4090")
     parser.add_argument("--canvas", help="height and width of the images (default: a fixed canvas, or 800x1333)")
-    parser.add_argument("--objects", type=int, help="most objects of an image (default 20)")
-    parser.add_argument("--classes", type=int, help="classes of the detector (default: COCO's 91)")
+    parser.add_argument("--objects", type=int, help=f"most objects of an image (default {_OBJECTS})")
+    parser.add_argument("--classes", type=int, help=f"classes of the detector (default {_CLASSES})")
     parser.add_argument("--json", type=Path, help="file for the numbers that are counted")
     given, rest = parser.parse_known_args(arguments)
     wrong = [f"--{name}" for name in (_TRACING if given.count else _COUNTING) if getattr(given, name) is not None]
@@ -58,7 +58,7 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
         demand_file(given.json, "give another --json")
     config = train.parse(rest)
     canvas = _canvas(given.canvas, config)
-    objects, classes = given.objects or 20, given.classes or 91
+    objects, classes = given.objects or _OBJECTS, given.classes or _CLASSES
 
     from .counting.gpus import gpu_named
     from .counting.report import numbers, words

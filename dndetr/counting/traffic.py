@@ -22,10 +22,10 @@ _LIKE = {
 }
 # In-place operations that do not read what they change.
 _OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
-# These read of their first argument what they return; where it is the second argument that is named.
-_GATHERING = {"index": 0, "gather": 0, "index_select": 0, "take_along_dim": 0, "embedding": 0}
-# In-place operations that touch of what they change only as much as they are given.
-_SCATTERING = {"scatter_", "scatter_add_", "index_put_", "_index_put_impl_", "index_add_", "index_copy_"}
+# These read of their first argument as much as they return.
+_GATHERING = {"index", "gather", "index_select", "embedding"}
+# In-place operations that touch of what they change only as much as their last argument has; sums read it, too.
+_SCATTERING = {"scatter_", "scatter_add_", "index_put_", "index_add_", "index_copy_"}
 # Written twice: filled or copied first, then changed.
 _TWICE = {
     "embedding_dense_backward",
@@ -84,7 +84,7 @@ def traffic(operation: OpOverload, args: tuple, kwargs: dict, result) -> int:
     if name in _GATHERING:
         return 2 * written + total(given[1:])
     if name in _SCATTERING:
-        return 2 * total(given[-1:]) + total(given)
+        return total(given) + (2 if "add" in name else 1) * total(given[-1:])
     if name in _INTO_ZEROS:
         return written + 2 * total(given)
     if changed and name not in _OVERWRITING:

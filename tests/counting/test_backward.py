@@ -72,11 +72,12 @@ class Names(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dn-detr", "dn-deformable-detr", "dino"])
-def test_a_whole_step_is_the_same_by_the_same_operations(name):
+def test_a_whole_step_is_the_same_by_the_same_operations(name, precision):
     ends, names = [], []
     for way in (contextlib.nullcontext(), plain_backward(around)):
-        step = detectors.make_step(detectors.build(name))
+        step = detectors.make_step(detectors.build(name), precision=precision)
         with way:
             step(detectors.make_batch([3, 5], 8))
             with Names() as mode:

@@ -30,6 +30,10 @@ def made(*shape, dtype=FULL):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
+def indices(*shape):
+    return torch.empty(shape, dtype=torch.int64, device="cuda")
+
+
 def counted(function) -> list[tuple[str, int, int]]:
     """Name, kernels and bytes of all that runs."""
     with Counter() as counter:
@@ -59,8 +63,10 @@ def one(function) -> tuple[int, int]:
         ("fill", lambda: made(8, 16).fill_(3), 1, 512),
         ("zeros", lambda: torch.zeros(8, 16, device="cuda"), 1, 512),
         ("zeros of another kind", lambda: torch.zeros_like(made(8, 16), dtype=HALF), 1, 256),
-        ("gather", lambda: made(1000, 16)[torch.empty(4, dtype=torch.int64, device="cuda")], 1, 2 * 256 + 32),
-        ("embedding", lambda: F.embedding(torch.empty(4, dtype=torch.int64, device="cuda"), made(91, 16)), 1, 544),
+        ("gather", lambda: made(1000, 16)[indices(4)], 1, 2 * 256 + 32),
+        ("embedding", lambda: F.embedding(indices(4), made(91, 16)), 1, 544),
+        ("scatter", lambda: made(99, 4).scatter_(0, indices(5, 4), made(5, 4)), 1, 160 + 80 + 80),
+        ("scattered sums", lambda: made(99, 4).scatter_add_(0, indices(5, 4), made(5, 4)), 1, 160 + 80 + 2 * 80),
         ("sum", lambda: made(8, 16).sum(0), 1, 512 + 64),
         (
             "masked",
