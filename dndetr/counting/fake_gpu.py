@@ -25,6 +25,7 @@ def fake_gpu() -> Iterator[None]:
     with (
         replaced(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         replaced(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
+        torch.backends.cudnn.flags(enabled=False),  # which would be asked how it convolves what is not there
         _backend.assumed("cuda"),
         FakeTensorMode(),
     ):

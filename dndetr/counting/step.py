@@ -30,7 +30,8 @@ def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: i
 
     canvas: (height, width) of each of its ``batch_size`` images; objects: of an image, whose bucket decides the slots.
     The second step is counted, as the first one makes the optimiser's state. Copies from the host run beside the step
-    and are left out. ValueError for recomputed blocks, whose gradients only autograd's own engine can compute.
+    and are left out. ValueError for recomputed blocks, whose gradients only autograd's own engine can compute, and for
+    float32, of which the table of GPUs has no rates.
     """
     if config.model.checkpointing:
         raise ValueError("--model.checkpointing: what is computed again during backward is not counted; leave it out")
