@@ -17,10 +17,10 @@ import in_turn
 import torch
 from peers import CLASSES, make_batch, our_step, references
 from per_layer_losses import per_layer_losses
-from stages import PARTS
 from torch import Tensor, nn
 
 from dndetr.batch import Targets
+from dndetr.counting.stages import PARTS
 from dndetr.models.dn_detr import Predictions
 from dndetr.models.features import Features
 from dndetr.models.proposals import ProposalHead, Proposals, proposed_logits

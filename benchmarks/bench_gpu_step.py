@@ -25,10 +25,10 @@ import pytest
 import torch
 from floors import floating_point_floor
 from peers import hf_step, make_batch, our_step, references
-from stages import STAGES, stages
 from torch.profiler import record_function
 
 from dndetr.batch import Batch
+from dndetr.counting.stages import STAGES, stages
 
 deformable = importlib.import_module("dndetr.ops.ms_deform_attn")
 

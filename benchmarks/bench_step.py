@@ -17,7 +17,8 @@ import pytest
 from floors import floating_point_floor
 from operations import Operations
 from peers import hf_step, make_batch, our_step, references
-from stages import STAGES, stages
+
+from dndetr.counting.stages import STAGES, stages
 
 WARM = 3  # rounds until the memory that steps need has been touched
 PRESETS = ("dn-deformable-detr-r50", "dn-detr-r50")

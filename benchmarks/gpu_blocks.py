@@ -124,7 +124,8 @@ def trace(preset: str, images: int, call: Call, found: dict) -> None:
     """A captured step's kernels and gaps, an eager one's shares by stage; whole tables are among the logs."""
     import cuda_calls
     import torch
-    from stages import STAGES, stages
+
+    from dndetr.counting.stages import STAGES, stages
 
     _, run = made(preset, images, graph=True)
     for _ in range(3):

@@ -15,7 +15,7 @@ COMMANDS = {
     "export": "write a trained detector as an ONNX or torch.export file",
     "check_data": "look for everything that is wrong with a COCO-format folder",
     "shapes": "write the built-in data as a COCO-format folder",
-    "profile": "trace training steps and name their dearest parts",
+    "profile": "trace training steps, or count one without a GPU, and name their dearest parts",
     "bench": "compare benchmark results",
     "doctor": "say what is installed and built, and which implementation every op takes",
 }

@@ -1,40 +1,110 @@
-"""``python -m dndetr.profile``: traces training steps and names the ten dearest parts.
+"""``python -m dndetr.profile``: traces training steps, or counts one without a GPU, and names the dearest parts.
 
     python -m dndetr.profile [--steps N] [--trace FILE] [flags of dndetr.train]
+    python -m dndetr.profile --count [--gpu NAME] [--canvas HxW] [--objects N] [--json FILE] [flags of dndetr.train]
 
-The trace opens in chrome://tracing or ui.perfetto.dev. No run folder is made and no weights are kept.
+The trace opens in chrome://tracing or ui.perfetto.dev. No run folder is made and no weights are kept. What is counted
+runs on fake tensors, so it needs neither GPU nor data.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import _process, commandline, train  # noqa: F401
-from .files import demand_file, writing
+from .config import Config
+from .files import demand_file, write_json_atomic, writing
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
+_STEPS, _TRACE = 5, Path("trace.json.gz")
+_CANVAS, _OBJECTS, _CLASSES = (800, 1333), 20, 91  # as COCO has them
+_TRACING, _COUNTING = ("steps", "trace"), ("gpu", "canvas", "objects", "classes", "json")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's flags, and those that it hands to training."""
+    """This command's flags, and those that it hands to training; ValueError for flags of tracing and counting both."""
     parser = argparse.ArgumentParser(
         prog="python -m dndetr.profile", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=5, help="how many steps are traced (default 5)")
-    parser.add_argument(
-        "--trace", type=Path, default=Path("trace.json.gz"), help="file to write (default: %(default)s)"
+    parser.add_argument("--steps", type=int, help=f"how many steps are traced (default {_STEPS})")
+    parser.add_argument("--trace", type=Path, help=f"file to write (default: {_TRACE})")
+    parser.add_argument("--count", action="store_true", help="count a step of a GPU instead, on fake tensors")
+    parser.add_argument("--gpu", help="whose time is predicted: h200 (default), h100, a100, rtx-4090")
+    parser.add_argument("--canvas", help="height and width of the images (default: a fixed canvas, or 800x1333)")
+    parser.add_argument("--objects", type=int, help=f"most objects of an image (default {_OBJECTS})")
+    parser.add_argument("--classes", type=int, help=f"classes of the detector (default {_CLASSES})")
+    parser.add_argument("--json", type=Path, help="file for the numbers that are counted")
+    given, rest = parser.parse_known_args(arguments)
+    wrong = [f"--{name}" for name in (_TRACING if given.count else _COUNTING) if getattr(given, name) is not None]
+    if wrong and given.count:
+        raise ValueError(f"--count traces nothing: leave out {', '.join(wrong)}")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: only what is counted has this; add --count")
+    return given, rest
+
+
+def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
+    """Count a step as the arguments say -> its stages and dearest operations, as text."""
+    if any(argument.partition("=")[0] == "--data" for argument in rest):
+        raise ValueError("--count reads no data: leave out --data (--classes is the number of its classes)")
+    for name in ("objects", "classes"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} {number}: give 1 or more")
+    if given.json is not None:
+        demand_file(given.json, "give another --json")
+    config = train.parse(rest)
+    canvas = _canvas(given.canvas, config)
+    objects, classes = given.objects or _OBJECTS, given.classes or _CLASSES
+
+    from .counting.gpus import gpu_named
+    from .counting.report import numbers, words
+    from .counting.step import count_step
+
+    name = given.gpu or "h200"
+    gpu = gpu_named(name)
+    operations, stages = count_step(config, canvas, objects, classes)
+    found = numbers(operations, stages, gpu)
+    about = {
+        "preset": config.preset,
+        "images": config.batch_size * config.accumulate,
+        "canvas": list(canvas),
+        "objects": objects,
+        "classes": classes,
+        "gpu": name,
+        "rates": gpu.source,
+    }
+    if given.json is not None:
+        write_json_atomic(given.json, about | found, indent=1)
+    head = (
+        f"a step of {config.preset}, counted; images: {about['images']} of {canvas[0]}x{canvas[1]}, "
+        f"up to {objects} objects each; predicted for {name} (rates {gpu.source})"
     )
-    return parser.parse_known_args(arguments)
+    return "\n".join([head, *words(found)])
+
+
+def _canvas(given: str | None, config: Config) -> tuple[int, int]:
+    """Height and width as the flag has them, or the data's own; ValueError for what is no size."""
+    if given is None:
+        return config.images.canvas if config.images.recipe == "fixed" else _CANVAS
+    sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", given)
+    if sides is None:
+        raise ValueError(f"--canvas {given}: give height and width, such as 800x1333")
+    return int(sides[1]), int(sides[2])
 
 
 def profile(arguments: Sequence[str]) -> str:
-    """Trace steps as the arguments say -> the ten dearest parts, as text."""
+    """Trace steps, or count one, as the arguments say -> the dearest parts, as text."""
     given, rest = split_arguments(arguments)
-    if given.steps < 1:
-        raise ValueError(f"--steps {given.steps}: trace at least one step")
-    demand_file(given.trace, "give another --trace")
+    if given.count:
+        return count(given, rest)
+    traced, path = _STEPS if given.steps is None else given.steps, given.trace or _TRACE
+    if traced < 1:
+        raise ValueError(f"--steps {traced}: trace at least one step")
+    demand_file(path, "give another --trace")
     config = train.parse(rest)
     if config.data is None:
         raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
@@ -68,17 +138,17 @@ def profile(arguments: Sequence[str]) -> str:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     start = time.perf_counter()
     with torch.profiler.profile(activities=activities) as profiler:
-        waited = steps(given.steps)
+        waited = steps(traced)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    with writing(given.trace):
-        profiler.export_chrome_trace(str(given.trace))
+    with writing(path):
+        profiler.export_chrome_trace(str(path))
     head = (
-        f"{given.steps} steps of {config.preset}, {seconds / given.steps * 1e3:.1f} ms each while traced, "
-        f"{waited / seconds:.1%} waiting for data; trace: {given.trace}"
+        f"{traced} steps of {config.preset}, {seconds / traced * 1e3:.1f} ms each while traced, "
+        f"{waited / seconds:.1%} waiting for data; trace: {path}"
     )
-    return "\n".join([head, *dearest(profiler.key_averages(), given.steps, trainer.device.type)])
+    return "\n".join([head, *dearest(profiler.key_averages(), traced, trainer.device.type)])
 
 
 def dearest(events, steps: int, device: str, count: int = 10) -> list[str]:
@@ -100,7 +170,7 @@ def dearest(events, steps: int, device: str, count: int = 10) -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Trace and print."""
+    """Trace, or count, and print."""
     print(profile(arguments))
 
 

@@ -2,13 +2,13 @@
 
 import re
 
-import floors
 import peers
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dndetr import train
+from dndetr.counting.flops import operations
 from dndetr.models.build import build_model
 from dndetr.presets import PRESETS
 
@@ -58,7 +58,7 @@ def billions(preset: str) -> float:
     with FakeTensorMode(), peers.references(), torch.no_grad():
         # Frozen, as the counter would follow gradients through tensors that hold none.
         model = build_model(config.model, peers.CLASSES).eval().requires_grad_(False)
-        counted = floors.operations(lambda: model(torch.zeros(1, 3, *size), torch.tensor([size])))
+        counted = operations(lambda: model(torch.zeros(1, 3, *size), torch.tensor([size])))
     return sum(counted.values()) / 1e9
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import pytest
 from torch.autograd import DeviceType
 
 from dndetr import profile
@@ -28,6 +29,45 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys):
     assert profile.main(["--no-such-flag", "1"]) == 1
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and "--data DIR" in told[1]
+
+
+def test_a_step_is_counted_without_gpu_and_data(tmp_path, capsys):
+    path = tmp_path / "counted.json"
+    flags = ["--preset", "small", "--batch-size", "1", "--canvas", "64x96", "--gpu", "a100", "--json", str(path)]
+    assert profile.main(["--count", "--objects", "3", *flags]) == 0
+    head, columns, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("a step of small, counted; images: 1 of 64x96, up to 3 objects each")
+    assert "a100 (rates from its data sheet, not measured)" in head
+    assert columns.split()[:2] == ["stage", "kernels"]
+    found = json.loads(path.read_text())
+    assert (found["canvas"], found["gpu"], found["images"], found["objects"]) == ([64, 96], "a100", 1, 3)
+    total = next(row for row in rows if row.startswith("total"))
+    assert int(total.split()[1].replace(",", "")) == found["total"]["kernels"] > 500
+    assert f"{found['total']['seconds'] * 1e3:.3f}" == total.split()[-1]
+    assert len(rows) == len(found["stages"]) + 3 + len(found["dearest"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--count --steps 3", "--count traces nothing: leave out --steps"),
+        ("--count --trace x --steps 3", "leave out --steps, --trace"),
+        ("--gpu h100 --json x", "--gpu, --json: only what is counted has this; add --count"),
+        ("--count --gpu v100", "--gpu v100: choose one of h200, h100, a100, rtx-4090"),
+        ("--count --canvas 800", "--canvas 800: give height and width, such as 800x1333"),
+        ("--count --canvas 0x8", "--canvas 0x8: give"),
+        ("--count --objects 0", "--objects 0: give 1 or more"),
+        ("--count --classes -1", "--classes -1: give 1 or more"),
+        ("--count --data shapes", "--count reads no data: leave out --data"),
+        ("--count --json no/such/folder/x.json", "no/such/folder"),
+        ("--count --model.checkpointing", "--model.checkpointing"),
+        ("--count --no-such-flag 1", "--no-such-flag"),
+    ],
+)
+def test_mistakes_in_counting_are_told_in_one_line(capsys, flags, told):
+    assert profile.main(flags.split()) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and told in captured.err
 
 
 def test_kernels_alone_count_on_a_gpu():

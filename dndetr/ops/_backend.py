@@ -101,6 +101,25 @@ def forget() -> None:
     _findings.clear()
 
 
+@contextlib.contextmanager
+def assumed(device_type: str):
+    """Within, every op takes its best backend for such devices, or what the environment asks for, untested.
+
+    For tensors without values, of which nothing is computed.
+    """
+    kept = dict(_decisions)
+    _decisions.clear()
+    for op, backends in _backends.items():
+        best = next((backend.name for backend in backends if device_type in backend.devices), "reference")
+        asked, source = _request(op, None)
+        _decisions[op, None, device_type] = (best, "assumed") if asked == "auto" else (asked, f"asked for by {source}")
+    try:
+        yield
+    finally:
+        _decisions.clear()
+        _decisions.update(kept)
+
+
 def check_environment() -> None:
     """ValueError for a ``DNDETR_BACKEND...`` variable that names no op, or no backend of it."""
     for variable in os.environ:

@@ -7,8 +7,8 @@ import bench_step
 import detectors
 import pytest
 import torch
-from stages import PARTS
 
+from dndetr.counting.stages import PARTS
 from dndetr.models.proposals import ProposalHead
 
 LEVELS = ((6, 9), (3, 5))

@@ -1,51 +1,6 @@
-"""What benchmarks count: the operations of a step's products and convolutions, whichever library computes them."""
+"""The least time of what was counted."""
 
 import floors
-import pytest
-import torch
-import torch.nn.functional as F
-
-from dndetr.models import linear as linear_module
-from dndetr.models.linear import Linear, linear
-from dndetr.ops.conv3x3 import conv3x3
-
-ROWS, INPUTS, OUTPUTS = 48, 32, 80
-ONE = 2 * ROWS * INPUTS * OUTPUTS
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_linear_layer_is_three_products(dtype):
-    layer = Linear(INPUTS, OUTPUTS).to(dtype)
-    x = torch.randn(2, ROWS // 2, INPUTS, dtype=dtype, requires_grad=True)
-    assert sum(floors.operations(lambda: layer(x)).values()) == ONE
-    assert sum(floors.operations(lambda: layer(x).sum().backward()).values()) == 3 * ONE
-
-
-def test_onednn_products_are_counted_as_those_of_torch(monkeypatch):
-    x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
-    counted = [floors.operations(lambda function=function: function(x, weight)) for function in (linear, F.linear)]
-    monkeypatch.setattr(linear_module, "_HAS_ONEDNN", False)
-    counted.append(floors.operations(lambda: linear(x, weight)))
-    assert counted == [{"products": ONE, "convolutions": 0, "3x3 convolutions": 0}] * 3
-
-
-def test_products_with_activations_are_products(fake_cuda):
-    x, weight, bias = (torch.empty(size, device="cuda") for size in ((ROWS, INPUTS), (OUTPUTS, INPUTS), OUTPUTS))
-    kept = x.new_empty(ROWS, OUTPUTS)
-    forward = floors.operations(lambda: torch.ops.dndetr.activated_product(x, weight, bias, None, True))
-    backward = floors.operations(lambda: torch.ops.dndetr.activated_product_backward(x, weight.t(), kept, None))
-    assert forward == backward == {"products": ONE, "convolutions": 0, "3x3 convolutions": 0}
-
-
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_convolutions_are_apart(extension, backend):
-    x, kernel = torch.randn(2, 32, 10, 12, requires_grad=True), torch.randn(64, 32, 3, 3, requires_grad=True)
-    kind, other = ["3x3 convolutions", "convolutions"][:: 1 if backend == "cpp" else -1]
-    one = 2 * 2 * 64 * 32 * 9 * 10 * 12
-    expected = {"products": 0, kind: one, other: 0}
-    assert floors.operations(lambda: conv3x3(x, kernel, backend=backend)) == expected
-    both = floors.operations(lambda: conv3x3(x, kernel, backend=backend).sum().backward())
-    assert both == expected | {kind: 3 * one}
 
 
 def test_floor_divides_by_the_rate_of_each_kind():

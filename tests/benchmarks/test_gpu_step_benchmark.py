@@ -12,9 +12,9 @@ import peers
 import pytest
 import torch
 from recording import Recording
-from stages import STAGES
 
 from dndetr.config import BackboneConfig, Config, DenoisingConfig, ModelConfig
+from dndetr.counting.stages import STAGES
 from dndetr.ops import _backend
 
 PRESET = "dn-deformable-detr-r50"

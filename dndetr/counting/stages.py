@@ -2,16 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from unittest import mock
 
 import torch
 
-import dndetr.training.criterion
-from dndetr.training.step import TrainStep
+from ..training import criterion
+from ..training.step import TrainStep
+from .replaced import replaced
 
 STAGES = ("forward", "matching", "losses", "backward", "optimizer")
 # With the forward pass by the model's parts, of a model with two stages.
 PARTS = ("backbone", "projection", "encoder", "proposals", "queries", "decoder", *STAGES[1:])
+
+
+def parts_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """The parts that a model has, in the order of ``PARTS``."""
+    return tuple(name for name in PARTS if isinstance(getattr(model, name, None), torch.nn.Module))
 
 
 @contextlib.contextmanager
@@ -21,8 +26,8 @@ def stages(
     """Within, each of the named stages and parts of an eager step runs in ``around(name)``."""
     places = {
         "forward": (step.model, "forward"),
-        "matching": (dndetr.training.criterion, "match"),
-        "losses": (dndetr.training.criterion, "set_loss"),
+        "matching": (criterion, "match"),
+        "losses": (criterion, "set_loss"),
         "backward": (torch.Tensor, "backward"),
         "optimizer": (step.optimizer, "step"),
     }
@@ -30,7 +35,7 @@ def stages(
         for name in names:
             target, attribute = places[name] if name in places else (getattr(step.model, name), "forward")
             marked = _marked(name, getattr(target, attribute), around)
-            stack.enter_context(mock.patch.object(target, attribute, marked))
+            stack.enter_context(replaced(target, attribute, marked))
         yield
 
 

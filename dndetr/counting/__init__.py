@@ -1,0 +1,1 @@
+"""What a training step asks of a GPU, counted without one: kernels, operations, bytes, and predicted time."""
