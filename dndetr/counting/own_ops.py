@@ -26,7 +26,7 @@ _ONE_PASS = 4096  # rows whose sums are one kernel's (kernels/column_sums.py)
 _BLOCK = 128  # rows of a product's tile, where there are many
 _SHARES = 512  # at most, of what more rows are cut into
 
-# Seconds of a kernel that does next to nothing, and of a sample of deformable attention, or a pair of query and key. The
+# Seconds of a kernel that does next to nothing, and of a sample of deformable attention or a pair of query and key. The
 # first two are predicted (docs/ops.md): on tensor cores they were never measured.
 _DEFORMABLE = {
     "forward": (5e-6, 19e-12),
