@@ -292,7 +292,7 @@ def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeyp
     assert len(told) == 1 and told[0].startswith("CUDA graphs: ")
     assert len(trained) == 3
     for step, (batch,) in trained:
-        assert (*batch.images.shape[2:], batch.targets.labels.shape[1]) in step.expected
+        assert (*batch.canvas, batch.targets.labels.shape[1]) in step.expected
 
 
 def test_resume_refuses_to_change_the_run(capsys):

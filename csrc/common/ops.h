@@ -173,6 +173,17 @@ std::int64_t weight_gradients_workspace(const WeightGradients& problem, int thre
 void weight_gradients(const WeightGradients& problem, const float* grad_out, const float* x, float* grad_weight,
                       float* grad_bias, float* workspace, int threads, Simd simd);
 
+// Images as bytes: pixels [B, H, W, 3], colours [B, 3, 4], sizes [B, 2] valid (height, width), all contiguous.
+struct Normalise {
+  int batch, height, width;
+  const std::uint8_t* pixels;
+  const double* colours;
+  const std::int64_t* sizes;
+};
+
+// out [B, H, W, 3]: computed in double for float64, else in float; zero beyond an image's size.
+void normalise(const Normalise& problem, Array out, int threads, Simd simd);
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. A group has per_object slots
 // for each object, of which the first restores it; its first counted[image] slots have a class loss. The first `proposals`
 // layers have no denoising queries that count. What is `void` is double where logits or boxes are, else float.

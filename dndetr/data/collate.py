@@ -36,25 +36,22 @@ def collate(
     slots: int | None = None,
     exact: bool = False,
 ) -> Batch:
-    """Puts samples on one canvas, top left, zero (the mean colour) elsewhere.
+    """Puts samples on one canvas, top left, zero elsewhere.
 
     canvas (height, width), by default the smallest in multiples of ``multiple``; slots T, by default the bucket of the
     largest count, or with ``exact`` that count (at least 1). Of an image with more objects than slots the largest
     objects are kept.
     """
-    sizes = [tuple(sample.image.shape[1:]) for sample in samples]
+    sizes = [sample.size for sample in samples]
     if canvas is None:
         canvas = canvas_bucket(sizes, multiple)
     largest = max(len(sample.labels) for sample in samples)
     needed = min(max(largest, 1), TARGET_BUCKETS[-1]) if exact else target_bucket(largest)
     slots = needed if slots is None else slots
 
-    if all(size == canvas for size in sizes):
-        images = torch.stack([sample.image for sample in samples])
-    else:
-        images = torch.zeros(len(samples), 3, *canvas, dtype=torch.float32)
-        for image, sample, (height, width) in zip(images, samples, sizes, strict=True):
-            image[:, :height, :width] = sample.image
+    pixels = torch.zeros(len(samples), *canvas, 3, dtype=torch.uint8)
+    for place, sample, (height, width) in zip(pixels.numpy(), samples, sizes, strict=True):
+        place[:height, :width] = sample.pixels
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)
     boxes = torch.zeros(len(samples), slots, 4, dtype=torch.float32)
     counts = torch.zeros(len(samples), dtype=torch.int32)
@@ -68,7 +65,8 @@ def collate(
         labels[row, :count] = own_labels
         boxes[row, :count] = xyxy_to_cxcywh(own_boxes / own_boxes.new_tensor((width, height, width, height)))
     return Batch(
-        images=images,
+        pixels=pixels,
+        colours=torch.stack([sample.colours for sample in samples]),
         sizes=torch.tensor(sizes),
         targets=Targets(labels, boxes, counts, min(needed, slots)),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),

@@ -10,6 +10,7 @@ from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
+from .normalise import images_of, normalise
 from .prelu import prelu
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
@@ -28,10 +29,12 @@ __all__ = [
     "conv3x3",
     "frozen_norm",
     "group_attention",
+    "images_of",
     "match",
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "normalise",
     "prelu",
     "prelu_column_sums",
     "relu_column_sums",

@@ -1,0 +1,41 @@
+"""Images from bytes: a program maps the colours of one row, number by number as they lie in memory."""
+
+import triton
+import triton.language as tl
+
+PLAN = {"BLOCK": 1024, "num_warps": 4}  # numbers of a row at once
+
+
+@triton.jit
+def normalise_kernel(
+    pixels,  # [B, H, W, 3]
+    colours,  # [B, 3, 4]
+    sizes,  # [B, 2]
+    images,  # [B, H, W, 3]
+    height,
+    width,
+    PRECISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    end = tl.minimum(tl.load(sizes + image * 2 + 1), width).to(tl.int32) * 3
+    end = tl.where(row < tl.load(sizes + image * 2), end, 0)
+    start = (image * height + row) * width * 3
+    for first in range(0, width * 3, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        valid, colour = n < end, n % 3
+        red = pixels + start + n - colour
+        factors = colours + image * 12 + colour * 4
+        y = tl.load(red, mask=valid, other=0).to(PRECISE) * tl.load(factors).to(PRECISE)
+        for other in tl.static_range(1, 3):
+            value = tl.load(red + other, mask=valid, other=0).to(PRECISE)
+            y = tl.fma(value, tl.load(factors + other).to(PRECISE), y)
+        y = tl.where(valid, y + tl.load(factors + 3).to(PRECISE), 0.0)
+        tl.store(images + start + n, y.to(images.dtype.element_ty), mask=n < width * 3)
+
+
+def normalise(pixels, colours, sizes, images) -> None:
+    """Write images [B, 3, H, W], channels last in memory; the others are contiguous."""
+    batch, height, width, _ = pixels.shape
+    precise = tl.float64 if images.element_size() == 8 else tl.float32
+    normalise_kernel[(height, batch)](pixels, colours, sizes, images, height, width, PRECISE=precise, **PLAN)
