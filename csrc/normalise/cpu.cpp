@@ -5,8 +5,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/fused_sums.h"
-
 #include "common/blocks.h"
 #include "common/floats.h"
 #include "common/ops.h"

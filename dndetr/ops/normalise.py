@@ -2,9 +2,9 @@
 
     y = r m0 + g m1 + b m2 + m3        for each of the three rows m of the image's map, zero beyond the image's size
 
-The map holds the normalisation, and whatever else is linear in a pixel's colours. Kernels compute in float32 (float64
-for a float64 result) in the order in which the formula stands, with products fused into their sums where the machine
-can, and round once. So a map that only scales and shifts gives the bits of ``pixels * scale + shift``.
+The map holds the normalisation, and whatever else is linear in a pixel's colours. All kernels compute in float32
+(float64 for a float64 result) in the order in which the formula stands, round every product and every sum, fuse none,
+and then round to the result's dtype: the same bits on every device, which are the reference's.
 """
 
 import torch
