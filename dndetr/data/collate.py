@@ -49,9 +49,11 @@ def collate(
     needed = min(max(largest, 1), TARGET_BUCKETS[-1]) if exact else target_bucket(largest)
     slots = needed if slots is None else slots
 
-    pixels = torch.zeros(len(samples), *canvas, 3, dtype=torch.uint8)
+    pixels = torch.empty(len(samples), *canvas, 3, dtype=torch.uint8)
     for place, sample, (height, width) in zip(pixels.numpy(), samples, sizes, strict=True):
         place[:height, :width] = sample.pixels
+        place[:height, width:] = 0
+        place[height:] = 0
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)
     boxes = torch.zeros(len(samples), slots, 4, dtype=torch.float32)
     counts = torch.zeros(len(samples), dtype=torch.int32)

@@ -304,7 +304,7 @@ class ShapesDataset:
         number = epoch * self.length + index if self.split == "train" else index
         pixels, boxes_xyxy, labels = render(self.split, number, self.size, self.seed)
         return Sample(
-            pixels.transpose(1, 2, 0),
+            np.stack(pixels, axis=-1),
             IMAGENET,
             torch.from_numpy(boxes_xyxy),
             torch.from_numpy(labels),
