@@ -234,6 +234,15 @@ void normalise(std::array<int, 3> sizes, std::array<std::uintptr_t, 3> arrays, P
   dndetr::normalise(problem, array_at(out), threads, chosen);
 }
 
+// `sizes`: height, width, new height, new width; `flips`: left with right, top with bottom.
+void resize(std::array<int, 4> sizes, std::array<float, 4> box, std::array<bool, 2> flips, std::uintptr_t pixels,
+            std::uintptr_t out, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  const dndetr::Resize problem{sizes[0], sizes[1], sizes[2], sizes[3], box, flips[0], flips[1]};
+  py::gil_scoped_release release;
+  dndetr::resize(problem, reinterpret_cast<const std::uint8_t*>(pixels), reinterpret_cast<std::uint8_t*>(out), chosen);
+}
+
 dndetr::SetLoss set_loss_problem(std::array<int, 8> sizes, Pointer logits, Pointer boxes,
                                  std::array<std::uintptr_t, 6> others, std::array<double, 4> weights) {
   return {sizes[0],        sizes[1],
@@ -349,6 +358,8 @@ PYBIND11_MODULE(_C, m) {
         "Its gradients.");
   m.def("normalise", &normalise, py::arg("sizes"), py::arg("arrays"), py::arg("out"), py::arg("threads") = 1,
         py::arg("simd") = "", "pixels [B, H, W, 3] uint8, colours [B, 3, 4] double, sizes [B, 2] -> out [B, H, W, 3].");
+  m.def("resize", &resize, py::arg("sizes"), py::arg("box"), py::arg("flips"), py::arg("pixels"), py::arg("out"),
+        py::arg("simd") = "", "Part of a picture [H, W, 3] uint8 resized as by Pillow's bilinear filter, then mirrored.");
   py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
       .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
            py::arg("weights"));

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..ops import resize
 from .sample import IMAGENET, colour_map
 
 
@@ -34,14 +35,11 @@ class View(NamedTuple):
         return min((y1 - y0) / self.size[0], (x1 - x0) / self.size[1])
 
     def picture(self, image: Image.Image) -> np.ndarray:
-        """RGB picture of the original, or of it decoded at a smaller size -> uint8 [h, w, 3], read-only."""
+        """RGB picture of the original, or of it decoded at a smaller size -> uint8 [h, w, 3], maybe read-only."""
         fy, fx = image.height / self.original[0], image.width / self.original[1]
         x0, y0, x1, y1 = self.region
         box = (x0 * fx, y0 * fy, min(x1 * fx, image.width), min(y1 * fy, image.height))
-        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
-        if self.hflip:  # by Pillow, whose pixels of four bytes move in one piece
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)[:: -1 if self.vflip else 1]
+        return resize(image, box, self.size, self.hflip, self.vflip)
 
     def boxes(self, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes [n, 4] of the original -> boxes_xyxy [m, 4] float32 of the result, and kept [n] bool, m times True."""

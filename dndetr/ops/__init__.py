@@ -12,6 +12,7 @@ from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from .normalise import images_of, normalise
 from .prelu import prelu
+from .resize import resize
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
 from .weight_gradients import weight_gradients
@@ -38,6 +39,7 @@ __all__ = [
     "prelu",
     "prelu_column_sums",
     "relu_column_sums",
+    "resize",
     "set_loss",
     "stem",
     "weight_gradients",
