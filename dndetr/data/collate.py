@@ -57,7 +57,7 @@ def collate(
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)
     boxes = torch.zeros(len(samples), slots, 4, dtype=torch.float32)
     counts = torch.zeros(len(samples), dtype=torch.int32)
-    for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
+    for row, sample in enumerate(samples):
         own_boxes, own_labels = sample.boxes_xyxy, sample.labels
         if len(own_labels) > slots:
             kept = largest_objects(own_boxes, slots)
@@ -65,11 +65,13 @@ def collate(
         count = len(own_labels)
         counts[row] = count
         labels[row, :count] = own_labels
-        boxes[row, :count] = xyxy_to_cxcywh(own_boxes / own_boxes.new_tensor((width, height, width, height)))
+        boxes[row, :count] = own_boxes
+    sizes = torch.tensor(sizes)
+    boxes = xyxy_to_cxcywh(boxes / sizes.flip(1).repeat(1, 2)[:, None])
     return Batch(
         pixels=pixels,
         colours=torch.stack([sample.colours for sample in samples]),
-        sizes=torch.tensor(sizes),
+        sizes=sizes,
         targets=Targets(labels, boxes, counts, min(needed, slots)),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         ids=torch.tensor([sample.image_id for sample in samples]),
