@@ -136,10 +136,12 @@ def _self_test(backend: str):
     return test
 
 
+def _cpp_obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("normalise") if device_type == "cpu" else "it works on CPU tensors"
+
+
 _backend.register(
     "normalise",
-    _backend.Backend(
-        "cpp", ("cpu",), lambda _: _backend.extension_obstacle("normalise"), _self_test("cpp"), tolerance=1e-6
-    ),
+    _backend.Backend("cpp", ("cpu",), _cpp_obstacle, _self_test("cpp"), tolerance=1e-6),
     _backend.Backend("triton", ("cuda",), _backend.triton_obstacle, _self_test("triton"), tolerance=1e-6),
 )

@@ -100,7 +100,8 @@ def _self_test(_: str) -> float:
     return _backend.worst(errors)
 
 
-_backend.register(
-    "resize",
-    _backend.Backend("cpp", ("cpu",), lambda _: _backend.extension_obstacle("resize"), _self_test, tolerance=0.0),
-)
+def _obstacle(device_type: str) -> str | None:
+    return _backend.extension_obstacle("resize") if device_type == "cpu" else "pictures are resized on the CPU"
+
+
+_backend.register("resize", _backend.Backend("cpp", ("cpu",), _obstacle, _self_test, tolerance=0.0))

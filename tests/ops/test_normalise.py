@@ -236,6 +236,11 @@ def test_a_wrong_kernel_is_not_taken(extension, monkeypatch):
     _backend.forget()
 
 
+def test_the_cpp_kernel_is_not_for_gpus():
+    for name in ("normalise", "resize"):
+        assert "CPU" in next(found.problem for found in _backend.examine(name, "cuda") if found.backend == "cpp")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", op.CASES)
 def test_gpu_gives_the_bits_of_the_reference(name):
