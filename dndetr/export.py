@@ -178,7 +178,7 @@ def exported_program(detector: "Detector", batch: "Batch"):
 
     any_batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad():
-        inputs = (images_of(batch), batch.sizes)
+        inputs = (images_of(batch).contiguous(), batch.sizes)  # in the layout that callers have
         return torch.export.export(Deployed().eval(), inputs, dynamic_shapes=(any_batch, any_batch))
 
 
@@ -238,7 +238,7 @@ def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
     from .scoring.coco import Detections, postprocess
 
     errors, compared = torch.zeros(2), 0
-    both = images_of(batch)
+    both = images_of(batch).contiguous()
     for count in (1, 2):
         images, sizes = both[:count], batch.sizes[:count]
         logits, boxes = detector.model.predict(images, sizes)
