@@ -14,7 +14,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -27,7 +26,6 @@ from floors import floating_point_floor
 from peers import hf_step, make_batch, our_step, references
 from torch.profiler import record_function
 
-from dndetr.batch import Batch
 from dndetr.counting.stages import STAGES, stages
 
 deformable = importlib.import_module("dndetr.ops.ms_deform_attn")
@@ -143,14 +141,8 @@ def shares(run: partial, names: Sequence[str]) -> dict[str, float]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("preset", "images"), CASES)
 def bench_gpu_step(record, chosen, preset, images):
-    batch = large_batch(images)
-    compare(record, chosen, preset, images, contenders(preset, batch))
-
-
-def large_batch(images: int) -> Batch:
-    """Images of ``SIZE``, as the data loader has them."""
     batch = make_batch(images, *SIZE, COUNTS)
-    return replace(batch, images=batch.images.contiguous())
+    compare(record, chosen, preset, images, contenders(preset, batch))
 
 
 def compare(

@@ -9,7 +9,6 @@ import json
 import os
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from unittest import mock
 
 from gpu_call import Call
@@ -48,7 +47,6 @@ def made(preset: str, images: int, graph: bool) -> tuple[Callable, Callable]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     batch = peers.make_batch(images, *bench.SIZE, bench.COUNTS)
-    batch = replace(batch, images=batch.images.contiguous())  # as the data loader has them
     step = peers.our_step(preset, device=DEVICE, precision=torch.bfloat16, graph=graph)
     return step, lambda: step(batch)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dndetr.batch import Batch
+from dndetr.ops import images_of
 
 # Its package and the function that builds model, criterion and post-processing.
 DETECTORS = {
@@ -84,14 +85,15 @@ def step(preset: str, batch: Batch, device: str, **changed) -> Callable[[], floa
     backbone = [parameter for key, parameter in trained if "backbone" in key]
     groups = [{"params": rest}, {"params": backbone, "lr": options.lr_backbone}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4)
-    padding = torch.zeros(batch.images.shape[0], *batch.images.shape[-2:], dtype=torch.bool)
+    images = images_of(batch).contiguous()
+    padding = torch.zeros(len(images), *batch.canvas, dtype=torch.bool)
     targets = [
         {"labels": batch.targets.labels[image, :count], "boxes": batch.targets.boxes[image, :count]}
         for image, count in enumerate(batch.targets.counts.tolist())
     ]
 
     def run() -> float:
-        arrived = nested_tensor(batch.images, padding).to(device)
+        arrived = nested_tensor(images, padding).to(device)
         truth = [{key: value.to(device) for key, value in target.items()} for target in targets]
         outputs, denoised = model(arrived, dn_args=(truth, GROUPS, LABEL_NOISE, BOX_NOISE, PATTERNS))
         losses = criterion(outputs, truth, denoised)

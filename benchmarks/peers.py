@@ -12,8 +12,9 @@ from torch import nn
 from dndetr.batch import Batch, Targets
 from dndetr.config import ModelConfig
 from dndetr.data.collate import TARGET_BUCKETS
+from dndetr.data.sample import IMAGENET
 from dndetr.models.build import build_model
-from dndetr.ops import _backend
+from dndetr.ops import _backend, images_of
 from dndetr.presets import PRESETS
 from dndetr.training.criterion import Criterion
 from dndetr.training.distributed import Processes
@@ -42,9 +43,9 @@ def make_batch(images: int, height: int, width: int, counts: list[int]) -> Batch
     boxes[..., :2] += 0.3
     targets = Targets(torch.randint(CLASSES, (images, slots), generator=draw), boxes, torch.tensor(counts).int())
     targets = Targets(targets.labels * targets.valid, boxes * targets.valid[..., None], targets.counts)
-    pixels = torch.randn(images, 3, height, width, generator=draw).contiguous(memory_format=torch.channels_last)
+    pixels = torch.randint(256, (images, height, width, 3), generator=draw, dtype=torch.uint8)
     sizes = torch.tensor([[height, width]]).repeat(images, 1)
-    return Batch(pixels, sizes, targets, sizes, torch.arange(images))
+    return Batch(pixels, IMAGENET.repeat(images, 1, 1), sizes, targets, sizes, torch.arange(images))
 
 
 def our_step(
@@ -124,12 +125,12 @@ def hf_step(
 ) -> Callable[[], torch.Tensor]:
     """A training step of Hugging Face's detector, with the same clipping and optimiser as ours.
 
-    precision: of autocast, float32 for none. The images come from the host in every step, as ours do.
+    precision: of autocast, float32 for none. The images come from the host in every step, as ours do, but in float32.
     """
     model = hf_model(PRESETS[preset]().model).to(device)
     optimizer = build_optimizer(model, 1e-4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    images = batch.images if device == "cpu" else batch.images.pin_memory()
+    images = images_of(batch) if device == "cpu" else images_of(batch).contiguous().pin_memory()
     mask = torch.ones(images.shape[0], *images.shape[-2:], dtype=torch.int64, device=device)
     labels = [
         {"class_labels": batch.targets.labels[image, :count], "boxes": batch.targets.boxes[image, :count]}

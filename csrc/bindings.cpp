@@ -226,6 +226,29 @@ void attention_backward(const dndetr::Attention& problem, const HeadsArgument& g
                              chosen);
 }
 
+// `sizes`: batch, height, width; `arrays`: addresses of pixels, colours and sizes.
+void normalise(std::array<int, 3> sizes, std::array<std::uintptr_t, 3> arrays, Pointer out, int threads,
+               const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  const dndetr::Normalise problem{sizes[0],
+                                  sizes[1],
+                                  sizes[2],
+                                  reinterpret_cast<const std::uint8_t*>(arrays[0]),
+                                  reinterpret_cast<const double*>(arrays[1]),
+                                  reinterpret_cast<const std::int64_t*>(arrays[2])};
+  py::gil_scoped_release release;
+  dndetr::normalise(problem, array_at(out), threads, chosen);
+}
+
+// `sizes`: height, width, new height, new width; `flips`: left with right, top with bottom.
+void resize(std::array<int, 4> sizes, std::array<float, 4> box, std::array<bool, 2> flips, std::uintptr_t pixels,
+            std::uintptr_t out, const std::string& simd) {
+  const dndetr::Simd chosen = simd_named(simd);
+  const dndetr::Resize problem{sizes[0], sizes[1], sizes[2], sizes[3], box, flips[0], flips[1]};
+  py::gil_scoped_release release;
+  dndetr::resize(problem, reinterpret_cast<const std::uint8_t*>(pixels), reinterpret_cast<std::uint8_t*>(out), chosen);
+}
+
 dndetr::SetLoss set_loss_problem(std::array<int, 8> sizes, Pointer logits, Pointer boxes,
                                  std::array<std::uintptr_t, 6> others, std::array<double, 4> weights) {
   return {sizes[0],        sizes[1],
@@ -339,6 +362,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward", &attention_backward, py::arg("problem"), py::arg("grad_out"), py::arg("out"), py::arg("lse"),
         py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"), py::arg("threads") = 1, py::arg("simd") = "",
         "Its gradients.");
+  m.def("normalise", &normalise, py::arg("sizes"), py::arg("arrays"), py::arg("out"), py::arg("threads") = 1,
+        py::arg("simd") = "", "pixels [B, H, W, 3] uint8, colours [B, 3, 4] double, sizes [B, 2] -> out [B, H, W, 3].");
+  m.def("resize", &resize, py::arg("sizes"), py::arg("box"), py::arg("flips"), py::arg("pixels"), py::arg("out"),
+        py::arg("simd") = "", "Part of a picture [H, W, 3] uint8 resized as by Pillow's bilinear filter, then mirrored.");
   py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
       .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
            py::arg("weights"));

@@ -59,12 +59,19 @@ class Targets(_Movable):
 class Batch(_Movable):
     """Images on one canvas, with their ground truth.
 
-    images [B, 3, H, W] normalised, zero where padded; sizes [B, 2] int64 valid (height, width) on the canvas;
-    original_sizes [B, 2] int64 (height, width) of the files; ids [B] int64 image ids.
+    pixels [B, H, W, 3] uint8 RGB; colours [B, 3, 4]: what a model is shown of a pixel is colours[:, :3] rgb +
+    colours[:, 3] (``ops.images_of``); sizes [B, 2] int64 valid (height, width) on the canvas, beyond which a model is
+    shown zeros whatever the bytes; original_sizes [B, 2] int64 (height, width) of the files; ids [B] int64 image ids.
     """
 
-    images: Tensor
+    pixels: Tensor
+    colours: Tensor
     sizes: Tensor
     targets: Targets
     original_sizes: Tensor
     ids: Tensor
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) that all images have room on."""
+        return tuple(self.pixels.shape[1:3])

@@ -59,7 +59,7 @@ def run(arguments: Arguments) -> None:
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
     batch = prepare(detector, arguments.image, arguments.canvas)
-    about = describe(detector, tuple(batch.images.shape[-2:]))
+    about = describe(detector, batch.canvas)
     program = exported_program(detector, batch)
     content, call = (to_onnx if kind == "onnx" else to_torch)(program, about)
     print(f"the same as the model: {verify(detector, call, batch)}")
@@ -88,13 +88,12 @@ def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | 
     config = detector.config
     data = UserImages([_validation_image(config) if image is None else image], evaluation_transform(config))
     sample = data.sample(0)
-    size = tuple(sample.image.shape[1:])
     if canvas is not None:
         if data.canvas not in (None, canvas):
             raise ValueError(f"--canvas {canvas}: the run resizes every image to {data.canvas}; leave out --canvas")
-        if any(side > most for side, most in zip(size, canvas, strict=True)):
-            raise ValueError(f"--canvas {canvas}: the image becomes {size}; give that much or another --image")
-    mirrored = replace(sample, image=sample.image.flip(2))
+        if any(side > most for side, most in zip(sample.size, canvas, strict=True)):
+            raise ValueError(f"--canvas {canvas}: the image becomes {sample.size}; give that much or another --image")
+    mirrored = replace(sample, pixels=sample.pixels[:, ::-1])
     return collate([sample, mirrored], config.images.multiple, canvas or data.canvas)
 
 
@@ -165,6 +164,7 @@ def exported_program(detector: "Detector", batch: "Batch"):
     """
     import torch
 
+    from .ops import images_of
     from .scoring.coco import postprocess
 
     class Deployed(torch.nn.Module):
@@ -178,7 +178,7 @@ def exported_program(detector: "Detector", batch: "Batch"):
 
     any_batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad():
-        inputs = (batch.images, batch.sizes)
+        inputs = (images_of(batch).contiguous(), batch.sizes)  # in the layout that callers have
         return torch.export.export(Deployed().eval(), inputs, dynamic_shapes=(any_batch, any_batch))
 
 
@@ -234,11 +234,13 @@ def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
     """
     import torch
 
+    from .ops import images_of
     from .scoring.coco import Detections, postprocess
 
     errors, compared = torch.zeros(2), 0
+    both = images_of(batch).contiguous()
     for count in (1, 2):
-        images, sizes = batch.images[:count], batch.sizes[:count]
+        images, sizes = both[:count], batch.sizes[:count]
         logits, boxes = detector.model.predict(images, sizes)
         expected = postprocess(logits, boxes, torch.ones_like(sizes), detector.config.detections)
         found = Detections(*call(images, sizes))

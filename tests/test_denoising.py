@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from dndetr.batch import Targets
 from dndetr.boxes import cxcywh_to_xyxy
 from dndetr.denoising import Noise, denoising_loss, draw_noise, noised_queries
-from dndetr.ops import match, set_loss
+from dndetr.ops import images_of, match, set_loss
 from dndetr.training.criterion import Criterion
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
@@ -38,7 +38,7 @@ def run(name: str, counts=COUNTS, slots: int = 8, only: int | None = None, batch
     batch = detectors.make_batch(counts, slots, torch.float64)
     contrastive = name == "dino"
     noise = fixed_noise(len(counts), slots, contrastive)
-    images, sizes, targets = batch.images, batch.sizes, batch.targets
+    images, sizes, targets = images_of(batch), batch.sizes, batch.targets
     if only is not None:
         one = slice(only, only + 1)
         images, sizes, noise = images[one], sizes[one], Noise(*(part[one] for part in noise))
@@ -129,10 +129,10 @@ def test_matching_queries_do_not_see_the_ground_truth(name):
     with torch.no_grad():
         for targets in (batch.targets, other):
             noised = noised_queries(targets, noise, contrastive=contrastive)
-            predictions = model(batch.images, batch.sizes, noised)
+            predictions = model(images_of(batch), batch.sizes, noised)
             noised = predictions.layout.denoising
             outputs.append((predictions.logits[:, :, noised:], predictions.boxes[:, :, noised:]))
-        outputs.append(model(batch.images, batch.sizes)[:2])
+        outputs.append(model(images_of(batch), batch.sizes)[:2])
     for changed in outputs[1:]:
         close(outputs[0][0], changed[0])
         close(outputs[0][1], changed[1])
@@ -148,7 +148,7 @@ def test_groups_do_not_see_each_other(name):
     permuted = Noise(*(part[:, order] for part in noise))
     with torch.no_grad():
         plain, turned = (
-            model(batch.images, batch.sizes, noised_queries(batch.targets, each, contrastive=contrastive))
+            model(images_of(batch), batch.sizes, noised_queries(batch.targets, each, contrastive=contrastive))
             for each in (noise, permuted)
         )
     noised = plain.layout.denoising

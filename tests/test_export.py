@@ -19,7 +19,7 @@ from dndetr import export
 from dndetr.config import BackboneConfig, Config, ImagesConfig
 from dndetr.detector import Detector
 from dndetr.models.build import build_model
-from dndetr.ops import _backend
+from dndetr.ops import _backend, images_of
 from dndetr.scoring.coco import Detections
 
 _BACKBONE = BackboneConfig(blocks=(1, 1), planes=(8, 8), bottleneck=False, outputs=(2,))
@@ -74,7 +74,7 @@ def test_every_variant_does_what_the_model_does(variant, extension):
     wider = detectors.make_batch([1] * 5, 8, canvas=(32, 48))
     for call in calls:
         assert "on 3 images" in export.verify(detector, call, batch)
-        assert [output.shape for output in call(wider.images, wider.sizes)] == [(5, 8), (5, 8), (5, 8, 4)]
+        assert [output.shape for output in call(images_of(wider), wider.sizes)] == [(5, 8), (5, 8), (5, 8, 4)]
     other = built(variant, seed=1)
     for call in calls:
         with pytest.raises(RuntimeError, match="does not do what the model does"):

@@ -249,7 +249,7 @@ def test_training_goes_on_when_nobody_reads_along():
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: add_norm has no backend 'quick'"),
+        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: activated_product has no backend 'quick'"),
         ("DNDETR_BACKEND_MATCH", "triton", "DNDETR_BACKEND_MATCH: match has no backend 'triton'"),
         ("DNDETR_BACKEND_ASIGN", "cpp", "DNDETR_BACKEND_ASIGN: there is no such op, only "),
     ],
@@ -292,7 +292,7 @@ def test_shapes_are_chosen_for_captured_steps_alone_and_told_in_one_line(monkeyp
     assert len(told) == 1 and told[0].startswith("CUDA graphs: ")
     assert len(trained) == 3
     for step, (batch,) in trained:
-        assert (*batch.images.shape[2:], batch.targets.labels.shape[1]) in step.expected
+        assert (*batch.canvas, batch.targets.labels.shape[1]) in step.expected
 
 
 def test_resume_refuses_to_change_the_run(capsys):

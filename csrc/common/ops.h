@@ -1,6 +1,7 @@
 // What the bindings call: launchers that take raw pointers, sizes and strides (in elements), and never see torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace dndetr {
@@ -175,6 +176,27 @@ std::int64_t weight_gradients_workspace(const WeightGradients& problem, int thre
 // grad_weight [outputs, inputs] = grad_out^T x, grad_bias [outputs].
 void weight_gradients(const WeightGradients& problem, const float* grad_out, const float* x, float* grad_weight,
                       float* grad_bias, float* workspace, int threads, Simd simd);
+
+// Images as bytes: pixels [B, H, W, 3], colours [B, 3, 4], sizes [B, 2] valid (height, width), all contiguous.
+struct Normalise {
+  int batch, height, width;
+  const std::uint8_t* pixels;
+  const double* colours;
+  const std::int64_t* sizes;
+};
+
+// out [B, H, W, 3]: computed in double for float64, else in float; zero beyond an image's size.
+void normalise(const Normalise& problem, Array out, int threads, Simd simd);
+
+// A part of a picture [height, width, 3], box (x0, y0, x1, y1) in its pixels, resized and then mirrored.
+struct Resize {
+  int height, width, new_height, new_width;
+  std::array<float, 4> box;
+  bool hflip, vflip;
+};
+
+// pixels -> out [new_height, new_width, 3], on the calling thread.
+void resize(const Resize& problem, const std::uint8_t* pixels, std::uint8_t* out, Simd simd);
 
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. A group has per_object slots
 // for each object, of which the first restores it; its first counted[image] slots have a class loss. The first `proposals`

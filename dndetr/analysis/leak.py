@@ -13,6 +13,7 @@ from torch import nn
 
 from ..batch import Batch
 from ..denoising import NoisedQueries, draw_noise, noised_queries
+from ..ops import images_of
 
 TOLERANCE = 1e-4
 _BOX_NOISE, _LABEL_NOISE = 0.4, 0.2
@@ -46,7 +47,7 @@ def leak_check(model: nn.Module, batch: Batch, classes: int, groups: int = 5, ba
         raise ValueError("a leak check needs two denoising groups and a batch with objects")
     training = model.training
     model.eval()
-    generator = torch.Generator(batch.images.device).manual_seed(0)
+    generator = torch.Generator(batch.pixels.device).manual_seed(0)
 
     def draw() -> NoisedQueries:
         noise = draw_noise(batch.targets, groups, classes, generator)
@@ -78,7 +79,7 @@ def _moved(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def _outputs(model: nn.Module, batch: Batch, noised: NoisedQueries | None) -> torch.Tensor:
-    predictions = model(batch.images, batch.sizes, noised)
+    predictions = model(images_of(batch), batch.sizes, noised)
     return torch.cat((predictions.logits.float(), predictions.boxes.float()), dim=-1)
 
 

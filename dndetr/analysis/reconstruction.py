@@ -13,6 +13,7 @@ from ..batch import Batch
 from ..boxes import cxcywh_to_xyxy, iou_and_union
 from ..denoising import NoisedQueries, draw_noise, noised_queries
 from ..models.dn_detr import Predictions
+from ..ops import images_of
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 IMAGES = 100
@@ -121,6 +122,9 @@ def _shares(part: Tensor, whole: Tensor) -> list[float | None]:
 def _examples(batch: Batch, noised: NoisedQueries, restored: Tensor, named: Tensor, wanted: int) -> list[Example]:
     """The first images with objects, without the slots that hold none."""
     found = []
+    if wanted <= 0:
+        return found
+    images = images_of(batch)
     for row, count in enumerate(batch.targets.counts.tolist()):
         if len(found) >= wanted:
             break
@@ -128,7 +132,7 @@ def _examples(batch: Batch, noised: NoisedQueries, restored: Tensor, named: Tens
             height, width = batch.sizes[row].tolist()
             found.append(
                 Example(
-                    batch.images[row].cpu(),
+                    images[row].cpu(),
                     (height, width),
                     batch.targets.boxes[row, :count].cpu(),
                     batch.targets.labels[row, :count].cpu(),

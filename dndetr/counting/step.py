@@ -106,7 +106,8 @@ def _batch(images: int, canvas: tuple[int, int], objects: int) -> Batch:
         torch.zeros(images, slots, dtype=torch.int64), torch.zeros(images, slots, 4), torch.ones(images).int()
     )
     sizes = torch.tensor([canvas]).repeat(images, 1)
-    return Batch(torch.empty(images, 3, *canvas), sizes, targets, sizes, torch.arange(images))
+    pixels, colours = torch.empty(images, *canvas, 3, dtype=torch.uint8), torch.empty(images, 3, 4)
+    return Batch(pixels, colours, sizes, targets, sizes, torch.arange(images))
 
 
 def _arrived(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

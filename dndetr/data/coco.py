@@ -95,10 +95,11 @@ class CocoDataset:
     def sample(self, index: int, epoch: int = 0) -> Sample:
         """Image ``index`` as epoch ``epoch`` sees it."""
         view, rng = self._view(index, epoch)
-        image = self.transform.tensor(view.picture(self.picture(index, view.shrink)), rng)
+        pixels = view.picture(self.picture(index, view.shrink))
+        colours = self.transform.colours(pixels, rng)
         boxes_xyxy, kept = view.boxes(self._boxes[index])
         labels = torch.from_numpy(self._labels[index][kept])
-        return Sample(image, torch.from_numpy(boxes_xyxy), labels, self.ids[index], self.sizes[index])
+        return Sample(pixels, colours, torch.from_numpy(boxes_xyxy), labels, self.ids[index], self.sizes[index])
 
     def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
         """Height, width and number of objects of ``sample(index, epoch)``, without reading its file."""

@@ -36,29 +36,28 @@ def collate(
     slots: int | None = None,
     exact: bool = False,
 ) -> Batch:
-    """Puts samples on one canvas, top left, zero (the mean colour) elsewhere.
+    """Puts samples on one canvas, top left, zero elsewhere.
 
     canvas (height, width), by default the smallest in multiples of ``multiple``; slots T, by default the bucket of the
     largest count, or with ``exact`` that count (at least 1). Of an image with more objects than slots the largest
     objects are kept.
     """
-    sizes = [tuple(sample.image.shape[1:]) for sample in samples]
+    sizes = [sample.size for sample in samples]
     if canvas is None:
         canvas = canvas_bucket(sizes, multiple)
     largest = max(len(sample.labels) for sample in samples)
     needed = min(max(largest, 1), TARGET_BUCKETS[-1]) if exact else target_bucket(largest)
     slots = needed if slots is None else slots
 
-    if all(size == canvas for size in sizes):
-        images = torch.stack([sample.image for sample in samples])
-    else:
-        images = torch.zeros(len(samples), 3, *canvas, dtype=torch.float32)
-        for image, sample, (height, width) in zip(images, samples, sizes, strict=True):
-            image[:, :height, :width] = sample.image
+    pixels = torch.empty(len(samples), *canvas, 3, dtype=torch.uint8)
+    for place, sample, (height, width) in zip(pixels.numpy(), samples, sizes, strict=True):
+        place[:height, :width] = sample.pixels
+        place[:height, width:] = 0
+        place[height:] = 0
     labels = torch.zeros(len(samples), slots, dtype=torch.int64)
     boxes = torch.zeros(len(samples), slots, 4, dtype=torch.float32)
     counts = torch.zeros(len(samples), dtype=torch.int32)
-    for row, (sample, (height, width)) in enumerate(zip(samples, sizes, strict=True)):
+    for row, sample in enumerate(samples):
         own_boxes, own_labels = sample.boxes_xyxy, sample.labels
         if len(own_labels) > slots:
             kept = largest_objects(own_boxes, slots)
@@ -66,10 +65,13 @@ def collate(
         count = len(own_labels)
         counts[row] = count
         labels[row, :count] = own_labels
-        boxes[row, :count] = xyxy_to_cxcywh(own_boxes / own_boxes.new_tensor((width, height, width, height)))
+        boxes[row, :count] = own_boxes
+    sizes = torch.tensor(sizes)
+    boxes = xyxy_to_cxcywh(boxes / sizes.flip(1).repeat(1, 2)[:, None])
     return Batch(
-        images=images,
-        sizes=torch.tensor(sizes),
+        pixels=pixels,
+        colours=torch.stack([sample.colours for sample in samples]),
+        sizes=sizes,
         targets=Targets(labels, boxes, counts, min(needed, slots)),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         ids=torch.tensor([sample.image_id for sample in samples]),

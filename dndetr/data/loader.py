@@ -112,7 +112,7 @@ def largest_batch(dataset: Dataset, order: Order, multiple: int) -> int:
         height, width = dataset.canvas or canvas_bucket(sizes, multiple)
         return len(batch) * height * width
 
-    return max(map(pixels, some)) * 3 * 4  # colours in float32
+    return max(map(pixels, some)) * 3  # a byte for each colour
 
 
 class _Reader:
@@ -127,6 +127,6 @@ class _Reader:
         samples = [self._dataset.sample(image, epoch) for image in images]
         if self.shapes is None:
             return collate(samples, self._multiple, self._dataset.canvas, self._slots, self._exact)
-        extents = [(*sample.image.shape[1:], len(sample.labels)) for sample in samples]
+        extents = [(*sample.size, len(sample.labels)) for sample in samples]
         height, width, slots = self.shapes.shape_for(extents, self._multiple)
         return collate(samples, canvas=(height, width), slots=slots)

@@ -12,32 +12,42 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, ready for the model, and its objects.
+    """An image as a batch takes it, and its objects.
 
-    image [3, h, w] float32 normalised; boxes_xyxy [n, 4] float32 pixels of ``image``; labels [n] int64 in [0, K);
-    original_size (height, width) of the upright file.
+    pixels [h, w, 3] uint8 RGB, of any strides, maybe read-only; colours [3, 4] float32, the map from a pixel to what a
+    model is shown; boxes_xyxy [n, 4] float32 pixels of the image; labels [n] int64 in [0, K); original_size (height,
+    width) of the upright file.
     """
 
-    image: Tensor
+    pixels: np.ndarray
+    colours: Tensor
     boxes_xyxy: Tensor
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.pixels.shape[:2]
 
-_SCALE = np.array([1 / (255 * s) for s in STD], np.float32)[:, None, None]
-_SHIFT = np.array([-m / s for m, s in zip(MEAN, STD, strict=True)], np.float32)[:, None, None]
+
+def colour_map(matrix: np.ndarray | None = None, offset: float = 0.0) -> Tensor:
+    """ImageNet normalisation after a linear map of the colours -> [3, 4] float32, the last column what is added.
+
+    matrix [3, 3] and offset act on colours in [0, 255]; the identity where there is none.
+    """
+    std = 255 * np.array(STD)
+    scale = (np.eye(3) if matrix is None else matrix) / std[:, None]
+    shift = (offset - 255 * np.array(MEAN)) / std
+    return torch.from_numpy(np.column_stack((scale, shift))).float()
 
 
-def normalise(pixels: np.ndarray) -> Tensor:
-    """ImageNet normalisation: uint8 pixels [3, h, w] -> float32 [3, h, w]."""
-    # Not by torch, whose second thread has gone to sleep meanwhile: waking it takes longer than a small image.
-    image = np.multiply(pixels, _SCALE, dtype=np.float32)
-    image += _SHIFT
-    return torch.from_numpy(image)
+IMAGENET = colour_map()
 
 
 def denormalise(image: Tensor) -> np.ndarray:
-    """The inverse of ``normalise``: [3, h, w] float -> uint8 [h, w, 3], clipped, ready to draw on."""
-    pixels = (image.float().cpu().numpy() - _SHIFT) / _SCALE
-    return np.ascontiguousarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    """The pixels that ``IMAGENET`` maps to [3, h, w] float -> uint8 [h, w, 3], clipped, ready to draw on."""
+    scale, shift = IMAGENET.diagonal()[:, None, None], IMAGENET[:, 3, None, None]
+    pixels = (image.float().cpu() - shift) / scale
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .errors import DataError
-from .sample import Sample, normalise
+from .sample import IMAGENET, Sample
 
 VERSION = 1
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -304,7 +304,12 @@ class ShapesDataset:
         number = epoch * self.length + index if self.split == "train" else index
         pixels, boxes_xyxy, labels = render(self.split, number, self.size, self.seed)
         return Sample(
-            normalise(pixels), torch.from_numpy(boxes_xyxy), torch.from_numpy(labels), index, (self.size, self.size)
+            np.stack(pixels, axis=-1),
+            IMAGENET,
+            torch.from_numpy(boxes_xyxy),
+            torch.from_numpy(labels),
+            index,
+            (self.size, self.size),
         )
 
     def __getitem__(self, index: int) -> Sample:

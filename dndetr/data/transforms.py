@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from .sample import MEAN, STD
+from ..ops import resize
+from .sample import IMAGENET, colour_map
 
 
 class View(NamedTuple):
@@ -35,12 +35,11 @@ class View(NamedTuple):
         return min((y1 - y0) / self.size[0], (x1 - x0) / self.size[1])
 
     def picture(self, image: Image.Image) -> np.ndarray:
-        """RGB picture of the original, or of it decoded at a smaller size -> uint8 [h, w, 3], its memory its own."""
+        """RGB picture of the original, or of it decoded at a smaller size -> uint8 [h, w, 3], maybe read-only."""
         fy, fx = image.height / self.original[0], image.width / self.original[1]
         x0, y0, x1, y1 = self.region
         box = (x0 * fx, y0 * fy, min(x1 * fx, image.width), min(y1 * fy, image.height))
-        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
-        return np.asarray(image)[:: -1 if self.vflip else 1, :: -1 if self.hflip else 1].copy()
+        return resize(image, box, self.size, self.hflip, self.vflip)
 
     def boxes(self, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes [n, 4] of the original -> boxes_xyxy [m, 4] float32 of the result, and kept [n] bool, m times True."""
@@ -78,19 +77,6 @@ def short_side(size: tuple[int, int], side: int, longest: int | None) -> tuple[i
     return (side, int(side * width / height)) if height < width else (int(side * height / width), side)
 
 
-def to_tensor(picture: np.ndarray, matrix: np.ndarray | None = None, offset: float = 0.0) -> Tensor:
-    """ImageNet normalisation of uint8 [h, w, 3], after a linear map of the colours -> float32 [3, h, w].
-
-    matrix [3, 3] and offset act on colours in [0, 255]; the identity where there is none.
-    """
-    std = 255 * np.array(STD)
-    matrix = (np.eye(3) if matrix is None else matrix) / std[:, None]
-    shift = (offset - 255 * np.array(MEAN)) / std
-    pixels = torch.from_numpy(picture).view(-1, 3).float()
-    as_tensor = torch.from_numpy(matrix).float()
-    return torch.addmm(torch.from_numpy(shift).float()[:, None], as_tensor, pixels.T).view(3, *picture.shape[:2])
-
-
 @dataclass(frozen=True)
 class Unresized:
     """Pictures at their own size, mirrored with probability ``hflip``."""
@@ -102,9 +88,9 @@ class Unresized:
         """Draws the geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), size, hflip=rng.random() < self.hflip)
 
-    def tensor(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [3, h, w] normalised."""
-        return to_tensor(picture)
+    def colours(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
+        return IMAGENET
 
 
 @dataclass(frozen=True)
@@ -136,9 +122,9 @@ class OfficialTraining:
             region = (left * fx, top * fy, min((left + crop[1]) * fx, width), min((top + crop[0]) * fy, height))
         return View(size, region, short_side(crop, int(rng.choice(self.sides)), self.longest), hflip)
 
-    def tensor(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [3, h, w] normalised."""
-        return to_tensor(picture)
+    def colours(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
+        return IMAGENET
 
 
 @dataclass(frozen=True)
@@ -153,9 +139,9 @@ class OfficialEvaluation:
         """The geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), short_side(size, self.side, self.longest))
 
-    def tensor(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [3, h, w] normalised."""
-        return to_tensor(picture)
+    def colours(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
+        return IMAGENET
 
 
 @dataclass(frozen=True)
@@ -188,8 +174,8 @@ class FixedTraining:
             region = (float(left), float(top), float(left + wide), float(top + tall))
         return View(size, region, self.canvas, bool(hflip), bool(vflip), self.min_visible)
 
-    def tensor(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [3, h, w] with its colours changed, normalised.
+    def colours(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] that changes its colours and normalises them.
 
         Brightness scales, contrast moves away from the mean grey, colour away from each pixel's grey: all in one map.
         """
@@ -198,7 +184,7 @@ class FixedTraining:
         grey = np.array((0.299, 0.587, 0.114))
         mean = brightness * (picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ grey)  # every 16th pixel is enough
         matrix = brightness * contrast * (colour * np.eye(3) + (1 - colour) * grey)
-        return to_tensor(picture, matrix, (1 - contrast) * mean)
+        return colour_map(matrix, (1 - contrast) * mean)
 
 
 @dataclass(frozen=True)
@@ -211,9 +197,9 @@ class FixedEvaluation:
         """The geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), self.canvas)
 
-    def tensor(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """uint8 [h, w, 3] -> float32 [3, h, w] normalised."""
-        return to_tensor(picture)
+    def colours(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
+        return IMAGENET
 
 
 Transform = Unresized | OfficialTraining | OfficialEvaluation | FixedTraining | FixedEvaluation

@@ -60,8 +60,9 @@ class UserImages:
         image, rng = self._images[index], np.random.default_rng(0)
         picture = read_image(image) if isinstance(image, Path | _Content) else to_rgb(image)
         size = picture.size[::-1]
-        tensor = self._transform.tensor(self._transform.view(size, rng).picture(picture), rng)
-        return Sample(tensor, torch.zeros(0, 4, dtype=torch.float32), torch.zeros(0, dtype=torch.int64), index, size)
+        pixels = self._transform.view(size, rng).picture(picture)
+        nothing = torch.zeros(0, 4, dtype=torch.float32), torch.zeros(0, dtype=torch.int64)
+        return Sample(pixels, self._transform.colours(pixels, rng), *nothing, index, size)
 
     def coco_dict(self) -> dict:
         """There is none."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..denoising import NoisedQueries
 from ..ops.group_attention import GroupLayout
+from ..ops.normalise import images_of
 from .proposals import ProposalHead
 from .queries import Queries
 
@@ -87,5 +88,5 @@ class DNDETR(nn.Module):
         device = next(self.parameters()).device
         batch = batch.to(device)
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            predictions = self(batch.images, batch.sizes, noised)
+            predictions = self(images_of(batch), batch.sizes, noised)
         return predictions._replace(logits=predictions.logits.float(), boxes=predictions.boxes.float())

@@ -11,7 +11,9 @@ from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
+from .normalise import images_of, normalise
 from .prelu import prelu
+from .resize import resize
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
 from .weight_gradients import weight_gradients
@@ -31,14 +33,17 @@ __all__ = [
     "conv3x3",
     "frozen_norm",
     "group_attention",
+    "images_of",
     "match",
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "ms_deform_attn_projected",
+    "normalise",
     "prelu",
     "prelu_column_sums",
     "relu_column_sums",
+    "resize",
     "set_loss",
     "stem",
     "weight_gradients",

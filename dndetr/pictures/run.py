@@ -10,6 +10,7 @@ from ..batch import Batch
 from ..boxes import cxcywh_to_xyxy
 from ..denoising import NoisedQueries
 from ..models.dn_detr import Predictions
+from ..ops import images_of
 from ..runs.listener import Listener, Run
 from ..scoring.coco import postprocess
 from .curves import draw_curves
@@ -43,7 +44,7 @@ def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names:
     targets = batch.targets
     labels, boxes = (None, None) if noised is None else noised.positives(targets)
     draw_first_batch(
-        path, batch.images, batch.sizes, targets.boxes, targets.labels, targets.counts, boxes, labels, names
+        path, images_of(batch), batch.sizes, targets.boxes, targets.labels, targets.counts, boxes, labels, names
     )
 
 
@@ -58,7 +59,7 @@ def draw_validation(
     pictures, detections, truths = [], [], []
     for batch in batches:
         logits, boxes = (layers[-1] for layers in infer(batch)[:2])
-        pictures += batch_images(batch.images, batch.sizes)
+        pictures += batch_images(images_of(batch), batch.sizes)
         # In the canvas's own pixels, since that is what is drawn.
         found = postprocess(logits, boxes, batch.sizes.to(boxes.device), keep=50)
         detections += [tuple(field.cpu() for field in one) for one in zip(*found, strict=True)]

@@ -100,14 +100,10 @@ class GraphedStep(TrainStep):
     def _is_expected(self, batches: Sequence[Batch]) -> bool:
         if self.expected is None:
             return True
-        return self.expected.issuperset(
-            BatchShape(*batch.images.shape[2:], batch.targets.labels.shape[1]) for batch in batches
-        )
+        return self.expected.issuperset(BatchShape(*batch.canvas, batch.targets.labels.shape[1]) for batch in batches)
 
     def _eagerly(self, arrived: Tensor, shape: Layout, batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
-        return self._beside(
-            lambda: self._making_room(lambda: self.compute_arrived(unpack(arrived, shape), batches))
-        )
+        return self._beside(lambda: self._making_room(lambda: self.compute_arrived(unpack(arrived, shape), batches)))
 
     def _beside(self, work: Callable):
         """``work`` on the stream that captures, before and after which the main one waits."""
@@ -206,5 +202,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _images(shape: Layout) -> str:
-    """The size of a step's first tensor after its numbers: the images."""
+    """The size of a step's first tensor after its numbers: the pixels."""
     return "x".join(str(size) for size in shape[1][1])

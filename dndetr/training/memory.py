@@ -47,8 +47,8 @@ def explain_memory(batches: Sequence[Batch], config: Config, groups_for: Callabl
 
 
 def _advice(batches: Sequence[Batch], config: Config, groups_for: Callable[[int], int]) -> str:
-    largest = max(batches, key=lambda batch: batch.images.numel())
-    images, _, height, width = largest.images.shape
+    largest = max(batches, key=lambda batch: batch.pixels.numel())
+    images, height, width, _ = largest.pixels.shape
     slots = max(batch.targets.labels.shape[1] for batch in batches)
     groups = groups_for(slots)
     noised = groups * slots * config.denoising.copies

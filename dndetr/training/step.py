@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batch import Batch
 from ..config import DenoisingConfig
 from ..denoising import Noise, NoisedQueries, draw_noise, noised_queries
+from ..ops import images_of
 from .criterion import Criterion, Losses
 from .distributed import Processes
 from .loss_window import Record
@@ -203,8 +204,8 @@ class TrainStep:
         return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
 
     def _backward(self, batch: Batch, noised: NoisedQueries | None, objects: Tensor) -> Losses:
-        with torch.autocast(batch.images.device.type, self.precision, enabled=self.precision != torch.float32):
-            predictions = (self._shared or self._called)(batch.images, batch.sizes, noised)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            predictions = (self._shared or self._called)(images_of(batch), batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
         total = losses.total
         if noised is None and self._shared is not None:

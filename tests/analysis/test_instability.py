@@ -47,7 +47,9 @@ def watched(probe: MatchingProbe, seed: int) -> dict:
     predict = probe.watch(infer)
     for rows in halves.values():
         targets = Targets(batch.targets.labels[rows], batch.targets.boxes[rows], batch.targets.counts[rows])
-        part = type(batch)(batch.images[rows], batch.sizes[rows], targets, batch.sizes[rows], batch.ids[rows])
+        part = type(batch)(
+            batch.pixels[rows], batch.colours[rows], batch.sizes[rows], targets, batch.sizes[rows], batch.ids[rows]
+        )
         logits, boxes = predict(part)
         assert torch.equal(logits, whole.logits[-1, rows]) and torch.equal(boxes, whole.boxes[-1, rows])
     return probe.fresh

@@ -14,6 +14,7 @@ from dndetr.analysis.reconstruction import measure_reconstruction
 from dndetr.denoising import draw_noise, noised_queries
 from dndetr.models import deformable_decoder
 from dndetr.models.dn_detr import Predictions
+from dndetr.ops import images_of
 from dndetr.ops.group_attention import GroupLayout, group_attention
 from dndetr.pictures import draw_denoising
 from dndetr.training.noise_meter import NoiseMeter
@@ -128,14 +129,14 @@ def test_a_level_measures_the_same_beside_other_levels():
     model = detectors.build("dn-deformable-detr").eval()
 
     def infer(batch, noised):
-        return model(batch.images, batch.sizes, noised)
+        return model(images_of(batch), batch.sizes, noised)
 
     def alone(batch, noised):
         for name in ("labels", "boxes"):
             changed = getattr(noised, name).clone()
             changed[:, 1:] = changed[:, 1:].flip(0)
             object.__setattr__(noised, name, changed)
-        return model(batch.images, batch.sizes, noised)
+        return model(images_of(batch), batch.sizes, noised)
 
     one, two = (measured(function).report["error"] for function in (infer, alone))
     assert one[-1][0] == pytest.approx(two[-1][0], abs=1e-4) and one[-1][2] != pytest.approx(two[-1][2], abs=1e-3)

@@ -1,11 +1,12 @@
 """Static shapes: canvases, target buckets, padding."""
 
+import numpy as np
 import pytest
 import torch
 
 from dndetr.boxes import cxcywh_to_xyxy
 from dndetr.data.collate import TARGET_BUCKETS, canvas_bucket, collate, target_bucket
-from dndetr.data.sample import Sample
+from dndetr.data.sample import IMAGENET, Sample
 
 
 def sample(height: int, width: int, objects: int, image_id: int = 1) -> Sample:
@@ -13,23 +14,24 @@ def sample(height: int, width: int, objects: int, image_id: int = 1) -> Sample:
     corners = torch.rand(objects, 2, generator=generator) * torch.tensor([width / 2, height / 2])
     sizes = (torch.rand(objects, 2, generator=generator) * 0.5 + 0.01) * torch.tensor([width / 2, height / 2])
     boxes = torch.cat((corners, corners + sizes), dim=1)
-    image = torch.rand(3, height, width, generator=generator) + 0.5
-    return Sample(image, boxes, torch.arange(objects), image_id, (2 * height, 2 * width))
+    pixels = torch.randint(1, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy()
+    return Sample(pixels, image_id % 7 * IMAGENET, boxes, torch.arange(objects), image_id, (2 * height, 2 * width))
 
 
 def test_a_batch_holds_its_samples_and_zeros():
     samples = [sample(100, 70, 3, 2**40), sample(60, 130, 11, 5), sample(30, 30, 0, 6)]
     batch = collate(samples)
-    assert batch.images.shape == (3, 3, 128, 192)
+    assert batch.pixels.shape == (3, 128, 192, 3) and batch.canvas == (128, 192)
     assert batch.targets.labels.shape == (3, 16) and batch.targets.boxes.shape == (3, 16, 4)
     assert batch.targets.counts.tolist() == [3, 11, 0] and batch.targets.counts.dtype == torch.int32
     assert batch.ids.tolist() == [2**40, 5, 6]
     assert batch.sizes.tolist() == [[100, 70], [60, 130], [30, 30]]
     assert batch.original_sizes.tolist() == [[200, 140], [120, 260], [60, 60]]
     for row, one in enumerate(samples):
-        height, width = one.image.shape[1:]
-        assert torch.equal(batch.images[row, :, :height, :width], one.image)
-        assert batch.images[row].sum() == pytest.approx(one.image.sum().item(), rel=1e-5)
+        height, width = one.size
+        assert np.array_equal(batch.pixels[row, :height, :width], one.pixels)
+        assert batch.pixels[row].sum() == one.pixels.sum()
+        assert torch.equal(batch.colours[row], one.colours)
         count = len(one.labels)
         boxes = cxcywh_to_xyxy(batch.targets.boxes[row, :count]) * torch.tensor([width, height, width, height])
         assert torch.allclose(boxes, one.boxes_xyxy, atol=1e-3)
@@ -48,9 +50,9 @@ def test_shapes_come_from_small_sets():
     assert [target_bucket(n) for n in (0, 8, 9, 512, 513)] == [8, 8, 16, 512, 512]
     assert list(TARGET_BUCKETS) == sorted(TARGET_BUCKETS)
     assert canvas_bucket([(64, 65), (1, 1)], 64) == (64, 128)
-    assert collate([sample(30, 40, 2)], multiple=32).images.shape[2:] == (32, 64)
+    assert collate([sample(30, 40, 2)], multiple=32).canvas == (32, 64)
     fixed = collate([sample(30, 40, 2)], canvas=(30, 40), slots=5)
-    assert fixed.images.shape[2:] == (30, 40) and fixed.targets.labels.shape[1] == 5
+    assert fixed.canvas == (30, 40) and fixed.targets.labels.shape[1] == 5
     for slots, needed in ((None, 16), (64, 16), (4, 4)):
         assert collate([sample(30, 40, 9)], slots=slots).targets.needed == needed
 

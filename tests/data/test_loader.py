@@ -30,8 +30,7 @@ class Recorder(ShapesDataset):
 
 
 def same(a, b) -> bool:
-    parts = [(one.images, one.targets.boxes, one.targets.labels, one.targets.counts, one.ids) for one in (a, b)]
-    return all(torch.equal(x, y) for x, y in zip(*parts, strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def test_training_shuffles_by_seed_and_epoch_and_drops_the_rest():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dndetr.data.sample import MEAN, STD, denormalise, normalise
+from dndetr.data.sample import IMAGENET, MEAN, STD, denormalise
 from dndetr.data.transforms import (
     FixedEvaluation,
     FixedTraining,
@@ -17,6 +17,7 @@ from dndetr.data.transforms import (
     View,
     short_side,
 )
+from dndetr.ops import normalise
 
 SIZES = st.tuples(st.integers(20, 900), st.integers(20, 900))
 TRANSFORMS = st.sampled_from(
@@ -140,30 +141,31 @@ def test_the_fixed_recipe_draws_what_it_should():
 def test_colours_change_as_told():
     rng = np.random.default_rng(1)
     picture = rng.integers(60, 190, (16, 16, 3), dtype=np.uint8)
-    rgb = (FixedTraining(brightness=0, contrast=0, colour=0).tensor(picture, rng) - normalise(_chw(picture))).abs()
-    assert rgb.max() < 1e-5
+    unchanged = FixedTraining(brightness=0, contrast=0, colour=0).colours(picture, rng)
+    assert torch.allclose(unchanged, IMAGENET, rtol=1e-6, atol=0)
     grey = np.repeat(picture[..., :1], 3, axis=2)
-    back = _levels(FixedTraining(brightness=0, contrast=0, colour=0.9).tensor(grey, rng))
+    back = _levels(grey, FixedTraining(brightness=0, contrast=0, colour=0.9).colours(grey, rng))
     assert np.abs(back - grey).max() < 1e-3  # grey has no colour to change
-    back = _levels(FixedTraining(brightness=0.3, contrast=0, colour=0).tensor(picture, rng))
+    back = _levels(picture, FixedTraining(brightness=0.3, contrast=0, colour=0).colours(picture, rng))
     factor = back / picture
     assert factor.std() < 1e-4 and 0.7 < factor.mean() < 1.3 and abs(factor.mean() - 1) > 1e-3
-    back = _levels(FixedTraining(brightness=0, contrast=0.3, colour=0).tensor(np.full_like(picture, 90), rng))
+    flat = np.full_like(picture, 90)
+    back = _levels(flat, FixedTraining(brightness=0, contrast=0.3, colour=0).colours(flat, rng))
     assert np.abs(back - 90).max() < 1e-3  # a flat picture has no contrast to change
 
 
-def _chw(picture: np.ndarray) -> np.ndarray:
-    return picture.transpose(2, 0, 1).copy()
+def _shown(picture: np.ndarray, colours: torch.Tensor) -> torch.Tensor:
+    """What a model sees of a picture: [3, h, w]."""
+    return normalise(torch.from_numpy(picture)[None], colours[None], torch.tensor([picture.shape[:2]]))[0]
 
 
-def _levels(image: torch.Tensor) -> np.ndarray:
+def _levels(picture: np.ndarray, colours: torch.Tensor) -> np.ndarray:
     mean, std = np.array(MEAN), np.array(STD)
-    return (image.permute(1, 2, 0).numpy() * std + mean) * 255
+    return (_shown(picture, colours).permute(1, 2, 0).numpy() * std + mean) * 255
 
 
 def test_normalisation_and_back():
     picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    image = normalise(_chw(picture))
-    assert torch.allclose(image, FixedEvaluation().tensor(picture), atol=1e-5)
+    image = _shown(picture, FixedEvaluation().colours(picture))
     assert torch.allclose(image[0, 0, 0], torch.tensor((picture[0, 0, 0] / 255 - MEAN[0]) / STD[0]).float(), atol=1e-5)
     assert (denormalise(image) == picture).all()

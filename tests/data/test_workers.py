@@ -143,7 +143,7 @@ def test_the_largest_batch_is_known_without_reading_it(tmp_path):
     for batch_size, multiple in ((2, 64), (3, 32)):
         order = Order([height > width for height, width in dataset.sizes], batch_size, False, 0)
         read = build_loader(dataset, batch_size, training=False, multiple=multiple).epoch()
-        assert largest_batch(dataset, order, multiple) == max(batch.images.nbytes for batch in read)
+        assert largest_batch(dataset, order, multiple) == max(batch.pixels.nbytes for batch in read)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "health"])

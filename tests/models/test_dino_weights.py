@@ -17,6 +17,7 @@ from dndetr.models import pretrained
 from dndetr.models.build import build_model
 from dndetr.models.head_sharing import fit_heads
 from dndetr.models.official import COCO_CLASSES, from_official, official_names
+from dndetr.ops import images_of
 from dndetr.runs.checkpoint import load_checkpoint
 
 COCO = list(COCO_CLASSES)
@@ -41,7 +42,7 @@ def initialise(model, content, path, classes):
 
 def predictions(model):
     batch = detectors.make_batch([1, 2], 8)
-    return model.predict(batch.images, batch.sizes)
+    return model.predict(images_of(batch), batch.sizes)
 
 
 def assert_same_predictions(model, theirs, columns=slice(None)):

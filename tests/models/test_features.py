@@ -9,6 +9,7 @@ from torch import nn
 
 from dndetr.models.build import build_model
 from dndetr.models.features import GroupNorm
+from dndetr.ops import images_of
 
 
 def features(**changes):
@@ -16,7 +17,7 @@ def features(**changes):
     torch.manual_seed(0)
     model = build_model(replace(detectors.CONFIGS["dn-deformable-detr"], **changes), detectors.CLASSES)
     batch = detectors.make_batch([3, 5], 8)
-    return model.projection(model.backbone(batch.images), batch.sizes, tuple(batch.images.shape[-2:]))
+    return model.projection(model.backbone(images_of(batch)), batch.sizes, batch.canvas)
 
 
 def test_positions_are_made_for_those_who_ask():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, dense_attention, lowered
-from dndetr.ops import _backend
+from dndetr.ops import _backend, images_of
 
 
 def test_without_autocast_the_stream_is_one_tensor():
@@ -44,7 +44,7 @@ def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
             if isinstance(module, Linear):
                 module.register_forward_pre_hook(lambda _, inputs, path=path: taken.update({path: inputs[0].dtype}))
     with torch.autocast("cpu", torch.bfloat16):
-        model(batch.images, batch.sizes, step.noised(batch, step.draw(batch)))
+        model(images_of(batch), batch.sizes, step.noised(batch, step.draw(batch)))
     # What a sine encoding is projected by is the encoding's only consumer.
     cast = {path for path, dtype in taken.items() if dtype != torch.bfloat16 and not path.endswith("ca_qpos_sine_proj")}
     assert len(taken) > 20 and not cast

@@ -14,6 +14,7 @@ from official_files import BACK, official, propose_only, randomised
 from dndetr.models import pretrained
 from dndetr.models.build import build_model
 from dndetr.models.official import COCO_CLASSES
+from dndetr.ops import images_of
 from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 
 SUBSETS = {
@@ -30,7 +31,7 @@ def initialise(model, path, classes):
 
 def predictions(model):
     batch = detectors.make_batch([1, 2], 8)
-    return model.predict(batch.images, batch.sizes)
+    return model.predict(images_of(batch), batch.sizes)
 
 
 @pytest.mark.parametrize("name", BACK)

@@ -138,7 +138,7 @@ def test_a_token_that_is_no_number_is_told_by_the_matching(objects):
     model = build_model(config, CLASSES)
     step = detectors.make_step(model)
     batch = detectors.make_batch([3, 5], 8)
-    batch.images[0, 0, 0, 0] = torch.nan
+    batch.colours[0, 0, 3] = torch.nan
     losses, _ = step(batch)
     assert losses.matches.finite.shape == (4, 2)
     assert not losses.matches.finite[:, 0].any() and losses.matches.finite[:, 1].all()

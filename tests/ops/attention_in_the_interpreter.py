@@ -24,7 +24,7 @@ from dndetr.denoising import Noise, draw_noise, noised_queries  # noqa: E402
 from dndetr.kernels import attention_tiles, tiles  # noqa: E402
 from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402
 from dndetr.kernels.attention_tiles import Tile  # noqa: E402
-from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention  # noqa: E402
+from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention, images_of  # noqa: E402
 
 group = importlib.import_module("dndetr.ops.group_attention")
 conditional = importlib.import_module("dndetr.ops.conditional_attention")
@@ -257,7 +257,7 @@ def check_leaks():
         noise = draw_noise(batch.targets, 2, detectors.CLASSES, torch.Generator().manual_seed(0))
         turned = Noise(*(part[:, order] for part in noise))
         plain, changed, permuted = (
-            model(batch.images, batch.sizes, noised_queries(targets, draws))
+            model(images_of(batch), batch.sizes, noised_queries(targets, draws))
             for targets, draws in ((batch.targets, noise), (other, noise), (batch.targets, turned))
         )
         for given, of_others, of_turned in zip(plain[:2], changed[:2], permuted[:2], strict=True):

@@ -11,6 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dndetr.data.collate import collate
+from dndetr.data.sample import IMAGENET, Sample, colour_map
+from dndetr.ops import images_of
 from dndetr.pictures import batch_images, class_colour, draw_boxes, draw_curves, draw_first_batch, draw_predictions
 from dndetr.pictures.boxes import BoxCanvas
 from dndetr.pictures.scores import draw_confusion, draw_precision_recall
@@ -128,6 +131,17 @@ def test_batch_images_undo_the_normalisation_and_the_padding():
     (image,) = batch_images(normalised, torch.tensor([[20, 30]]))
     assert image.size == (30, 20)
     assert np.array_equal(np.asarray(image), original[0].permute(1, 2, 0).numpy())
+
+
+def test_pictures_are_what_the_model_is_shown():
+    """Bytes as they are under plain normalisation, and with the colours of an augmentation otherwise."""
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    darker = colour_map(0.5 * np.eye(3), 30)
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    shown = collate([Sample(picture, colours, *nothing, 0, (20, 30)) for colours in (IMAGENET, darker)])
+    plain, changed = (np.asarray(image) for image in batch_images(images_of(shown), shown.sizes))
+    assert np.array_equal(plain, picture)
+    assert np.abs(changed - (0.5 * picture + 30)).max() <= 0.5 + 1e-3
 
 
 def test_first_batch_shows_truth_groups_and_flipped_labels(tmp_path: Path):

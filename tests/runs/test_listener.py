@@ -63,7 +63,7 @@ def test_every_moment_of_a_run_is_told_in_order():
     assert (run.folder, run.steps, run.steps_per_epoch, run.step, run.rows) == (folder, 6, 3, 0, [])
     assert run.config.epochs == 2 and run.names[0] == run.classes[0][1] == "circle"
     ((batch, noised),) = watcher.of("first_batch")
-    assert batch.images.shape[0] == 4 and noised.boxes.shape[1] == run.config.denoising.groups
+    assert len(batch.pixels) == 4 and noised.boxes.shape[1] == run.config.denoising.groups
     assert [(step, images) for step, images, _ in watcher.of("step_ended")] == [(step, 4) for step in range(1, 7)]
     rows = read_rows(folder / "metrics.jsonl")
     assert [row for (row,) in watcher.of("row_logged")] == rows[:-1] and rows[-1]["event"] == "end"
@@ -259,7 +259,7 @@ def test_a_run_can_be_asked_to_end():
 def test_what_is_given_is_for_keeping():
     class Spoiling(Everything):
         def first_batch(self, batch, noised):
-            batch.images.zero_()
+            batch.pixels.zero_()
             noised.boxes.zero_()
 
         def checkpoint_saved(self, path, step):

@@ -201,7 +201,14 @@ def batches(truth: dict, size: int) -> list[Batch]:
     empty = Targets(torch.zeros(size, 1).long(), torch.zeros(size, 1, 4), torch.zeros(size, dtype=torch.int32))
     sizes = torch.full((size, 2), 128)
     return [
-        Batch(torch.zeros(size, 3, 8, 8), sizes, empty, sizes, torch.tensor(ids[start : start + size]))
+        Batch(
+            torch.zeros(size, 8, 8, 3, dtype=torch.uint8),
+            torch.zeros(size, 3, 4),
+            sizes,
+            empty,
+            sizes,
+            torch.tensor(ids[start : start + size]),
+        )
         for start in range(0, len(ids), size)
     ]
 

@@ -6,6 +6,7 @@ import torch
 
 from dndetr.batch import Batch, Targets
 from dndetr.config import BackboneConfig, DenoisingConfig, ModelConfig
+from dndetr.data.sample import IMAGENET
 from dndetr.models.build import build_model
 from dndetr.presets import preset_named
 from dndetr.training.criterion import Criterion
@@ -82,7 +83,8 @@ def emptied(model, device: str):
 def empty_batch(device: str) -> Batch:
     """Two images on a device that is not there."""
     return Batch(
-        torch.empty(2, 3, 96, 128, device=device),
+        torch.empty(2, 96, 128, 3, dtype=torch.uint8, device=device),
+        torch.empty(2, 3, 4, device=device),
         torch.empty(2, 2, dtype=torch.int64, device=device),
         Targets(
             torch.empty(2, 8, dtype=torch.int64, device=device),
@@ -107,21 +109,23 @@ def make_targets(counts: list[int], slots: int, dtype=torch.float32, device="cpu
 
 
 def make_batch(counts: list[int], slots: int, dtype=torch.float32, canvas=(96, 128)) -> Batch:
-    """Random images of different sizes on one canvas, zero outside, with their objects."""
+    """Random images of different sizes on one canvas, and other bytes outside, with their objects."""
     height, width = canvas
-    images = torch.zeros(len(counts), 3, height, width, dtype=dtype)
+    pixels = torch.full((len(counts), height, width, 3), 77, dtype=torch.uint8)
+    colours = IMAGENET.to(dtype).repeat(len(counts), 1, 1)
     sizes = torch.tensor([(height - 16 * (i % 3), width - 24 * (i % 2)) for i in range(len(counts))])
     for image, (h, w) in enumerate(sizes.tolist()):
-        generator = torch.Generator().manual_seed(image)
-        images[image, :, :h, :w] = torch.randn(3, h, w, generator=generator, dtype=dtype)
-    return Batch(images, sizes, make_targets(counts, slots, dtype), sizes, torch.arange(len(counts)))
+        generator = torch.Generator().manual_seed(1 + image)
+        pixels[image, :h, :w] = torch.randint(256, (h, w, 3), generator=generator, dtype=torch.uint8)
+    return Batch(pixels, colours, sizes, make_targets(counts, slots, dtype), sizes, torch.arange(len(counts)))
 
 
 def part(batch: Batch, images: slice) -> Batch:
     """Some of a batch's images."""
     targets = batch.targets
     return Batch(
-        batch.images[images],
+        batch.pixels[images],
+        batch.colours[images],
         batch.sizes[images],
         Targets(targets.labels[images], targets.boxes[images], targets.counts[images]),
         batch.original_sizes[images],

@@ -10,7 +10,7 @@ from operations import Operations
 from per_layer_losses import per_layer_losses
 
 from dndetr.models.dn_detr import Predictions
-from dndetr.ops import _backend
+from dndetr.ops import _backend, images_of
 from dndetr.training.criterion import Criterion
 
 op = importlib.import_module("dndetr.ops.set_loss")
@@ -60,7 +60,7 @@ def test_no_gradient_depends_on_what_torch_does_at_a_tie(name, monkeypatch):
     with mock.patch.dict(_backend._decisions, clear=True):
         step, batch = detectors.make_step(detectors.build(name)), detectors.make_batch([3, 1], 8)
         noised = step.noised(batch, step.draw(batch))
-        total = step.criterion(step.model(batch.images, batch.sizes, noised), batch.targets).total
+        total = step.criterion(step.model(images_of(batch), batch.sizes, noised), batch.targets).total
     seen, ahead = set(), [total.grad_fn]
     while ahead:
         node = ahead.pop()

@@ -10,6 +10,7 @@ from torch import nn
 from dndetr.denoising import draw_noise, noised_queries
 from dndetr.models.build import build_model
 from dndetr.models.layers import Recomputable
+from dndetr.ops import images_of
 from dndetr.training.distributed import Processes
 from dndetr.training.graphs import GraphedStep
 from dndetr.training.lowered import Lowered, lower
@@ -30,7 +31,7 @@ def outcome(model, called, precision=BF16):
     noise = draw_noise(batch.targets, 2, detectors.CLASSES, torch.Generator().manual_seed(0))
     noised = noised_queries(batch.targets, noise, 0.2, 0.4, False)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        logits, boxes, *_ = called(batch.images, batch.sizes, noised)
+        logits, boxes, *_ = called(images_of(batch), batch.sizes, noised)
     loss = logits.float().sigmoid().square().mean() + boxes.float().square().mean()
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}

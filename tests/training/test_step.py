@@ -11,6 +11,7 @@ import torch
 from dndetr.denoising import Noise
 from dndetr.models.build import build_model
 from dndetr.models.layers import Recomputable
+from dndetr.ops import images_of
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
 DINO = ("dino-r50", "dino-r50-5scale")
@@ -27,7 +28,7 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
     if noise is not None:
         noise = Noise(*(part.to("cuda") for part in noise))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        predictions = model(batch.images, batch.sizes, step.noised(batch, noise))
+        predictions = model(images_of(batch), batch.sizes, step.noised(batch, noise))
     losses = step.criterion(predictions, batch.targets)
     assert losses.total.device.type == "cuda" and losses.total.shape == ()
     assert losses.parts.shape == (3, 6)
