@@ -4,6 +4,7 @@
 // that was declared readable. Threads may take turns in either order: results that differ betray a missing barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -50,15 +51,18 @@ constexpr std::size_t kStack = 64 * 1024;
 
 enum class Stop { warp, block, end };
 
+// A fibre is entered once by its context, which asks the system, and then by jumps, which do not.
 struct Fibre {
   ucontext_t context;
+  jmp_buf place;
+  bool entered;
   std::vector<char> stack = std::vector<char>(kStack);
   Stop stop;
   int meetings;
   std::uint64_t exchange[2];  // by turns, so that a thread ahead does not overwrite what others still read
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fibre> fibres;
 inline unsigned running = 0;
 inline bool any_thread[2];
@@ -71,12 +75,23 @@ inline std::int64_t sums = 0;  // numbers added to global memory, of which there
 inline void enter() {
   body();
   fibres[running].stop = Stop::end;
+  _longjmp(scheduler, 1);
 }
 
 inline void meet(Stop stop) {
-  fibres[running].stop = stop;
-  ++fibres[running].meetings;
-  swapcontext(&fibres[running].context, &scheduler);
+  Fibre& fibre = fibres[running];
+  fibre.stop = stop;
+  ++fibre.meetings;
+  if (_setjmp(fibre.place) == 0) _longjmp(scheduler, 1);
+}
+
+// Lets the running thread go on to its next meeting.
+inline void go_on() {
+  Fibre& fibre = fibres[running];
+  if (_setjmp(scheduler) != 0) return;
+  if (fibre.entered) _longjmp(fibre.place, 1);
+  fibre.entered = true;
+  setcontext(&fibre.context);
 }
 
 // Lets a warp's threads run to their next meeting -> where that is.
@@ -84,7 +99,7 @@ inline Stop run_warp(unsigned first) {
   for (unsigned turn = 0; turn < kWarpSize; ++turn) {
     running = first + (descending ? kWarpSize - 1 - turn : turn);
     threadIdx.x = running;
-    swapcontext(&scheduler, &fibres[running].context);
+    go_on();
   }
   for (unsigned i = first; i < first + kWarpSize; ++i) {
     if (fibres[i].stop != fibres[first].stop || fibres[i].meetings != fibres[first].meetings) {
@@ -101,10 +116,11 @@ inline void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) {
     Fibre& fibre = fibres[i];
     fibre.meetings = 0;
+    fibre.entered = false;
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack.data();
     fibre.context.uc_stack.ss_size = kStack;
-    fibre.context.uc_link = &scheduler;
+    fibre.context.uc_link = nullptr;
     makecontext(&fibre.context, enter, 0);
   }
   const unsigned warps = threads / kWarpSize;
