@@ -249,7 +249,7 @@ def test_training_goes_on_when_nobody_reads_along():
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("DNDETR_BACKEND", "quick", "DNDETR_BACKEND: activated_product has no backend 'quick'"),
+        ("DNDETR_BACKEND", "quick", " has no backend 'quick', choose one of auto, reference"),
         ("DNDETR_BACKEND_MATCH", "triton", "DNDETR_BACKEND_MATCH: match has no backend 'triton'"),
         ("DNDETR_BACKEND_ASIGN", "cpp", "DNDETR_BACKEND_ASIGN: there is no such op, only "),
     ],
