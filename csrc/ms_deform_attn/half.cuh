@@ -2,8 +2,9 @@
 //
 // What a corner gives is a product of small matrices. Forward, [channels, corners] times the corners' weights; backward,
 // [corners, channels] times the gradient of the output. In either, lanes load whole lines of pixels, as many instructions
-// as without, but neither widen nor multiply nor add what they hold. Weights are split in two numbers of half precision,
-// 16 digits together: with values that have eight or eleven, what is left out is far below the result's own rounding.
+// as without, but neither widen nor multiply nor add what they hold. A row of a product is one channel, or one corner, so
+// what is not finite stays where it was. Weights are split in two numbers of half precision, 16 digits together: with values
+// that have eight or eleven, what is left out is far below the result's own rounding.
 //
 // Warps prepare kBatch rows together, four lanes for each, and then go through them. The gradient of value is
 // value_gradient.cuh's.
@@ -22,27 +23,30 @@ constexpr int kSamples = 8;              // of a step: eight loads in flight for
 template <class Element, int Width>
 constexpr bool has_half_kernels = sizeof(Element) == 2 && Width == 32;
 
-// Where a row goes and whether any pixel of it is seen, in a word that lanes hand each other.
+// In the place of a row's index: nothing is written.
 constexpr std::uint32_t kDead = 0xffffffffu;
 
-// The two numbers of half precision that make a weight, the larger one in the low half of a word.
+// Weights of four corners as two numbers of half precision each: words of the larger parts of the upper two and of the
+// lower two corners, then of the smaller parts.
 template <class Element>
-__device__ __forceinline__ std::uint32_t split_weight(float weight) {
-  float large;
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    large = bit_cast<float>(bit_cast<std::uint32_t>(weight) & 0xffff0000u);
-  } else {
-    large = widen(narrow<Element>(weight));
-  }
-  struct alignas(4) Parts {
-    Element large, small;
+__device__ __forceinline__ uint4 split_weights(float4 w) {
+  struct alignas(4) Pair {
+    Element low, high;
   };
-  return bit_cast<std::uint32_t>(Parts{narrow<Element>(large), narrow<Element>(weight - large)});
+  const auto pair = [](float low, float high) {
+    return bit_cast<std::uint32_t>(Pair{narrow<Element>(low), narrow<Element>(high)});
+  };
+  const auto large = [](float weight) {
+    if constexpr (std::is_same_v<Element, BFloat16>) return bit_cast<float>(bit_cast<std::uint32_t>(weight) & 0xffff0000u);
+    else return widen(narrow<Element>(weight));
+  };
+  const float x = large(w.x), y = large(w.y), z = large(w.z), last = large(w.w);
+  return {pair(x, y), pair(z, last), pair(w.x - x, w.y - y), pair(w.z - z, w.w - last)};
 }
 
 // Memory of a block: each row's samples as weights and places, `samples_in_shared` apart.
 template <class Element, class Given>
-__global__ void __launch_bounds__(kThreads, 8) half_forward(const Problem p, Element* __restrict__ out) {
+__global__ void __launch_bounds__(kThreads, 7) half_forward(const Problem p, Element* __restrict__ out) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kWidth = 32;
   using Channels = Vector<Element, 4>;
@@ -59,31 +63,24 @@ __global__ void __launch_bounds__(kThreads, 8) half_forward(const Problem p, Ele
   look(p, block, views);
   const Channels* const image =
       reinterpret_cast<const Channels*>(static_cast<const Element*>(p.value) + block.image * p.batch_stride);
-  // Lanes of one line hold four channels of four corners. As rows of a matrix those are two pairs; as its columns, a corner
-  // is two, one for each channel of a pair. So a weight meets even channels in two columns of the result, one for each of
-  // its parts, and odd ones in two others: what a lane takes of a weight's word, and the half where it goes.
-  const unsigned chosen = line % 4 == 0 ? 0x4410u : line % 4 == 1 ? 0x4432u : line % 4 == 2 ? 0x1044u : 0x3244u;
 
 #pragma unroll 1
   for (int first = warp * kBatch; first < rows; first += int(blockDim.x) / kBatchTeam) {
     const Row row = row_at<Given>(p, block, first + own);
     const auto keep = [&](int k, const Sample& s, float attention) {
-      const float4 w = weights_of(s, attention);
-      weights[own * apart + k] = {split_weight<Element>(w.x), split_weight<Element>(w.y), split_weight<Element>(w.z),
-                                  split_weight<Element>(w.w)};
+      weights[own * apart + k] = split_weights<Element>(weights_of(s, attention));
     };
     const Softmax softmax = prepare<kBatchTeam, Given>(p, row, member, views, places + own * apart, keep);
-    const unsigned to = row.live ? unsigned(row.index) : kDead;
 #pragma unroll 1
     for (int group = 0; group < kBatch; group += 4) {
-      // Lanes at even places get the even channels of their line's two pairs, the others the odd ones. Of every four rows
-      // each lane of a line writes one, once it has its neighbour's channels.
-      float kept[2] = {}, given[2] = {};
+      // Lanes of one line hold four channels, and a sample's four corners at each place. Columns of the result are sums with
+      // the larger or the smaller parts of the weights; all lanes of a line have all, and write one of every four rows each.
+      float kept[4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4* const its_weights = weights + (group + i) * apart + place;
+        const uint2* const its_weights = reinterpret_cast<const uint2*>(weights + (group + i) * apart + place) + line % 2;
         const Place* const its_places = places + (group + i) * apart + place;
-        float upper[4] = {}, lower[4] = {};
+        float sums[2][4] = {};  // of the first two channels, and of the others
 #pragma unroll 1
         for (int k = 0; k < p.padded; k += kSamples) {
           Words corner[kSamples / 4][4];
@@ -96,29 +93,30 @@ __global__ void __launch_bounds__(kThreads, 8) half_forward(const Problem p, Ele
           }
 #pragma unroll
           for (int u = 0; u < kSamples / 4; ++u) {
-            const uint4 w = its_weights[k + 4 * u];
+            const uint2 w = its_weights[2 * (k + 4 * u)];
             const Words(&c)[4] = corner[u];
-            const std::uint32_t above[4] = {c[0].at[0], c[0].at[1], c[1].at[0], c[1].at[1]};
-            const std::uint32_t below[4] = {c[2].at[0], c[2].at[1], c[3].at[0], c[3].at[1]};
-            multiply_add<Element>(upper, above, __byte_perm(w.x, 0, chosen), __byte_perm(w.y, 0, chosen));
-            multiply_add<Element>(lower, below, __byte_perm(w.z, 0, chosen), __byte_perm(w.w, 0, chosen));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const std::uint32_t channels[4] = {
+                  __byte_perm(c[0].at[half], c[1].at[half], 0x5410u), __byte_perm(c[0].at[half], c[1].at[half], 0x7632u),
+                  __byte_perm(c[2].at[half], c[3].at[half], 0x5410u), __byte_perm(c[2].at[half], c[3].at[half], 0x7632u)};
+              multiply_add<Element>(sums[half], channels, w.x, w.y);
+            }
           }
         }
-        const float low = upper[0] + upper[1] + lower[0] + lower[1], high = upper[2] + upper[3] + lower[2] + lower[3];
-        if (place == i) kept[0] = low, kept[1] = high;
-        if (place == (i ^ 1)) given[0] = low, given[1] = high;
+#pragma unroll
+        for (int channel = 0; channel < 4; ++channel) {
+          const float* const parts = sums[channel / 2] + channel % 2 * 2;
+          if (place == i) kept[channel] = parts[0] + parts[1];
+        }
       }
-      const float found[2] = {__shfl_xor_sync(kWarp, given[0], 1), __shfl_xor_sync(kWarp, given[1], 1)};
       const int source = (group + place) * kBatchTeam;
-      const unsigned index = __shfl_sync(kWarp, to, source);
+      const unsigned index = __shfl_sync(kWarp, row.live ? unsigned(row.index) : kDead, source);
       const float factor = __shfl_sync(kWarp, softmax.inverse, source);
       const bool seen = __shfl_sync(kWarp, unsigned(softmax.seen), source) != 0;
-      const bool even = place % 2 == 0;
-      const float channels[4] = {even ? kept[0] : found[0], even ? found[0] : kept[0], even ? kept[1] : found[1],
-                                 even ? found[1] : kept[1]};
       Channels result;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) result.at[i] = narrow<Element>((seen ? channels[i] : 0.0f) * factor);
+      for (int i = 0; i < 4; ++i) result.at[i] = narrow<Element>((seen ? kept[i] : 0.0f) * factor);
       if (index != kDead) *reinterpret_cast<Channels*>(out + std::int64_t(index) * kWidth + line * 4) = result;
     }
     __syncwarp();  // the next rows' samples take the place of these

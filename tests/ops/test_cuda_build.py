@@ -159,7 +159,7 @@ def test_value_gradients_are_products_of_tensor_cores(on_hopper):
 
 # Instructions that a warp executes for eight rows of sixteen samples of an encoder in bfloat16: without products
 # it took 2525 and 3884.
-EXECUTED = {"forward": 1850, "backward": 2300}
+EXECUTED = {"forward": 1900, "backward": 2300}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -167,12 +167,13 @@ def test_half_precision_is_gathered_by_tensor_cores(on_hopper, direction):
     kernels = [kernel for kernel in on_hopper(HALF) if f"half_{direction}" in kernel.name]
     assert len(kernels) == 3  # of float16, and of bfloat16 with types known or not
     for kernel in kernels:
-        assert kernel.registers <= 64 and kernel.stack == 0, kernel.name  # eight blocks of 128 threads
+        # Seven or eight blocks of 128 threads.
+        assert kernel.registers <= {"forward": 72, "backward": 64}[direction] and kernel.stack == 0, kernel.name
         assert kernel.count(r"(LDL|STL)\b.*") == kernel.count(r"RED.*|ATOM.*") == 0, kernel.name
         gathers = [span for span in kernel.loops if kernel.count(r"HMMA.*", span) == 4]
         inner = gathers[0]
         # Eight samples: eight corners of four channels in each load, or four of all channels.
-        size, loads, most = ("64", 8, 60) if direction == "forward" else ("128", 4, 56)
+        size, loads, most = ("64", 8, 66) if direction == "forward" else ("128", 4, 56)
         assert kernel.count(rf"LDG\.E\.{size}\.CONSTANT", inner) == kernel.count(r"LDG.*", inner) == loads
         assert kernel.count(r"HMMA\.16816\.F32.*", inner) == 4 and kernel.count(r".*", inner) <= most, kernel.name
         if "Mixed" not in kernel.name:

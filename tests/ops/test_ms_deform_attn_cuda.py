@@ -162,6 +162,19 @@ def test_emulated_offsets_and_logits_of_one_projection(emulated, name, kind):
     assert torch.equal(grad_points, two["reference_points"]) and error(grad_value, two["value"]) < 1e-2
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_emulated_a_broken_pixel_stays_in_its_channel(emulated, broken):
+    value, shapes, points, offsets, logits, _ = op.make_case("pixels", torch.bfloat16)
+    value[0, 40, 1, 7] = broken
+    out = {}
+    for kind in ("rows", "tiles"):
+        emulated.variant = KINDS[kind]
+        out[kind] = _ms_deform_attn._forward_cuda(value, flat(shapes), points, offsets, logits, None)
+    wrong = ~out["rows"].isfinite()
+    assert wrong[..., 32 + 7].any() and wrong.sum() == wrong[..., 32 + 7].sum()
+    assert torch.equal(wrong, ~out["tiles"].isfinite())
+
+
 def test_emulated_weights_beyond_the_range_of_float16(emulated):
     emulated.variant = KINDS["tiles"]
     value, shapes, points, offsets, logits, _ = op.make_case("width-32", torch.float16)
