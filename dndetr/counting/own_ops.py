@@ -123,6 +123,15 @@ def _match(logits, boxes, labels, target_boxes, counts, *_) -> Own:
     return Own(1 + casts + kernels, scratch, _MATCHING)
 
 
+def _refine_boxes(correction, boxes) -> Own:
+    kernels, scratch, _ = copied(correction, boxes)
+    return Own(1 + kernels, scratch)
+
+
+def _refine_boxes_backward(grad, out, boxes, *_) -> Own:
+    return _refine_boxes(grad, boxes)
+
+
 def _set_loss(logits, boxes, target, labels, target_boxes, counts, counted, *_) -> Own:
     # Sums of every tile, then their sums in order. Numbers are brought to int32 before.
     kernels, scratch, _ = copied(logits, boxes, target, labels, target_boxes, counts, counted)
@@ -194,6 +203,8 @@ OWN: dict[str, Callable[..., Own]] = {
     "ms_deform_attn_backward": _deformable_backward,
     "prelu": lambda x, slope: Own(1, 0),
     "prelu_column_sums": _prelu_column_sums,
+    "refine_boxes": _refine_boxes,
+    "refine_boxes_backward": _refine_boxes_backward,
     "relu_column_sums": _column_sums,
     "set_loss": _set_loss,
     "set_loss_backward": _set_loss_backward,

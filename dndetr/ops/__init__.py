@@ -12,6 +12,7 @@ from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
 from .prelu import prelu
+from .refine_boxes import refine_boxes
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
 from .weight_gradients import weight_gradients
@@ -38,6 +39,7 @@ __all__ = [
     "ms_deform_attn_projected",
     "prelu",
     "prelu_column_sums",
+    "refine_boxes",
     "relu_column_sums",
     "set_loss",
     "stem",
