@@ -18,8 +18,10 @@ from dndetr.ops import (
     activated_product,
     activated_product_backward,
     add_norm,
+    anchor_encoding,
     column_sums,
     frozen_norm,
+    pixel_encoding,
     prelu,
     prelu_column_sums,
     refine_boxes,
@@ -137,6 +139,30 @@ def of_refine_boxes(shape, device="cuda", backend="triton") -> Contest:
     return Contest(functions, [correction, boxes], forward, backward)
 
 
+def of_pixel_encoding(images, canvas, levels, width=256, device="cuda", backend="triton") -> Contest:
+    """Where tokens are, which nothing needs a gradient of; the levels halve from an eighth of the canvas on."""
+    shapes = tuple(tuple(-(-side // 2 ** (3 + level)) for side in canvas) for level in range(levels))
+    sides = torch.tensor(shapes, device=device)
+    sizes = sides.expand(images, -1, -1).contiguous()
+    given = (sizes, shapes, sides, width, (20.0, 20.0), 0.0, torch.float32)
+    functions = {
+        "ours": lambda: pixel_encoding(*given, backend),
+        "torch": lambda: pixel_encoding(*given, "reference"),
+    }
+    return Contest(functions, [], images * sum(h * w for h, w in shapes) * width * 4, 0)
+
+
+def of_anchor_encoding(shape, channels=128, device="cuda", backend="triton") -> Contest:
+    """What a decoder layer's positions are made from, with a gradient as the first layer's anchors have."""
+    boxes = torch.rand(shape, device=device).requires_grad_()
+    functions = {
+        "ours": lambda: anchor_encoding(boxes, channels, backend),
+        "torch": lambda: anchor_encoding(boxes, channels, "reference"),
+    }
+    encoded = channels * boxes.nbytes
+    return Contest(functions, [boxes], boxes.nbytes + encoded, 2 * boxes.nbytes + encoded)
+
+
 def of_activated_product(size, activation, backward, device="cuda", backend="triton", dtype=BF16) -> Contest:
     """The first product of a feed-forward block, or the one that gives the gradient of what its activation was given.
 
@@ -162,6 +188,11 @@ def of_activated_product(size, activation, backward, device="cuda", backend="tri
 
 
 CONTESTS = {
+    **{
+        f"pixel_encoding, {images} x {levels} levels": partial(of_pixel_encoding, images, (800, 1333), levels)
+        for images, levels in ((2, 4), (16, 1))
+    },
+    **{f"anchor_encoding, {shape}": partial(of_anchor_encoding, shape) for shape in ((2, 460, 4), (16, 1092, 4))},
     **{f"refine_boxes, {shape}": partial(of_refine_boxes, shape) for shape in ((2, 460, 4), (16, 1092, 4))},
     **{f"stem, {shape}": partial(of_stem, shape) for shape in ((2, 3, 800, 1333), (16, 3, 800, 1333))},
     **{

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.anchor_encoding import anchor_encoding
 from ..ops.conditional_attention import conditional_attention
 from ..ops.group_attention import GroupLayout, group_attention
 from ..ops.refine_boxes import refine_boxes
@@ -11,7 +12,6 @@ from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, Recomputable, ResidualNorm, Stream, lowered, merge_heads, split_heads
 from .linear import Linear
-from .position import anchor_encoding
 
 
 class DABDecoderLayer(Recomputable):

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..ops.anchor_encoding import anchor_encoding
 from ..ops.group_attention import GroupLayout, group_attention
 from ..ops.refine_boxes import refine_boxes
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, PackedProjections, Recomputable, ResidualNorm, Stream, lowered, merge_heads
-from .position import anchor_encoding
 
 
 class DeformableDecoderLayer(Recomputable):

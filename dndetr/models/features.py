@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.ms_deform_attn import places_and_extents, valid_pixels, within
+from ..ops.pixel_encoding import pixel_encoding
 from .backbone import group_count
-from .position import pixel_encoding
 
 
 class Features(NamedTuple):
@@ -115,7 +115,7 @@ class InputProjection(nn.Module):
         canvas, sides = sides_on_device((canvas, *shapes), sizes.device).split((1, len(shapes)))
         valid_sizes = level_valid_sizes(sizes, canvas, sides)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
-        position = None if self.temperature is None else self._position(valid_sizes, shapes)
+        position = None if self.temperature is None else self._position(valid_sizes, shapes, sides)
         if not self.multi_scale:
             return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -123,13 +123,12 @@ class InputProjection(nn.Module):
         ratios = (valid_sizes.to(dtype) / sides.to(dtype)).flip(-1)
         return Features(tokens, position, shapes, valid_sizes, valid, centres, ratios)
 
-    def _position(self, valid_sizes: Tensor, shapes) -> Tensor:
+    def _position(self, valid_sizes: Tensor, shapes, sides: Tensor) -> Tensor:
         # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.
         own = self.projections[0].weight if self.level_embed is None else self.level_embed
         dtype = torch.promote_types(own.dtype, torch.float32)
-        positions = []
-        for level, shape in enumerate(shapes):
-            size = valid_sizes[:, level]
-            position = pixel_encoding(size, shape, self.width, self.temperature, self.shift, dtype)
-            positions.append(position if self.level_embed is None else position + self.level_embed[level])
-        return torch.cat(positions, dim=1)
+        position = pixel_encoding(valid_sizes, shapes, sides, self.width, self.temperature, self.shift, dtype)
+        if self.level_embed is None:
+            return position
+        levels = position.split([h * w for h, w in shapes], dim=1)
+        return torch.cat([each + self.level_embed[level] for level, each in enumerate(levels)], dim=1)

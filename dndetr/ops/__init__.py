@@ -2,6 +2,7 @@
 
 from .activated_product import activated_product, activated_product_backward
 from .add_norm import add_norm
+from .anchor_encoding import anchor_encoding
 from .assign import assign
 from .column_sums import column_sums, prelu_column_sums, relu_column_sums
 from .conditional_attention import conditional_attention
@@ -11,6 +12,7 @@ from .group_attention import GroupLayout, group_attention
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
+from .pixel_encoding import pixel_encoding
 from .prelu import prelu
 from .refine_boxes import refine_boxes
 from .set_loss import PARTS, LossWeights, set_loss
@@ -26,6 +28,7 @@ __all__ = [
     "activated_product",
     "activated_product_backward",
     "add_norm",
+    "anchor_encoding",
     "assign",
     "column_sums",
     "conditional_attention",
@@ -37,6 +40,7 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "ms_deform_attn_projected",
+    "pixel_encoding",
     "prelu",
     "prelu_column_sums",
     "refine_boxes",
