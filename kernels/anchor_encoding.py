@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .sine_waves import TAU, rates, waves
 
-NUMBERS = 2048  # of a program
+NUMBERS = 512  # of a program
 OCTAVES = tl.constexpr(13.287712379549449)  # of temperature 10000
 
 
