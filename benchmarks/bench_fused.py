@@ -1,4 +1,4 @@
-"""Few kernels of ours where torch needs many, or slow ones: stem, frozen_norm, add_norm, column_sums, prelu, products.
+"""Few kernels of ours where torch needs many, or slow ones: what surrounds products and convolutions.
 
 As bfloat16 training has them. ``pytest benchmarks/bench_fused.py -s --results FILE``, on a GPU only: the device's own
 time, forward and both passes, with the bytes that have to move and the share of a copy's rate at which ours moves them.
@@ -18,10 +18,13 @@ from dndetr.ops import (
     activated_product,
     activated_product_backward,
     add_norm,
+    anchor_encoding,
     column_sums,
     frozen_norm,
+    pixel_encoding,
     prelu,
     prelu_column_sums,
+    refine_boxes,
     relu_column_sums,
     stem,
 )
@@ -124,6 +127,42 @@ def of_prelu(size, device="cuda", backend="triton") -> Contest:
     return Contest(functions, [], forward=2 * x.nbytes, backward=0)
 
 
+def of_refine_boxes(shape, device="cuda", backend="triton") -> Contest:
+    """The end of a decoder layer, whose boxes have a gradient, too."""
+    correction = torch.randn(shape, device=device).to(BF16).requires_grad_()
+    boxes = (0.01 + 0.98 * torch.rand(shape, device=device)).requires_grad_()
+    functions = {
+        "ours": lambda: refine_boxes(correction, boxes, backend),
+        "torch": lambda: (correction + torch.logit(boxes, 1e-3)).sigmoid(),
+    }
+    forward, backward = correction.nbytes + 2 * boxes.nbytes, correction.nbytes + 4 * boxes.nbytes
+    return Contest(functions, [correction, boxes], forward, backward)
+
+
+def of_pixel_encoding(images, canvas, levels, width=256, device="cuda", backend="triton") -> Contest:
+    """Where tokens are, which nothing needs a gradient of; the levels halve from an eighth of the canvas on."""
+    shapes = tuple(tuple(-(-side // 2 ** (3 + level)) for side in canvas) for level in range(levels))
+    sides = torch.tensor(shapes, device=device)
+    sizes = sides.expand(images, -1, -1).contiguous()
+    given = (sizes, shapes, sides, width, (20.0, 20.0), 0.0, torch.float32)
+    functions = {
+        "ours": lambda: pixel_encoding(*given, backend),
+        "torch": lambda: pixel_encoding(*given, "reference"),
+    }
+    return Contest(functions, [], images * sum(h * w for h, w in shapes) * width * 4, 0)
+
+
+def of_anchor_encoding(shape, channels=128, device="cuda", backend="triton") -> Contest:
+    """What a decoder layer's positions are made from, with a gradient as the first layer's anchors have."""
+    boxes = torch.rand(shape, device=device).requires_grad_()
+    functions = {
+        "ours": lambda: anchor_encoding(boxes, channels, backend),
+        "torch": lambda: anchor_encoding(boxes, channels, "reference"),
+    }
+    encoded = channels * boxes.nbytes
+    return Contest(functions, [boxes], boxes.nbytes + encoded, 2 * boxes.nbytes + encoded)
+
+
 def of_activated_product(size, activation, backward, device="cuda", backend="triton", dtype=BF16) -> Contest:
     """The first product of a feed-forward block, or the one that gives the gradient of what its activation was given.
 
@@ -149,6 +188,12 @@ def of_activated_product(size, activation, backward, device="cuda", backend="tri
 
 
 CONTESTS = {
+    **{
+        f"pixel_encoding, {images} x {levels} levels": partial(of_pixel_encoding, images, (800, 1333), levels)
+        for images, levels in ((2, 4), (16, 1))
+    },
+    **{f"anchor_encoding, {shape}": partial(of_anchor_encoding, shape) for shape in ((2, 460, 4), (16, 1092, 4))},
+    **{f"refine_boxes, {shape}": partial(of_refine_boxes, shape) for shape in ((2, 460, 4), (16, 1092, 4))},
     **{f"stem, {shape}": partial(of_stem, shape) for shape in ((2, 3, 800, 1333), (16, 3, 800, 1333))},
     **{
         f"frozen_norm{', of the shortcut, too' * normed}, {layer} {shape}": partial(of_frozen_norm, shape, normed)

@@ -30,7 +30,7 @@ FIRST = (
     Block("trace dense 2", 6, 25, partial(blocks.trace, DENSE, 2)),
     Block("trace dense 16", 8, 25, partial(blocks.trace, DENSE, 16)),
     Block("trace deformable 16", 10, 30, partial(blocks.trace, DEFORMABLE, 16)),
-    Block("dense 16, each fused op", 35, 85, partial(blocks.switched, DENSE, 16, FUSED)),
+    Block("dense 16, each fused op", 50, 110, partial(blocks.switched, DENSE, 16, FUSED)),
     Block("dense encoder's attention", 4, 20, blocks.dense_attention),
     Block("step deformable 16", 12, 40, partial(blocks.step, DEFORMABLE, 16, BOTH[:1])),
     Block("matching", 5, 20, blocks.matching),

@@ -8,6 +8,8 @@ comparison and comes through.
 import torch
 from torch import Tensor
 
+EPS = 1e-3  # DAB-DETR's, of inverse_sigmoid
+
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """[..., 4] centre and size -> [..., 4] corners."""
@@ -49,8 +51,8 @@ def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     return iou - (hull - union) / (hull + 1e-6)
 
 
-def inverse_sigmoid(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Logit of x clamped to [0, 1], both ends kept ``eps`` away from zero (DAB-DETR uses 1e-3).
+def inverse_sigmoid(x: Tensor, eps: float = EPS) -> Tensor:
+    """Logit of x clamped to [0, 1], both ends kept ``eps`` away from zero.
 
     x [...] -> [...] in at least float32.
     """

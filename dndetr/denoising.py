@@ -76,10 +76,10 @@ class NoisedQueries:
         """Order of all queries when ``matching`` learned ones follow."""
         return GroupLayout(self.labels.shape[1], self.labels.shape[2], matching)
 
-    def positives(self, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Labels [B, G, T] and boxes [B, G, T, 4] of the copies that are to be restored."""
+    def positives(self, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels [B, G, T] and boxes [B, G, T, 4] of the copies that are to be restored, and which there are [B, T]."""
         each = max(1, self.labels.shape[2] // max(1, targets.labels.shape[1]))  # also where there is no room at all
-        return self.labels[:, :, ::each], self.boxes[:, :, ::each]
+        return self.labels[:, :, ::each], self.boxes[:, :, ::each], self.live[:, ::each]
 
 
 def noised_queries(
@@ -102,7 +102,10 @@ def noised_queries(
     slots = each * targets.labels.shape[1]
     if noise.flip.shape[2] != slots:
         raise ValueError(f"noised_queries: noise for {noise.flip.shape[2]} slots of a group, but there are {slots}")
-    own, clean = targets.labels[:, None].repeat_interleave(each, -1), targets.boxes[:, None].repeat_interleave(each, -2)
+    own, clean, live, counts = targets.labels[:, None], targets.boxes[:, None], targets.valid, targets.counts
+    if contrastive:
+        own, live = (copied.repeat_interleave(each, -1) for copied in (own, live))
+        clean, counts = clean.repeat_interleave(each, -2), counts * each
     labels = torch.where(noise.flip < label_noise, noise.label, own)
     moved = noise.box.to(clean.dtype) * 2 - 1
     if not isinstance(box_noise, Tensor) and box_noise == 0:
@@ -116,10 +119,8 @@ def noised_queries(
         # Half the size for the centre, the whole size for width and height.
         reach = torch.cat((clean[..., 2:] * 0.5, clean[..., 2:]), dim=-1)
         boxes = (clean + moved * reach * box_noise).clamp(0, 1)
-    counts = targets.counts * each
     # In memory of its own, as kernels want it: once here, not in every layer.
     active = counts.amax().expand_as(counts).contiguous() if batch_active and len(counts) else counts
-    live = targets.valid.repeat_interleave(each, -1)
     return NoisedQueries(labels, boxes, live, active, active if contrastive else counts)
 
 

@@ -189,7 +189,8 @@ def test_contrastive_noise_is_what_the_paper_says():
     noise = draw_noise(targets, 40, detectors.CLASSES, torch.Generator().manual_seed(0), contrastive=True)
     noised = noised_queries(targets, noise, label_noise=0.25, box_noise=0.4, contrastive=True)
     assert noised.active.tolist() == noised.counted.tolist() == [16] * 64 and noised.live.all()
-    labels, boxes = noised.positives(targets)
+    labels, boxes, valid = noised.positives(targets)
+    assert torch.equal(valid, targets.valid)
     negative_labels, negative_boxes = noised.labels[:, :, 1::2], noised.boxes[:, :, 1::2]
     clean = targets.boxes[:, None]
     for some in (labels, negative_labels):
@@ -238,7 +239,8 @@ def test_without_noise_the_targets_come_back(contrastive):
     noise = draw_noise(targets, 2, detectors.CLASSES, contrastive=contrastive)
     noised = noised_queries(targets, noise, 0.0, 0.0, contrastive=contrastive)
     assert noised.labels.shape[2] == 8 * (1 + contrastive)
-    labels, boxes = noised.positives(targets)
+    labels, boxes, valid = noised.positives(targets)
+    assert torch.equal(valid, targets.valid)
     assert torch.equal(labels, targets.labels[:, None].expand(-1, 2, -1))
     close(boxes, targets.boxes[:, None].expand(-1, 2, -1, -1))
 
@@ -254,7 +256,8 @@ def test_nothing_to_noise(counts, slots, contrastive):
     noise = draw_noise(targets, 2, detectors.CLASSES, contrastive=contrastive)
     noised = noised_queries(targets, noise, batch_active=True, contrastive=contrastive)
     assert noised.active.shape == (len(counts),) and not noised.active.any()
-    labels, boxes = noised.positives(targets)
+    labels, boxes, valid = noised.positives(targets)
+    assert torch.equal(valid, targets.valid)
     assert labels.shape == (len(counts), 2, slots) and boxes.shape == (len(counts), 2, slots, 4)
 
 

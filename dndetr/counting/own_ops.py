@@ -84,6 +84,27 @@ def _sums(rows: int, columns: int) -> Own:
     return Own(2, 2 * 4 * columns * min(_SHARES, -(-rows // 32)), _FEW_ROWS)
 
 
+def _pixel_encoding(valid_sizes, sides, *_) -> Own:
+    kernels, scratch, _ = copied(valid_sizes, sides)
+    return Own(1 + kernels, scratch)
+
+
+def _anchor_encoding(boxes, channels) -> Own:
+    # What a view of rows can be made of is read as it lies.
+    try:
+        rows = boxes.view(-1, boxes.shape[-1])
+    except RuntimeError:
+        rows = None
+    kernels, scratch, _ = copied(boxes if rows is None or rows.stride(1) != 1 else None)
+    return Own(1 + kernels, scratch)
+
+
+def _anchor_encoding_backward(grad, boxes) -> Own:
+    kernels, scratch, _ = copied(grad)
+    own = _anchor_encoding(boxes, 0)
+    return Own(own.kernels + kernels, own.scratch + scratch)
+
+
 def _column_sums(grad, out=None) -> Own:
     kernels, scratch, _ = copied(grad, out)
     own = _sums(*grad.shape)
@@ -121,6 +142,15 @@ def _match(logits, boxes, labels, target_boxes, counts, *_) -> Own:
     casts = sum(tensor.dtype != precise for tensor in (boxes, target_boxes))
     kernels, scratch, _ = copied(boxes, labels, target_boxes, counts)
     return Own(1 + casts + kernels, scratch, _MATCHING)
+
+
+def _refine_boxes(correction, boxes) -> Own:
+    kernels, scratch, _ = copied(correction, boxes)
+    return Own(1 + kernels, scratch)
+
+
+def _refine_boxes_backward(grad, out, boxes, *_) -> Own:
+    return _refine_boxes(grad, boxes)
 
 
 def _set_loss(logits, boxes, target, labels, target_boxes, counts, counted, *_) -> Own:
@@ -182,6 +212,8 @@ OWN: dict[str, Callable[..., Own]] = {
     "activated_product_backward": _activated_product_backward,
     "add_norm": _add_norm,
     "add_norm_backward": _add_norm_backward,
+    "anchor_encoding": _anchor_encoding,
+    "anchor_encoding_backward": _anchor_encoding_backward,
     "column_sums": _column_sums,
     "conditional_attention": _conditional_attention,
     "conditional_attention_backward": _conditional_attention_backward,
@@ -193,8 +225,11 @@ OWN: dict[str, Callable[..., Own]] = {
     "ms_deform_attn": _deformable,
     "ms_deform_attn_backward": _deformable_backward,
     "normalise": lambda *_: Own(1),
+    "pixel_encoding": _pixel_encoding,
     "prelu": lambda x, slope: Own(1, 0),
     "prelu_column_sums": _prelu_column_sums,
+    "refine_boxes": _refine_boxes,
+    "refine_boxes_backward": _refine_boxes_backward,
     "relu_column_sums": _column_sums,
     "set_loss": _set_loss,
     "set_loss_backward": _set_loss_backward,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..boxes import inverse_sigmoid
 from ..denoising import NoisedQueries
 from ..models.layers import MLP
-from ..models.position import anchor_encoding
+from ..ops.anchor_encoding import anchor_encoding
 
 
 class QueryEmbedding(nn.Module):

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from ..boxes import inverse_sigmoid
+from ..ops.anchor_encoding import anchor_encoding
 from ..ops.conditional_attention import conditional_attention
 from ..ops.group_attention import GroupLayout, group_attention
+from ..ops.refine_boxes import refine_boxes
 from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, Recomputable, ResidualNorm, Stream, lowered, merge_heads, split_heads
 from .linear import Linear
-from .position import anchor_encoding
 
 
 class DABDecoderLayer(Recomputable):
@@ -120,8 +120,8 @@ class DABDecoder(nn.Module):
             x = layer(x, position, sine, features, layout, active)
             out = self.norm(x.full)
             logits.append(self.class_embed(out))
-            boxes.append((self.bbox_embed(out) + inverse_sigmoid(attached)).sigmoid())
+            boxes.append(refine_boxes(self.bbox_embed(out), attached))
             if index + 1 < len(self.layers):
-                attached = (self.bbox_embed(x.low) + inverse_sigmoid(reference)).sigmoid()
+                attached = refine_boxes(self.bbox_embed(x.low), reference)
                 reference = attached.detach()
         return logits, boxes

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..boxes import inverse_sigmoid
+from ..ops.anchor_encoding import anchor_encoding
 from ..ops.group_attention import GroupLayout, group_attention
+from ..ops.refine_boxes import refine_boxes
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, PackedProjections, Recomputable, ResidualNorm, Stream, lowered, merge_heads
-from .position import anchor_encoding
 
 
 class DeformableDecoderLayer(Recomputable):
@@ -110,14 +110,14 @@ class DeformableDecoder(nn.Module):
             out = x.low if self.norm is None else self.norm(x.full)
             logits.append(class_embed(out))
             correction = bbox_embed(out)
-            boxes.append((correction + inverse_sigmoid(attached)).sigmoid())
+            boxes.append(refine_boxes(correction, attached))
             if index + 1 == len(self.layers):
                 break
             # Without a norm, refinement and prediction have the same correction, and mostly the same gradient too.
             if self.norm is not None:
                 correction = bbox_embed(x.low)
             same = self.norm is None and attached is reference
-            refined = boxes[-1] if same else (correction + inverse_sigmoid(reference)).sigmoid()
+            refined = boxes[-1] if same else refine_boxes(correction, reference)
             reference = refined.detach()
             attached = refined if self.look_forward_twice else reference
         return logits, boxes

@@ -5,16 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.ms_deform_attn import valid_pixels
+from ..ops.ms_deform_attn import places_and_extents, valid_pixels, within
+from ..ops.pixel_encoding import pixel_encoding
 from .backbone import group_count
-from .position import pixel_encoding
 
 
 class Features(NamedTuple):
     """Flattened feature levels, finest first.
 
     tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
-    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside.
+    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside. Of several scales also centres
+    [B, S, 2] (x, y) of tokens, relative to the valid part of their level; ratios [B, L, 2] (x, y): valid part of each
+    level's width and height.
     """
 
     tokens: Tensor
@@ -22,41 +24,39 @@ class Features(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
     valid: Tensor
+    centres: Tensor | None = None
+    ratios: Tensor | None = None
 
     def valid_ratios(self, dtype: torch.dtype) -> Tensor:
-        """[B, L, 2] (x, y): valid part of each level's width and height."""
-        sizes = self.valid_sizes.to(dtype)
-        ratios = [
-            torch.stack((sizes[:, level, 1] / w, sizes[:, level, 0] / h), dim=-1)
-            for level, (h, w) in enumerate(self.shapes)
-        ]
-        return torch.stack(ratios, dim=1)
+        """``ratios`` in this dtype."""
+        return self.ratios.to(dtype)
 
 
 def token_centres(features: Features, dtype: torch.dtype) -> Tensor:
-    """Centre of every token, relative to the valid part of its level: [B, S, 2] (x, y)."""
-    centres = []
-    for level, (h, w) in enumerate(features.shapes):
-        size = features.valid_sizes[:, level].to(dtype)
-        row = torch.arange(h, device=size.device, dtype=dtype) + 0.5
-        column = torch.arange(w, device=size.device, dtype=dtype) + 0.5
-        y = (row / size[:, :1])[:, :, None].expand(-1, h, w)
-        x = (column / size[:, 1:])[:, None, :].expand(-1, h, w)
-        centres.append(torch.stack((x, y), dim=-1).flatten(1, 2))
-    return torch.cat(centres, dim=1)
+    """``features.centres`` in this dtype."""
+    return features.centres.to(dtype)
 
 
-def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
-    """Valid (height, width) [B, 2] on the canvas -> [B, L, 2] on the levels.
+def sides_on_device(shapes, device: torch.device) -> Tensor:
+    """((h, w), ...) -> [L, 2] int64.
+
+    Filled on the device, both numbers by one kernel: a tensor made from a list would be copied there, and waited for.
+    """
+    return torch.stack([torch.linspace(h, w, 2, dtype=torch.int64, device=device) for h, w in shapes])
+
+
+def level_valid_sizes(sizes: Tensor, canvas: Tensor, sides: Tensor) -> Tensor:
+    """Valid (height, width) [B, 2] on the canvas [2] -> [B, L, 2] on levels with these sides [L, 2].
 
     A level's pixel counts as valid when the canvas pixel that nearest-neighbour resizing would pick for it is.
     """
-    height, width = canvas
-    levels = [
-        torch.stack(((sizes[:, 0] * h + height - 1) // height, (sizes[:, 1] * w + width - 1) // width), dim=-1)
-        for h, w in shapes
-    ]
-    return torch.stack(levels, dim=1)
+    return (sizes[:, None] * sides + (canvas - 1)) // canvas
+
+
+def places_of_tokens(valid_sizes: Tensor, shapes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Valid sizes [B, L, 2] -> ``Features.valid`` and ``Features.centres``."""
+    place, extent = places_and_extents(valid_sizes, shapes)
+    return within(place, extent), ((place.to(dtype) + 0.5) / extent.to(dtype)).flip(-1)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -90,7 +90,7 @@ class InputProjection(nn.Module):
         shift: float,
     ):
         super().__init__()
-        self.width, self.temperature, self.shift = width, temperature, shift
+        self.width, self.temperature, self.shift, self.multi_scale = width, temperature, shift, norm
         if levels < len(widths):
             raise ValueError(f"{levels} levels, but the backbone gives {len(widths)} maps; lower backbone outputs")
         sources = list(widths) + [widths[-1]] + [width] * levels
@@ -112,18 +112,23 @@ class InputProjection(nn.Module):
             sources = maps if level <= len(maps) else projected
             projected.append(projection(sources[min(level, len(sources) - 1)]))
         shapes = tuple(tuple(x.shape[-2:]) for x in projected)
-        valid_sizes = level_valid_sizes(sizes, canvas, shapes)
+        canvas, sides = sides_on_device((canvas, *shapes), sizes.device).split((1, len(shapes)))
+        valid_sizes = level_valid_sizes(sizes, canvas, sides)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
-        position = None if self.temperature is None else self._position(valid_sizes, shapes)
-        return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+        position = None if self.temperature is None else self._position(valid_sizes, shapes, sides)
+        if not self.multi_scale:
+            return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        valid, centres = places_of_tokens(valid_sizes, shapes, dtype)
+        ratios = (valid_sizes.to(dtype) / sides.to(dtype)).flip(-1)
+        return Features(tokens, position, shapes, valid_sizes, valid, centres, ratios)
 
-    def _position(self, valid_sizes: Tensor, shapes) -> Tensor:
+    def _position(self, valid_sizes: Tensor, shapes, sides: Tensor) -> Tensor:
         # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.
         own = self.projections[0].weight if self.level_embed is None else self.level_embed
         dtype = torch.promote_types(own.dtype, torch.float32)
-        positions = []
-        for level, shape in enumerate(shapes):
-            size = valid_sizes[:, level]
-            position = pixel_encoding(size, shape, self.width, self.temperature, self.shift, dtype)
-            positions.append(position if self.level_embed is None else position + self.level_embed[level])
-        return torch.cat(positions, dim=1)
+        position = pixel_encoding(valid_sizes, shapes, sides, self.width, self.temperature, self.shift, dtype)
+        if self.level_embed is None:
+            return position
+        levels = position.split([h * w for h, w in shapes], dim=1)
+        return torch.cat([each + self.level_embed[level] for level, each in enumerate(levels)], dim=1)

@@ -2,6 +2,7 @@
 
 from .activated_product import activated_product, activated_product_backward
 from .add_norm import add_norm
+from .anchor_encoding import anchor_encoding
 from .assign import assign
 from .column_sums import column_sums, prelu_column_sums, relu_column_sums
 from .conditional_attention import conditional_attention
@@ -12,7 +13,9 @@ from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
 from .normalise import images_of, normalise
+from .pixel_encoding import pixel_encoding
 from .prelu import prelu
+from .refine_boxes import refine_boxes
 from .resize import resize
 from .set_loss import PARTS, LossWeights, set_loss
 from .stem import stem
@@ -27,6 +30,7 @@ __all__ = [
     "activated_product",
     "activated_product_backward",
     "add_norm",
+    "anchor_encoding",
     "assign",
     "column_sums",
     "conditional_attention",
@@ -40,8 +44,10 @@ __all__ = [
     "ms_deform_attn_fused",
     "ms_deform_attn_projected",
     "normalise",
+    "pixel_encoding",
     "prelu",
     "prelu_column_sums",
+    "refine_boxes",
     "relu_column_sums",
     "resize",
     "set_loss",

@@ -77,12 +77,21 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, spatial_shapes
 
 def valid_pixels(valid_sizes: Tensor, spatial_shapes) -> Tensor:
     """Valid (height, width) per image and level [B, L, 2] -> [B, S] bool, True where a pixel is inside."""
-    parts = []
-    for level, (h, w) in enumerate(spatial_shapes):
-        rows = torch.arange(h, device=valid_sizes.device) < valid_sizes[:, level, :1]
-        columns = torch.arange(w, device=valid_sizes.device) < valid_sizes[:, level, 1:]
-        parts.append((rows[:, :, None] & columns[:, None, :]).flatten(1))
-    return torch.cat(parts, dim=1)
+    return within(*places_and_extents(valid_sizes, spatial_shapes))
+
+
+def places_and_extents(valid_sizes: Tensor, spatial_shapes) -> tuple[Tensor, Tensor]:
+    """(row, column) [S, 2] of every pixel, and the valid (height, width) [B, S, 2] of the level that it is on."""
+    line = torch.arange(max(map(max, spatial_shapes)), device=valid_sizes.device)
+    grids = [torch.stack((line[:h, None].expand(h, w), line[:w].expand(h, w)), dim=-1) for h, w in spatial_shapes]
+    extents = [valid_sizes[:, level, None].expand(-1, h * w, -1) for level, (h, w) in enumerate(spatial_shapes)]
+    return torch.cat([grid.flatten(0, 1) for grid in grids]), torch.cat(extents, dim=1)
+
+
+def within(place: Tensor, extent: Tensor) -> Tensor:
+    """Whether both numbers [..., 2] are below the extent's [...]."""
+    inside = place < extent
+    return inside[..., 0] & inside[..., 1]
 
 
 def _check(op: str, value: Tensor, spatial_shapes, **others: tuple[Tensor, tuple]) -> None:

@@ -42,7 +42,7 @@ class Pictures(Listener):
 def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:
     """Ground truth of a training batch, and the noised boxes and labels that the decoder is to restore."""
     targets = batch.targets
-    labels, boxes = (None, None) if noised is None else noised.positives(targets)
+    labels, boxes, _ = (None,) * 3 if noised is None else noised.positives(targets)
     draw_first_batch(
         path, images_of(batch), batch.sizes, targets.boxes, targets.labels, targets.counts, boxes, labels, names
     )

@@ -31,7 +31,8 @@ class Record:
 
         finite [Y, images] bool: whose matching costs were finite, of all images of the step.
         """
-        bad = torch.where(finite.all(1), -1, finite.int().argmin(1))
+        # Where all are finite argmin finds the first image, 0, and 1 less is -1.
+        bad = finite.view(torch.uint8).argmin(1) - finite.all(1).view(torch.uint8)
         row = torch.cat((losses.total.reshape(1), norm.reshape(1), losses.parts.flatten(), bad))
         self._rows.index_copy_(0, self._place, row.to(self._rows.dtype)[None])
         self._place.add_(1).remainder_(len(self._rows))

@@ -15,8 +15,8 @@ def noise_sums(noised: NoisedQueries, targets: Targets) -> Tensor:
     the box's size for the centre, the whole size for width and height; in contrastive denoising that of the corners, in
     halves of the size. Its expectation is half of ``box_noise``.
     """
-    labels, boxes = noised.positives(targets)
-    live, clean = targets.valid[:, None], targets.boxes[:, None]
+    labels, boxes, valid = noised.positives(targets)
+    live, clean = valid[:, None], targets.boxes[:, None]
     flipped = (labels != targets.labels[:, None]) & live
     half = clean[..., 2:] * 0.5
     if labels.shape == noised.labels.shape:
@@ -24,8 +24,8 @@ def noise_sums(noised: NoisedQueries, targets: Targets) -> Tensor:
     else:
         boxes, clean, reach = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(clean), torch.cat((half, half), dim=-1)
     shift = ((boxes - clean).abs() / reach.clamp(min=1e-6)).mean(-1) * live
-    slots = targets.valid.sum() * labels.shape[1]
-    return torch.stack((flipped.sum().double(), shift.sum(dtype=torch.float64), slots.double()))
+    flips, shifts, objects = (each.sum(dtype=torch.float64) for each in (flipped, shift, valid))
+    return torch.stack((flips, shifts, objects * labels.shape[1]))
 
 
 class NoiseMeter:

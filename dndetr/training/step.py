@@ -1,6 +1,7 @@
 """One optimisation step, from batches on the device to updated weights, without asking the device for a number."""
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -155,8 +156,8 @@ class TrainStep:
         for batch, queries in zip(batches, noised, strict=True):
             if queries is not None and self.noise_meter is not None:
                 self.noise_meter.add(queries, batch.targets)
-        losses = Losses(sum(totals), sum(parts), losses.matches)
-        self.record.write(losses, norm, torch.cat(finite, dim=1))
+        losses = Losses(_added(totals), _added(parts), losses.matches)
+        self.record.write(losses, norm, torch.cat(finite, dim=1) if len(finite) > 1 else finite[0])
         return losses, norm
 
     def changed(self) -> list[Tensor]:
@@ -200,8 +201,9 @@ class TrainStep:
 
     def _objects(self, batches: Sequence[Batch]) -> Tensor:
         """What normalises the losses: objects in all batches of all processes, per process (DDP takes the mean)."""
-        counts = sum(batch.targets.counts.sum() for batch in batches)
-        return self.processes.sum(counts.float()).clamp(min=1) / self.processes.world
+        counts = _added([batch.targets.counts.sum() for batch in batches])
+        objects = self.processes.sum(counts.float()).clamp(min=1)
+        return objects if self.processes.world == 1 else objects / self.processes.world
 
     def _backward(self, batch: Batch, noised: NoisedQueries | None, objects: Tensor) -> Losses:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -217,3 +219,8 @@ class TrainStep:
     def _unshared(self) -> contextlib.AbstractContextManager:
         """Gradients only add up within: they travel with the last batch's."""
         return contextlib.nullcontext() if self._shared is None else self._shared.no_sync()
+
+
+def _added(tensors: list[Tensor]) -> Tensor:
+    """Their sum, not begun with a zero: on a GPU each addition is a kernel."""
+    return functools.reduce(torch.add, tensors)

@@ -15,6 +15,9 @@ SMALL = {
     "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), "ReLU", "cpu", "reference"),
     "column_sums, behind a PReLU": lambda: bench_fused.of_column_sums((50, 16), "PReLU", "cpu", "reference"),
     "prelu": lambda: bench_fused.of_prelu((50, 16), "cpu", "reference"),
+    "pixel_encoding": lambda: bench_fused.of_pixel_encoding(2, (20, 36), 2, 8, "cpu", "reference"),
+    "anchor_encoding": lambda: bench_fused.of_anchor_encoding((50, 4), 16, "cpu", "reference"),
+    "refine_boxes": lambda: bench_fused.of_refine_boxes((50, 4), "cpu", "reference"),
     **{
         f"activated_product{'_backward' * backward}, {activation}": lambda activation=activation, backward=backward: (
             bench_fused.of_activated_product((50, 8, 16), activation, backward, "cpu", "reference")
@@ -34,6 +37,9 @@ MOVED = {
     "column_sums, behind a ReLU": [800 * 2 * 3],
     "column_sums, behind a PReLU": [800 * 2 * 3],
     "prelu": [800 * 2 * 2],
+    "pixel_encoding": [2 * (3 * 5 + 2 * 3) * 8 * 4],
+    "anchor_encoding": [200 * 4 * 17, 200 * 4 * (17 + 18)],
+    "refine_boxes": [200 * (2 + 2 * 4), 200 * (2 * 2 + 6 * 4)],
     "activated_product, ReLU": [2 * (50 * 8 + 16 * 8 + 800)],
     "activated_product, PReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
     "activated_product_backward, ReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
@@ -79,6 +85,7 @@ def test_every_pass_is_recorded(name, monkeypatch):
 
 def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
+    encodings = {"pixel_encoding", "anchor_encoding", "refine_boxes"}
     products = {"activated_product", "activated_product_backward"}
-    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} | products
-    assert len(bench_fused.CONTESTS) == 31
+    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} | encodings | products
+    assert len(bench_fused.CONTESTS) == 37

@@ -10,7 +10,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 import dndetr
 from dndetr.denoising import draw_noise, noised_queries
 from dndetr.hf.labels import to_targets
-from dndetr.models.position import anchor_encoding
+from dndetr.ops import anchor_encoding
 
 COUNTS, GROUPS = (3, 0, 1), 2
 SLOTS = 2 * max(COUNTS)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dndetr.models.build import build_model
-from dndetr.models.features import GroupNorm
+from dndetr.models.features import GroupNorm, level_valid_sizes, places_of_tokens, sides_on_device
 from dndetr.ops import images_of
 
 
@@ -50,3 +50,35 @@ def test_group_norm_of_a_map_that_is_mostly_padding():
     x = x.contiguous(memory_format=torch.channels_last)
     found, expected = GroupNorm(32, 64)(x), nn.GroupNorm(32, 64).double()(x.double())
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shapes", [((5, 7),), ((25, 40), (13, 20), (7, 10), (4, 5)), ((1, 3), (6, 1), (2, 2))], ids=str
+)
+def test_places_of_tokens_are_those_of_each_level(shapes, dtype):
+    canvas, sizes = (200, 320), torch.tensor([[200, 320], [1, 1], [133, 7], [64, 319]])
+    valid_sizes = level_valid_sizes(sizes, *sides_on_device((canvas, *shapes), "cpu").split((1, len(shapes))))
+    valid, centres = places_of_tokens(valid_sizes, shapes, dtype)
+    for level, (h, w) in enumerate(shapes):
+        picked = [torch.arange(side) * whole // side for side, whole in zip((h, w), canvas, strict=True)]
+        counted = [(places < sizes[:, axis, None]).sum(1) for axis, places in enumerate(picked)]
+        assert torch.equal(valid_sizes[:, level], torch.stack(counted, dim=-1))
+        (start, end), size = (sum(h * w for h, w in shapes[:n]) for n in (level, level + 1)), valid_sizes[:, level]
+        row, column = torch.arange(h, dtype=dtype) + 0.5, torch.arange(w, dtype=dtype) + 0.5
+        y = (row / size[:, :1].to(dtype))[:, :, None].expand(-1, h, w)
+        x = (column / size[:, 1:].to(dtype))[:, None].expand(-1, h, w)
+        assert torch.equal(centres[:, start:end], torch.stack((x, y), dim=-1).flatten(1, 2))
+        assert torch.equal(valid[:, start:end], ((y < 1) & (x < 1)).flatten(1))
+
+
+@pytest.mark.parametrize("variant", list(detectors.CONFIGS))
+def test_valid_ratios_and_centres_are_for_several_scales(variant):
+    found = features(**vars(detectors.CONFIGS[variant]))
+    if detectors.CONFIGS[variant].variant == "dn-detr":
+        assert found.centres is None and found.ratios is None
+        return
+    for level, (h, w) in enumerate(found.shapes):
+        expected = torch.stack((found.valid_sizes[:, level, 1] / w, found.valid_sizes[:, level, 0] / h), dim=-1)
+        assert torch.equal(found.valid_ratios(torch.float32)[:, level], expected)
+    assert found.centres.shape == (*found.valid.shape, 2)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from dndetr.models.build import build_model
-from dndetr.models.features import Features
+from dndetr.models.features import Features, places_of_tokens
 from dndetr.models.proposals import ProposalHead, proposed_logits
-from dndetr.ops.ms_deform_attn import valid_pixels
 
 WIDTH, CLASSES = 16, 5
 
@@ -24,7 +23,9 @@ def features(shapes, sizes, seed=0, canvas=None) -> Features:
         values[:, :h, :w] = torch.randn(len(sizes), h, w, WIDTH, generator=draw, dtype=torch.float64)
         levels.append(values.flatten(1, 2))
     shapes = tuple(canvas or shapes)
-    return Features(torch.cat(levels, dim=1), None, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+    return Features(
+        torch.cat(levels, dim=1), None, shapes, valid_sizes, *places_of_tokens(valid_sizes, shapes, torch.float64)
+    )
 
 
 def head(count: int, **options) -> ProposalHead:

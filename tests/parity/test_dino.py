@@ -6,7 +6,7 @@ import torch
 
 from dndetr.config import DenoisingConfig
 from dndetr.denoising import noised_queries
-from dndetr.models.features import Features
+from dndetr.models.features import Features, places_of_tokens
 from dndetr.models.proposals import proposed_logits
 from dndetr.models.queries import Queries
 
@@ -67,7 +67,9 @@ def test_places_of_proposals(case):
     inside = (~case["padding_mask"]).split([h * w for h, w in shapes], dim=1)
     levels = [level.unflatten(1, shape) for level, shape in zip(inside, shapes, strict=True)]
     sizes = torch.stack([torch.stack((x[:, :, 0].sum(1), x[:, 0].sum(1)), dim=-1) for x in levels], dim=1)
-    features = Features(case["memory"], None, shapes, sizes, ~case["padding_mask"])
+    valid, centres = places_of_tokens(sizes, shapes, torch.float64)
+    assert torch.equal(valid, ~case["padding_mask"])
+    features = Features(case["memory"], None, shapes, sizes, valid, centres)
     learned = case["learned_wh_logit"]
     logits, sound = proposed_logits(features, torch.float64, *([] if learned is None else [learned.double().sigmoid()]))
     assert torch.equal(sound, case["valid"].reshape(sound.shape))

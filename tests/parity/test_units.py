@@ -8,9 +8,8 @@ from dndetr.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, iou_a
 from dndetr.denoising import noised_queries
 from dndetr.models.encoder import MSDeformAttn
 from dndetr.models.features import Features
-from dndetr.models.position import anchor_encoding, pixel_encoding
 from dndetr.models.queries import Queries
-from dndetr.ops import GroupLayout, ms_deform_attn
+from dndetr.ops import GroupLayout, anchor_encoding, ms_deform_attn, pixel_encoding
 from dndetr.ops.set_loss import focal_loss
 
 MSDA_CASES = goldens.unit_cases(
@@ -84,7 +83,8 @@ def test_pixel_encoding(primitives, name, temperature, shift):
     padded = golden["mask"]
     sizes = torch.stack(((~padded)[:, :, 0].sum(1), (~padded)[:, 0].sum(1)), dim=-1)
     shape = tuple(padded.shape[1:])
-    ours = pixel_encoding(sizes, shape, golden["hidden_dim"], temperature, shift, torch.float64)
+    sides, width = torch.tensor([shape]), golden["hidden_dim"]
+    ours = pixel_encoding(sizes[:, None], (shape,), sides, width, temperature, shift, torch.float64)
     ours, expected = ours.transpose(1, 2).unflatten(2, shape), golden[name]
     valid = ~padded[:, None]
     exact(ours * valid, expected * valid)

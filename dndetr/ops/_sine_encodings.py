@@ -1,9 +1,31 @@
-"""Sine encodings of pixels and of anchor boxes (official-code conventions: even channels sine, odd channels cosine)."""
+"""Sine encodings of pixels and of anchor boxes, the specification (official code: even channels sine, odd cosine)."""
 
 import math
 
 import torch
 from torch import Tensor
+
+
+def pixel_encoding_reference(
+    valid_sizes: Tensor,
+    shapes: tuple[tuple[int, int], ...],
+    channels: int,
+    temperature: tuple[float, float],
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The specification in plain torch; arguments and result as ``pixel_encoding``."""
+    levels = [
+        _of_level(valid_sizes[:, level], shape, channels, temperature, shift, dtype)
+        for level, shape in enumerate(shapes)
+    ]
+    return torch.cat(levels, dim=1)
+
+
+def anchor_encoding_reference(boxes: Tensor, channels: int) -> Tensor:
+    """The specification in plain torch; arguments and result as ``anchor_encoding``."""
+    ordered = torch.cat((boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]), dim=-1)
+    return _interleaved(ordered * math.tau, channels, 10000.0).flatten(-2)
 
 
 def _interleaved(angles: Tensor, channels: int, temperature: float) -> Tensor:
@@ -13,20 +35,7 @@ def _interleaved(angles: Tensor, channels: int, temperature: float) -> Tensor:
     return torch.stack((phase.sin(), phase.cos()), dim=-1).flatten(-2)
 
 
-def pixel_encoding(
-    valid_size: Tensor,
-    shape: tuple[int, int],
-    channels: int,
-    temperature: tuple[float, float],
-    shift: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Sine encoding of a feature map's pixels, relative to each image's valid part.
-
-    valid_size [B, 2] (height, width) on a map of ``shape`` (h, w); ``temperature`` for (y, x); pixel i is at
-    (i + 1 - shift) / valid -> [B, h * w, channels], first half from y, second from x. Pixels outside the valid part
-    get the official code's values as well: the last valid row or column, and zero along the other axis.
-    """
+def _of_level(valid_size: Tensor, shape: tuple[int, int], channels: int, temperature, shift: float, dtype) -> Tensor:
     size = valid_size.to(dtype)
     halves = []
     for axis in (0, 1):
@@ -41,12 +50,3 @@ def pixel_encoding(
         else:
             halves.append(torch.where(other[:, :, None, None], inside[:, None], outside[:, :, 0, None]))
     return torch.cat(halves, dim=-1).flatten(1, 2)
-
-
-def anchor_encoding(boxes: Tensor, channels: int) -> Tensor:
-    """Sine encoding of anchors, ``channels`` per coordinate at temperature 10000.
-
-    boxes [..., 4] cxcywh (or [..., 2]) -> [..., 4 * channels] in the order y, x, w, h.
-    """
-    ordered = torch.cat((boxes[..., 1:2], boxes[..., :1], boxes[..., 2:]), dim=-1)
-    return _interleaved(ordered * math.tau, channels, 10000.0).flatten(-2)
