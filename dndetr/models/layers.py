@@ -116,8 +116,9 @@ class PackedProjections(nn.Module):
     def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> three [B, H, Q, D]."""
         width = x.shape[-1]
-        both = linear(positioned, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        v = linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        # Slices would each have a gradient of full size, with zeros for the rest; that of a split is put together once.
+        weights, biases = (packed.split((2 * width, width)) for packed in (self.in_proj_weight, self.in_proj_bias))
+        both, v = map(linear, (positioned, x), weights, biases)
         q, k = both.chunk(2, dim=-1)
         return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
 

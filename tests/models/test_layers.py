@@ -2,9 +2,10 @@ import detectors
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from torch import nn
 
-from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, dense_attention, lowered
+from dndetr.models.layers import FeedForward, Linear, PackedProjections, ResidualNorm, Stream, dense_attention, lowered
 from dndetr.ops import _backend
 
 
@@ -48,6 +49,26 @@ def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
     # What a sine encoding is projected by is the encoding's only consumer.
     cast = {path for path, dtype in taken.items() if dtype != torch.bfloat16 and not path.endswith("ca_qpos_sine_proj")}
     assert len(taken) > 20 and not cast
+
+
+def test_gradients_of_packed_projections_are_put_together_without_zeros():
+    packed, (positioned, x) = PackedProjections(16, 2).double(), torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    bias = torch.randn(48, dtype=torch.float64)
+    packed.in_proj_bias.data.copy_(bias)
+    found = packed.project(positioned, x)
+    given = positioned, positioned, x
+    parts = zip(given, packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
+    expected = [F.linear(*part).unflatten(-1, (2, 8)).transpose(1, 2) for part in parts]
+    weighting = torch.randn(3, 3, 2, 5, 8, dtype=torch.float64).unbind()
+    parameters = packed.in_proj_weight, packed.in_proj_bias
+    with Operations() as counted:
+        grads = torch.autograd.grad(found, parameters, weighting)
+    for mine, theirs in zip(
+        (*found, *grads), (*expected, *torch.autograd.grad(expected, parameters, weighting)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    # Heads are laid out as rows, twice for q and k; two products and two sums; what joins q and k, weights and biases.
+    assert counted.count == 3 + 2 + 2 + 3
 
 
 def test_dense_attention_is_torchs_in_numbers():
