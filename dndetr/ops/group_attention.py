@@ -142,10 +142,13 @@ def _setup_context(ctx, inputs, output):
     q, k, v, active, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # of lse they would be zeros that nobody reads
     ctx.save_for_backward(q, k, v, active, out, lse)
 
 
 def _differentiate(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return (None,) * 10
     grads = torch.ops.dndetr.group_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
     return *grads, *(None,) * 7
 

@@ -9,6 +9,7 @@ import goldens
 import pytest
 import torch
 from gradients import DTYPES, compare, outputs
+from operations import Operations
 
 from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention
 from dndetr.ops.conditional_attention import CASES as CONDITIONAL
@@ -65,6 +66,31 @@ def test_compiles_without_a_graph_break(function):
     inputs = group_case("tiny") if function is group_attention else conditional_case("tiny")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+class Unasked(torch.autograd.Function):
+    """Hands no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("attend, case", [(group_attention, group_case), (conditional_attention, conditional_case)])
+def test_backward_is_one_operation_and_none_without_a_gradient(extension, attend, case):
+    leaf, *rest = case("tiny")
+    leaf = leaf.detach().requires_grad_()
+    out = attend(leaf, *rest, backend="cpp")
+    weighting = torch.ones_like(out)
+    with Operations() as counted:
+        torch.autograd.grad(out, leaf, weighting, retain_graph=True)
+    assert counted.count == 1
+    Unasked.apply(out).backward()
+    assert leaf.grad is None
 
 
 def test_wrong_sizes_are_named():
