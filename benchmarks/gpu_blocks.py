@@ -16,7 +16,7 @@ from gpu_call import Call
 
 DEVICE = "cuda"
 DEFORMABLE, DENSE = "dn-deformable-detr-r50", "dn-detr-r50"
-FUSED = ("stem", "frozen_norm", "add_norm", "column_sums", "prelu", "activated_product")
+FUSED = ("stem", "frozen_norm", "add_norm", "column_sums", "level_sums", "prelu", "activated_product")
 
 
 def machine(call: Call, found: dict) -> None:

@@ -26,8 +26,8 @@ _ONE_PASS = 4096  # rows whose sums are one kernel's (kernels/column_sums.py)
 _BLOCK = 128  # rows of a product's tile, where there are many
 _SHARES = 512  # at most, of what more rows are cut into
 
-# Seconds of a kernel that does next to nothing, and of a sample of deformable attention, or a pair of query and key. The
-# first two are predicted (docs/ops.md): on tensor cores they were never measured.
+# Seconds of a kernel that does next to nothing, and of a sample of deformable attention, or a pair of query and key.
+# The first two are predicted (docs/ops.md): on tensor cores they were never measured.
 _DEFORMABLE = {
     "forward": (5e-6, 19e-12),
     "points": (10e-6, 24e-12),
@@ -88,6 +88,14 @@ def _column_sums(grad, out=None) -> Own:
     kernels, scratch, _ = copied(grad, out)
     own = _sums(*grad.shape)
     return Own(own.kernels + kernels, own.scratch + scratch, own.seconds)
+
+
+def _level_sums(grad, sizes) -> Own:
+    # Parts of every level's sums, as many as of the largest level, and their sums.
+    kernels, scratch, _ = copied(grad)
+    shares = min(-(-len(grad) * max(sizes) // 16), _SHARES)
+    parts = 2 * 4 * len(sizes) * shares * grad.shape[2] if shares > 1 else 0
+    return Own(kernels + 1 + (shares > 1), scratch + parts)
 
 
 def _prelu_column_sums(grad, x, slope) -> Own:
@@ -189,6 +197,7 @@ OWN: dict[str, Callable[..., Own]] = {
     "frozen_norm_backward": _frozen_norm_backward,
     "group_attention": _group_attention,
     "group_attention_backward": _group_attention_backward,
+    "level_sums": _level_sums,
     "match": _match,
     "ms_deform_attn": _deformable,
     "ms_deform_attn_backward": _deformable_backward,

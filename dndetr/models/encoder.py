@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops._backend import plain_torch_only
 from ..ops.ms_deform_attn import ms_deform_attn_projected
-from .features import Features, token_centres
+from .features import Features, PositionGradient, token_centres
 from .layers import (
     MLP,
     FeedForward,
@@ -128,10 +129,16 @@ class DeformableEncoder(nn.Module):
     def forward(self, features: Features) -> Features:
         """Features -> Features with encoded tokens, as projections take them."""
         x, position = Stream.of(features.tokens), features.position
+        apart = features.level_embed is not None and not (torch.compiler.is_compiling() or plain_torch_only())
+        if apart:
+            position = position.detach()
         if len(self.layers):
             reference_points = pixel_reference_points(features)
             x = x._replace(positioned=x.plus(position))
         for count, layer in enumerate(self.layers, 1):
+            if apart:
+                positioned = PositionGradient.apply(x.positioned, features.level_embed, features.shapes)
+                x = x._replace(positioned=positioned)
             x = layer(x, reference_points, features, position if count < len(self.layers) else None)
         return features._replace(tokens=x.low)
 

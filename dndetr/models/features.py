@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.level_sums import level_sums
 from ..ops.ms_deform_attn import valid_pixels
 from .backbone import group_count
 from .position import pixel_encoding
@@ -14,7 +15,8 @@ class Features(NamedTuple):
     """Flattened feature levels, finest first.
 
     tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
-    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside.
+    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside; level_embed [L, C]: what of the
+    position is learned, if anything is.
     """
 
     tokens: Tensor
@@ -22,6 +24,7 @@ class Features(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
     valid: Tensor
+    level_embed: Tensor | None = None
 
     def valid_ratios(self, dtype: torch.dtype) -> Tensor:
         """[B, L, 2] (x, y): valid part of each level's width and height."""
@@ -57,6 +60,23 @@ def level_valid_sizes(sizes: Tensor, canvas: tuple[int, int], shapes) -> Tensor:
         for h, w in shapes
     ]
     return torch.stack(levels, dim=1)
+
+
+class PositionGradient(torch.autograd.Function):
+    """What has a position in it, [B, S, C], as it is: its gradient is also that of the level embedding, summed.
+
+    Where the position itself had a gradient it would be as large as the tokens, and in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, positioned, level_embed, shapes):
+        ctx.sizes, ctx.dtype = [h * w for h, w in shapes], level_embed.dtype
+        return positioned.view_as(positioned)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad, level_sums(grad, ctx.sizes).to(ctx.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -115,7 +135,8 @@ class InputProjection(nn.Module):
         valid_sizes = level_valid_sizes(sizes, canvas, shapes)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
         position = None if self.temperature is None else self._position(valid_sizes, shapes)
-        return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+        learned = None if position is None else self.level_embed
+        return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes), learned)
 
     def _position(self, valid_sizes: Tensor, shapes) -> Tensor:
         # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.

@@ -8,6 +8,7 @@ from .conditional_attention import conditional_attention
 from .conv3x3 import conv3x3
 from .frozen_norm import frozen_norm
 from .group_attention import GroupLayout, group_attention
+from .level_sums import level_sums
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
@@ -31,6 +32,7 @@ __all__ = [
     "conv3x3",
     "frozen_norm",
     "group_attention",
+    "level_sums",
     "match",
     "match_cost",
     "ms_deform_attn",

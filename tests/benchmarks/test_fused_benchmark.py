@@ -14,6 +14,7 @@ SMALL = {
     "column_sums": lambda: bench_fused.of_column_sums((50, 16), None, "cpu", "reference"),
     "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), "ReLU", "cpu", "reference"),
     "column_sums, behind a PReLU": lambda: bench_fused.of_column_sums((50, 16), "PReLU", "cpu", "reference"),
+    "level_sums": lambda: bench_fused.of_level_sums(2, (20, 5), 16, "cpu", "reference"),
     "prelu": lambda: bench_fused.of_prelu((50, 16), "cpu", "reference"),
     **{
         f"activated_product{'_backward' * backward}, {activation}": lambda activation=activation, backward=backward: (
@@ -33,6 +34,7 @@ MOVED = {
     "column_sums": [800 * 2],
     "column_sums, behind a ReLU": [800 * 2 * 3],
     "column_sums, behind a PReLU": [800 * 2 * 3],
+    "level_sums": [800 * 2],
     "prelu": [800 * 2 * 2],
     "activated_product, ReLU": [2 * (50 * 8 + 16 * 8 + 800)],
     "activated_product, PReLU": [2 * (50 * 8 + 16 * 8 + 2 * 800)],
@@ -80,5 +82,5 @@ def test_every_pass_is_recorded(name, monkeypatch):
 def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
     products = {"activated_product", "activated_product_backward"}
-    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} | products
-    assert len(bench_fused.CONTESTS) == 31
+    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "level_sums", "prelu"} | products
+    assert len(bench_fused.CONTESTS) == 33
