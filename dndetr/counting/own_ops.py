@@ -154,13 +154,14 @@ def _group_attention_backward(grad_out, q, k, v, active, out, lse, groups, slots
     return Own(1, 0, _time(_ATTENTION["group backward"], _group_pairs(q, groups, slots, matching)))
 
 
-def _conditional_attention(q_content, q_position, k_content, *_) -> Own:
+def _conditional_attention(q_content, q_position, k_content, k_position, v, *_) -> Own:
     # Few queries and many keys would take one more, which joins parts of the keys.
-    return Own(1, 0, _time(_ATTENTION["forward"], prod(q_content.shape[:3]) * k_content.shape[2]))
+    queries = v if k_content is None else q_content
+    return Own(1, 0, _time(_ATTENTION["forward"], prod(queries.shape[:3]) * v.shape[2]))
 
 
-def _conditional_attention_backward(grad_out, q_content, q_position, k_content, *_) -> Own:
-    return Own(1, 0, _time(_ATTENTION["backward"], prod(q_content.shape[:3]) * k_content.shape[2]))
+def _conditional_attention_backward(grad_out, q_content, q_position, k_content, k_position, v, *_) -> Own:
+    return Own(1, 0, _time(_ATTENTION["backward"], prod(grad_out.shape[:3]) * v.shape[2]))
 
 
 def _samples(offsets, logits) -> int:

@@ -10,7 +10,17 @@ from ..ops.group_attention import GroupLayout, group_attention
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, PackedProjections, Recomputable, ResidualNorm, Stream, lowered, merge_heads
+from .layers import (
+    MLP,
+    FeedForward,
+    PackedProjections,
+    Recomputable,
+    ResidualNorm,
+    Stream,
+    lowered,
+    merge_heads,
+    split_heads,
+)
 from .position import anchor_encoding
 
 
@@ -35,7 +45,8 @@ class DeformableDecoderLayer(Recomputable):
         active: Tensor | None,
     ) -> Stream:
         """x, position [B, Q, C], reference_points [B, Q, L, 4] -> [B, Q, C]."""
-        q, k, v = self.self_attn.project(x.plus(position), x.low)
+        both, v = self.self_attn.project(x.plus(position), x.low)
+        q, k = (split_heads(part, self.self_attn.heads) for part in both.chunk(2, dim=-1))
         x = self.norm2(x, self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))), position)
         x = self.norm1(x, self.cross_attn(x.positioned, reference_points, features))
         return self.ffn(x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._backend import plain_torch_only
+from ..ops.conditional_attention import packed_attention
 from ..ops.ms_deform_attn import ms_deform_attn_projected
 from .features import Features, PositionGradient, token_centres
 from .layers import (
@@ -15,7 +16,6 @@ from .layers import (
     Recomputable,
     ResidualNorm,
     Stream,
-    dense_attention,
     merge_heads,
 )
 from .linear import Linear, parallel_linear
@@ -31,8 +31,10 @@ class DenseEncoderLayer(Recomputable):
         self.ffn = FeedForward(width, hidden, activation)
 
     def forward(self, x: Stream, position: Tensor, valid: Tensor) -> Stream:
-        q, k, v = self.self_attn.project(x.plus(position), x.low)
-        x = self.norm1(x, self.self_attn.out_proj(merge_heads(dense_attention(q, k, v, valid))))
+        both, v = self.self_attn.project(x.plus(position), x.low)
+        # Never torch's own: with a mask, what it takes on recent GPUs (cuDNN) can have NaN as the gradient of sound
+        # numbers.
+        x = self.norm1(x, self.self_attn.out_proj(merge_heads(packed_attention(both, v, valid))))
         return self.ffn(x)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.add_norm import add_norm
-from ..ops.conditional_attention import conditional_attention
 from .activations import PReLU, activation
 from .linear import Linear, linear, linear_layers
 
@@ -113,21 +112,10 @@ class PackedProjections(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> three [B, H, Q, D]."""
+    def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> [B, Q, 2 C] and [B, H, Q, D]."""
         width = x.shape[-1]
         # Slices would each have a gradient of full size, with zeros for the rest; that of a split is put together once.
         weights, biases = (packed.split((2 * width, width)) for packed in (self.in_proj_weight, self.in_proj_bias))
         both, v = map(linear, (positioned, x), weights, biases)
-        q, k = both.chunk(2, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Plain attention with hidden keys: q [B, H, Q, D], k, v [B, H, S, D], valid [B, S] bool -> [B, H, Q, D].
-
-    Never torch's own: with a mask, what it takes on recent GPUs (cuDNN) can have NaN as the gradient of sound numbers.
-    """
-    # The scores of conditional attention have two terms: here each is half of the channels.
-    (q_low, q_high), (k_low, k_high) = (x.tensor_split(2, dim=-1) for x in (q, k))
-    return conditional_attention(q_low, q_high, k_low, k_high, v, valid)
+        return both, split_heads(v, self.heads)

@@ -4,7 +4,7 @@ from .activated_product import activated_product, activated_product_backward
 from .add_norm import add_norm
 from .assign import assign
 from .column_sums import column_sums, prelu_column_sums, relu_column_sums
-from .conditional_attention import conditional_attention
+from .conditional_attention import conditional_attention, packed_attention
 from .conv3x3 import conv3x3
 from .frozen_norm import frozen_norm
 from .group_attention import GroupLayout, group_attention
@@ -38,6 +38,7 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "ms_deform_attn_projected",
+    "packed_attention",
     "prelu",
     "prelu_column_sums",
     "relu_column_sums",

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from operations import Operations
 from torch import nn
 
-from dndetr.models.layers import FeedForward, Linear, PackedProjections, ResidualNorm, Stream, dense_attention, lowered
+from dndetr.models.encoder import DenseEncoderLayer
+from dndetr.models.layers import FeedForward, Linear, PackedProjections, ResidualNorm, Stream, lowered
 from dndetr.ops import _backend
 
 
@@ -53,13 +54,12 @@ def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
 
 def test_gradients_of_packed_projections_are_put_together_without_zeros():
     packed, (positioned, x) = PackedProjections(16, 2).double(), torch.randn(2, 3, 5, 16, dtype=torch.float64)
-    bias = torch.randn(48, dtype=torch.float64)
-    packed.in_proj_bias.data.copy_(bias)
+    packed.in_proj_bias.data.copy_(torch.randn(48))
     found = packed.project(positioned, x)
-    given = positioned, positioned, x
-    parts = zip(given, packed.in_proj_weight.chunk(3), packed.in_proj_bias.chunk(3), strict=True)
-    expected = [F.linear(*part).unflatten(-1, (2, 8)).transpose(1, 2) for part in parts]
-    weighting = torch.randn(3, 3, 2, 5, 8, dtype=torch.float64).unbind()
+    weight, bias = packed.in_proj_weight, packed.in_proj_bias
+    values = F.linear(x, weight[32:], bias[32:]).unflatten(-1, (2, 8)).transpose(1, 2)
+    expected = F.linear(positioned, weight[:32], bias[:32]), values
+    weighting = [torch.randn_like(each) for each in expected]
     parameters = packed.in_proj_weight, packed.in_proj_bias
     with Operations() as counted:
         grads = torch.autograd.grad(found, parameters, weighting)
@@ -67,31 +67,18 @@ def test_gradients_of_packed_projections_are_put_together_without_zeros():
         (*found, *grads), (*expected, *torch.autograd.grad(expected, parameters, weighting)), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
-    # Heads are laid out as rows, twice for q and k; two products and two sums; what joins q and k, weights and biases.
-    assert counted.count == 3 + 2 + 2 + 3
-
-
-def test_dense_attention_is_torchs_in_numbers():
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True).unbind()
-    valid = torch.arange(9) < torch.tensor([[9], [5]])
-    given, expected = (
-        dense_attention(q, k, v, valid),
-        F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]),
-    )
-    torch.testing.assert_close(given, expected)
-    slant = torch.linspace(-1, 1, given.numel(), dtype=torch.float64).view_as(given)
-    pairs = zip(*(torch.autograd.grad(out, (q, k, v), slant) for out in (given, expected)), strict=True)
-    for mine, theirs in pairs:
-        torch.testing.assert_close(mine, theirs)
+    # Two products and two sums; what puts weights together, and biases.
+    assert counted.count == 2 + 2 + 2
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_dense_attention_on_a_gpu_is_never_torchs_own(fake_cuda, monkeypatch, backend):
+def test_attention_of_the_dense_encoder_on_a_gpu_is_never_torchs_own(fake_cuda, monkeypatch, backend):
     def refuse(*_, **__):
         raise AssertionError("cuDNN's gradient with a mask can be NaN")
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
     monkeypatch.setattr(_backend, "choose", lambda *_: (backend, "for this test"))
-    q = torch.empty(2, 4, 9, 8, device="cuda")
+    layer, x = DenseEncoderLayer(32, 4, 64, "relu"), torch.empty(2, 9, 32, device="cuda")
+    parameters = {name: torch.empty(each.shape, device="cuda") for name, each in layer.named_parameters()}
     valid = torch.empty(2, 9, dtype=torch.bool, device="cuda")
-    assert dense_attention(q, q, q, valid).shape == q.shape
+    assert torch.func.functional_call(layer, parameters, (Stream.of(x), x, valid)).full.shape == x.shape
