@@ -107,8 +107,8 @@ def _frozen_norm(x, scale, shift, shortcut, *_) -> Own:
     return _packed(x, shortcut)
 
 
-def _frozen_norm_backward(grad_y, y, *_) -> Own:
-    return _packed(grad_y, y)
+def _frozen_norm_backward(grad_y, grad_twin, y, *_) -> Own:
+    return _packed(grad_y, grad_twin, y)
 
 
 def _packed(*maps: Tensor | None) -> Own:

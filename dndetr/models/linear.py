@@ -122,10 +122,13 @@ def parallel_linear(x: Tensor, *layers: nn.Module) -> Tensor:
 
 def _is_bare(layer: nn.Module) -> bool:
     """Whether calling the layer is nothing but its product and its bias."""
-    if type(layer) is not Linear or layer.bias is None or "forward" in vars(layer):
-        return False
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return not any(hooks) and not nn.modules.module._has_any_global_hook()
+    return type(layer) is Linear and layer.bias is not None and not is_watched(layer)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, see what goes into the module and comes out."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
 
 
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
