@@ -165,6 +165,11 @@ def test_a_gradient_of_a_part_is_zeros_and_a_copy(gpu):
     assert ("slice_backward", 2, 512 + 2 * 4) in found
 
 
+def test_a_result_in_a_given_tensor_is_written_alone(gpu):
+    x, y, out = made(8, 16), made(8, 16), made(8, 16, dtype=HALF)
+    assert one(lambda: torch.add(x, y, out=out)) == (1, 8 * 16 * (4 + 4 + 2))
+
+
 @pytest.mark.parametrize("rows", [4096, 4097])
 def test_sums_of_columns_are_those_that_the_kernel_plans(gpu, rows):
     kernels, moved = one(lambda: column_sums(made(rows, 64, dtype=HALF)))
