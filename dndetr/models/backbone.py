@@ -181,12 +181,12 @@ def _through(stage: nn.Sequential, x: Tensor, twin: Tensor | None) -> tuple[Tens
     """x, and itself again for the first shortcut, through blocks -> the same of the last, the twin where there is one.
 
     A block's map goes to the next one's convolution and to its shortcut. Where both take the same tensor, autograd adds
-    their gradients in a pass of its own. Blocks that are watched take and return single maps.
+    their gradients in a pass of its own. Blocks that are watched, or others' own, take and return single maps.
     """
-    if is_watched(stage):
+    if type(stage) is not nn.Sequential or is_watched(stage):
         return stage(x), None
     for block in stage:
-        out = block(x) if is_watched(block) else block(x, twin, True)
+        out = block(x, twin, True) if type(block) is _Block and not is_watched(block) else block(x)
         x, twin = out if isinstance(out, tuple) else (out, None)
     return x, twin
 
