@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ..boxes import inverse_sigmoid
@@ -21,6 +22,7 @@ from .layers import (
     merge_heads,
     split_heads,
 )
+from .linear import half_precision, is_watched, linear_each
 from .position import anchor_encoding
 
 
@@ -102,12 +104,22 @@ class DeformableDecoder(nn.Module):
             return zip(self.class_embed, self.bbox_embed, strict=True)
         return itertools.repeat((self.class_embed, self.bbox_embed), len(self.layers))
 
+    def _values(self, tokens: Tensor) -> list[Tensor | None]:
+        """What each layer's cross-attention projects tokens [B, S, C] to, where one step of the gradient makes them."""
+        ours = all(type(layer) is DeformableDecoderLayer and not layer.recomputed for layer in self.layers)
+        attentions = [layer.cross_attn for layer in self.layers] if ours and torch.is_grad_enabled() else []
+        ours = all(type(attention) is MSDeformAttn and not is_watched(attention) for attention in attentions)
+        if not attentions or not ours or half_precision(tokens, attentions[0].value_proj.weight) is None:
+            return [None] * len(self.layers)
+        return linear_each(tokens, [attention.value_proj for attention in attentions])
+
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens))
+        values = self._values(features.tokens)
         reference = anchors.sigmoid()
         attached = reference
         ratios = features.valid_ratios(reference.dtype).repeat(1, 1, 2)  # [B, L, 4] (x, y, x, y)
@@ -117,7 +129,7 @@ class DeformableDecoder(nn.Module):
             position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
             if index and self.query_scale is not None:
                 position = position * self.query_scale(x.low)
-            x = layer(x, position, reference_points, features, layout, active)
+            x = layer(x, position, reference_points, features._replace(values=values[index]), layout, active)
             out = x.low if self.norm is None else self.norm(x.full)
             logits.append(class_embed(out))
             correction = bbox_embed(out)

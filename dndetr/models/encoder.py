@@ -83,7 +83,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query: Tensor, reference_points: Tensor, features: Features) -> Tensor:
         """query [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
-        value = self.value_proj(features.tokens).unflatten(-1, (self.heads, -1))
+        values = self.value_proj(features.tokens) if features.values is None else features.values
+        value = values.unflatten(-1, (self.heads, -1))
         projected = parallel_linear(query, self.sampling_offsets, self.attention_weights)
         out = ms_deform_attn_projected(value, features.shapes, reference_points, projected, features.valid_sizes)
         return self.output_proj(out)

@@ -16,7 +16,8 @@ class Features(NamedTuple):
 
     tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
     [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside; level_embed [L, C]: what of the
-    position is learned, if anything is.
+    position is learned, if anything is; values [B, S, C]: tokens as the next deformable attention projects them, where
+    that is done.
     """
 
     tokens: Tensor
@@ -25,6 +26,7 @@ class Features(NamedTuple):
     valid_sizes: Tensor
     valid: Tensor
     level_embed: Tensor | None = None
+    values: Tensor | None = None
 
     def valid_ratios(self, dtype: torch.dtype) -> Tensor:
         """[B, L, 2] (x, y): valid part of each level's width and height."""
