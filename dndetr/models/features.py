@@ -89,7 +89,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype).contiguous())
+        return super().forward(x.to(self.weight.dtype, memory_format=torch.contiguous_format))
 
 
 class InputProjection(nn.Module):
