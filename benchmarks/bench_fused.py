@@ -21,6 +21,7 @@ from dndetr.ops import (
     anchor_encoding,
     column_sums,
     frozen_norm,
+    level_sums,
     pixel_encoding,
     prelu,
     prelu_column_sums,
@@ -120,6 +121,18 @@ def of_column_sums(size, activation=None, device="cuda", backend="triton") -> Co
     return Contest(functions[activation], [], forward=(3 if activation else 1) * grad.nbytes, backward=0)
 
 
+def of_level_sums(images, sizes, columns=256, device="cuda", backend="triton") -> Contest:
+    """The gradient of the level embedding by one layer, and what it takes where positions have gradients."""
+    grad = torch.randn(images, sum(sizes), columns, device=device).to(BF16)
+    others = torch.zeros(grad.shape, device=device)
+
+    def met():
+        return torch.stack([level.sum((0, 1)) for level in (others + grad.float()).split(list(sizes), dim=1)])
+
+    functions = {"ours": lambda: level_sums(grad, sizes, backend), "torch": met}
+    return Contest(functions, [], forward=grad.nbytes, backward=0)
+
+
 def of_prelu(size, device="cuda", backend="triton") -> Contest:
     """The activation of a feed-forward block; its gradient is one of column_sums' contests."""
     x, slope = torch.randn(size, device=device).to(BF16), torch.full((1,), 0.25, device=device)
@@ -213,6 +226,7 @@ CONTESTS = {
         for size in ((2100, 256), (44446, 256), (44446, 2048))
         for activation in (None, "ReLU")
     },
+    **{f"level_sums, {n}": partial(of_level_sums, n, (16700, 4200, 1050, 273)) for n in (2, 16)},
     **{
         f"{name}, {size}": contest
         for size in ((2100, 2048), (16800, 2048))

@@ -16,7 +16,7 @@ from gpu_call import Call
 DEVICE = "cuda"
 DEFORMABLE, DENSE = "dn-deformable-detr-r50", "dn-detr-r50"
 FUSED = (
-    *("stem", "frozen_norm", "add_norm", "column_sums", "prelu"),
+    *("stem", "frozen_norm", "add_norm", "column_sums", "level_sums", "prelu"),
     *("refine_boxes", "anchor_encoding", "pixel_encoding", "activated_product"),
 )
 

@@ -61,6 +61,7 @@ def frozen_norm_forward_kernel(
 @triton.jit(do_not_specialize=_NUMBERS)
 def frozen_norm_backward_kernel(
     grad_y,  # [rows, channels], as all maps
+    grad_twin,  # or None: y was taken once
     y,  # or None: there was no ReLU
     scale,  # [channels]
     shortcut_scale,  # [channels], or None: the shortcut has no norm
@@ -76,6 +77,8 @@ def frozen_norm_backward_kernel(
     channels = packs * PACK
     start, place, c, inside = _place(rows, channels, BLOCK_R, BLOCK_C)
     grad = tl.load(grad_y + start + place, mask=inside, other=0.0).to(PRECISE)
+    if grad_twin is not None:
+        grad += tl.load(grad_twin + start + place, mask=inside, other=0.0).to(PRECISE)
     if y is not None:
         result = tl.load(y + start + place, mask=inside, other=0.0).to(PRECISE)
         grad = tl.where(result <= 0.0, 0.0, grad)  # as torch's: none at zero, all of it at what is not a number
@@ -114,9 +117,10 @@ def frozen_norm_forward(x, scale, shift, shortcut, shortcut_scale, shortcut_shif
     _launch(frozen_norm_forward_kernel, x, x, scale, shift, *of_shortcut, y, RELU=relu)
 
 
-def frozen_norm_backward(grad_y, y, scale, shortcut_scale, grad_x, grad_shortcut) -> None:
+def frozen_norm_backward(grad_y, grad_twin, y, scale, shortcut_scale, grad_x, grad_shortcut) -> None:
     """Write grad_x and grad_shortcut, or the one that is not None.
 
-    y is None where there was no ReLU, shortcut_scale where the shortcut has no norm.
+    grad_twin is None where the result was taken once, y where there was no ReLU, shortcut_scale where the shortcut has
+    no norm.
     """
-    _launch(frozen_norm_backward_kernel, grad_y, grad_y, y, scale, shortcut_scale, grad_x, grad_shortcut)
+    _launch(frozen_norm_backward_kernel, grad_y, grad_y, grad_twin, y, scale, shortcut_scale, grad_x, grad_shortcut)

@@ -13,6 +13,11 @@ def _linear_pointwise(a: torch.Size, b: torch.Size, *_, out_shape=None, **__) ->
     return 2 * a.numel() * b[0]
 
 
+def _addmm(added: torch.Size, a: torch.Size, b: torch.Size, out_shape=None, **__) -> int:
+    """a [M, K] times b [K, N]."""
+    return 2 * a.numel() * b[1]
+
+
 def _conv3x3(x: torch.Size, weight: torch.Size, bias, stride: int, out_shape: torch.Size) -> int:
     """weight [K, C, 3, 3], out [B, K, H, W]: as the definition has it, however it is computed."""
     return 2 * weight.numel() * out_shape[0] * out_shape[2] * out_shape[3]
@@ -39,6 +44,7 @@ def _activated_product_backward(grad: torch.Size, weight: torch.Size, *_, out_sh
 
 # What torch's counter does not know, and what it is counted as.
 FORMULAS = {
+    torch.ops.aten.addmm_: _addmm,
     torch.ops.dndetr.activated_product: _activated_product,
     torch.ops.dndetr.activated_product_backward: _activated_product_backward,
     torch.ops.dndetr.conv3x3: _conv3x3,

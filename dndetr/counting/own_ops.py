@@ -26,8 +26,8 @@ _ONE_PASS = 4096  # rows whose sums are one kernel's (kernels/column_sums.py)
 _BLOCK = 128  # rows of a product's tile, where there are many
 _SHARES = 512  # at most, of what more rows are cut into
 
-# Seconds of a kernel that does next to nothing, and of a sample of deformable attention or a pair of query and key. The
-# first two are predicted (docs/ops.md): on tensor cores they were never measured.
+# Seconds of a kernel that does next to nothing, and of a sample of deformable attention, or a pair of query and key.
+# The first two are predicted (docs/ops.md): on tensor cores they were never measured.
 _DEFORMABLE = {
     "forward": (5e-6, 19e-12),
     "points": (10e-6, 24e-12),
@@ -111,6 +111,14 @@ def _column_sums(grad, out=None) -> Own:
     return Own(own.kernels + kernels, own.scratch + scratch, own.seconds)
 
 
+def _level_sums(grad, sizes) -> Own:
+    # Parts of every level's sums, as many as of the largest level, and their sums.
+    kernels, scratch, _ = copied(grad)
+    shares = min(-(-len(grad) * max(sizes) // 16), _SHARES)
+    parts = 2 * 4 * len(sizes) * shares * grad.shape[2] if shares > 1 else 0
+    return Own(kernels + 1 + (shares > 1), scratch + parts)
+
+
 def _prelu_column_sums(grad, x, slope) -> Own:
     own = _column_sums(grad, x)
     return own._replace(kernels=own.kernels + 1)  # parts of the slope's gradient, which are few
@@ -120,8 +128,8 @@ def _frozen_norm(x, scale, shift, shortcut, *_) -> Own:
     return _packed(x, shortcut)
 
 
-def _frozen_norm_backward(grad_y, y, *_) -> Own:
-    return _packed(grad_y, y)
+def _frozen_norm_backward(grad_y, grad_twin, y, *_) -> Own:
+    return _packed(grad_y, grad_twin, y)
 
 
 def _packed(*maps: Tensor | None) -> Own:
@@ -176,13 +184,14 @@ def _group_attention_backward(grad_out, q, k, v, active, out, lse, groups, slots
     return Own(1, 0, _time(_ATTENTION["group backward"], _group_pairs(q, groups, slots, matching)))
 
 
-def _conditional_attention(q_content, q_position, k_content, *_) -> Own:
+def _conditional_attention(q_content, q_position, k_content, k_position, v, *_) -> Own:
     # Few queries and many keys would take one more, which joins parts of the keys.
-    return Own(1, 0, _time(_ATTENTION["forward"], prod(q_content.shape[:3]) * k_content.shape[2]))
+    queries = v if k_content is None else q_content
+    return Own(1, 0, _time(_ATTENTION["forward"], prod(queries.shape[:3]) * v.shape[2]))
 
 
-def _conditional_attention_backward(grad_out, q_content, q_position, k_content, *_) -> Own:
-    return Own(1, 0, _time(_ATTENTION["backward"], prod(q_content.shape[:3]) * k_content.shape[2]))
+def _conditional_attention_backward(grad_out, q_content, q_position, k_content, k_position, v, *_) -> Own:
+    return Own(1, 0, _time(_ATTENTION["backward"], prod(grad_out.shape[:3]) * v.shape[2]))
 
 
 def _samples(offsets, logits) -> int:
@@ -221,6 +230,7 @@ OWN: dict[str, Callable[..., Own]] = {
     "frozen_norm_backward": _frozen_norm_backward,
     "group_attention": _group_attention,
     "group_attention_backward": _group_attention_backward,
+    "level_sums": _level_sums,
     "match": _match,
     "ms_deform_attn": _deformable,
     "ms_deform_attn_backward": _deformable_backward,

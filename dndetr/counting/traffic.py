@@ -71,11 +71,12 @@ def total(tensors: Iterable[Tensor]) -> int:
 def traffic(operation: OpOverload, args: tuple, kwargs: dict, result) -> int:
     """Bytes read and written by a dispatched operation that does something."""
     name = name_of(operation)
-    given, changed = [], []
+    given, changed, overwriting = [], [], name in _OVERWRITING
     for place, argument in enumerate(operation._schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         written = written and argument.name != _READ_ONLY.get(name)
+        overwriting |= argument.is_out
         (changed if written else given).extend(tensors_in(value))
     made = () if changed else tensors_in(result)
     written = total(changed) + total(made)
@@ -87,7 +88,7 @@ def traffic(operation: OpOverload, args: tuple, kwargs: dict, result) -> int:
         return total(given) + (2 if "add" in name else 1) * total(given[-1:])
     if name in _INTO_ZEROS:
         return written + 2 * total(given)
-    if changed and name not in _OVERWRITING:
+    if changed and not overwriting:
         written *= 2
     if name in _TWICE:
         written += total(tensors_in(result))

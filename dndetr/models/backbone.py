@@ -14,7 +14,7 @@ from ..ops.conv3x3 import conv3x3
 from ..ops.frozen_norm import frozen_norm
 from ..ops.stem import stem
 from .layers import Recomputable
-from .linear import half_precision
+from .linear import half_precision, is_watched
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -108,15 +108,17 @@ def _conv_norm(
     relu: bool = False,
     shortcut: Tensor | None = None,
     shortcut_norm: FrozenBatchNorm2d | None = None,
-) -> Tensor:
+    twice: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """norm(conv(x)) plus the shortcut, its positive part with ``relu``.
 
-    ``shortcut_norm`` is still to be applied to the shortcut, in the same pass: only where ``_in_one_pass`` says so.
+    ``shortcut_norm`` is still to be applied to the shortcut, in the same pass, and with ``twice`` the result comes
+    twice, for two that take it: only where ``_in_one_pass`` says so.
     """
     if _in_one_pass(x, norm):
         x = _convolve(x, conv, conv.weight, None)
-        own = () if shortcut_norm is None else shortcut_norm.scale_shift()
-        return frozen_norm(x, *norm.scale_shift(), shortcut, relu, *own)
+        own = (None, None) if shortcut_norm is None else shortcut_norm.scale_shift()
+        return frozen_norm(x, *norm.scale_shift(), shortcut, relu, *own, twice=twice)
     if not isinstance(norm, FrozenBatchNorm2d):
         x = norm(_convolve(x, conv, conv.weight, None))
     else:
@@ -158,19 +160,35 @@ class _Block(Recomputable):
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), _norm(norm, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, twin: Tensor | None = None, twice: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, C, H, W] and, for the shortcut, itself again -> the block's map; ``twice``: for a block behind it."""
         last = (self.conv2, self.bn2) if self.conv3 is None else (self.conv3, self.bn3)
-        shortcut, shortcut_norm = x, None
+        shortcut, shortcut_norm = x if twin is None else twin, None
         if self.downsample is not None:
             conv, norm = self.downsample
             if _in_one_pass(x, norm, last[1]):
-                shortcut, shortcut_norm = _convolve(x, conv, conv.weight, None), norm
+                shortcut, shortcut_norm = _convolve(shortcut, conv, conv.weight, None), norm
             else:
-                shortcut = _conv_norm(x, conv, norm)
+                shortcut = _conv_norm(shortcut, conv, norm)
         x = _conv_norm(x, self.conv1, self.bn1, relu=True)
         if self.conv3 is not None:
             x = _conv_norm(x, self.conv2, self.bn2, relu=True)
-        return _conv_norm(x, *last, relu=True, shortcut=shortcut, shortcut_norm=shortcut_norm)
+        twice = twice and _in_one_pass(x, last[1])
+        return _conv_norm(x, *last, True, shortcut, shortcut_norm, twice)
+
+
+def _through(stage: nn.Sequential, x: Tensor, twin: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x, and itself again for the first shortcut, through blocks -> the same of the last, the twin where there is one.
+
+    A block's map goes to the next one's convolution and to its shortcut. Where both take the same tensor, autograd adds
+    their gradients in a pass of its own. Blocks that are watched, or others' own, take and return single maps.
+    """
+    if type(stage) is not nn.Sequential or is_watched(stage):
+        return stage(x), None
+    for block in stage:
+        out = block(x, twin, True) if type(block) is _Block and not is_watched(block) else block(x)
+        x, twin = out if isinstance(out, tuple) else (out, None)
+    return x, twin
 
 
 class ResNet(nn.Module):
@@ -244,9 +262,9 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""
-        maps, x = [], self._stem(images)
+        maps, x, twin = [], self._stem(images), None
         for number in range(1, max(self.outputs) + 1):
-            x = getattr(self, f"layer{number}")(x)
+            x, twin = _through(getattr(self, f"layer{number}"), x, twin)
             if number in self.outputs:
                 maps.append(x)
         return maps

@@ -11,7 +11,7 @@ from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
 from .layers import MLP, FeedForward, Recomputable, ResidualNorm, Stream, lowered, merge_heads, split_heads
-from .linear import Linear
+from .linear import Linear, linear_each
 
 
 class DABDecoderLayer(Recomputable):
@@ -37,10 +37,11 @@ class DABDecoderLayer(Recomputable):
         self, x: Stream, position: Tensor, sine: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> Stream:
         """x, position, sine [B, Q, C] (content, learned position, anchor encoding) -> [B, Q, C]."""
-        query = self.sa_qcontent_proj(x.low) + self.sa_qpos_proj(position)
-        q = split_heads(query, self.heads)
-        k = split_heads(self.sa_kcontent_proj(x.low) + self.sa_kpos_proj(position), self.heads)
-        v = split_heads(self.sa_v_proj(x.low), self.heads)
+        content = self.sa_qcontent_proj, self.sa_kcontent_proj, self.sa_v_proj
+        q_content, k_content, values = linear_each(x.low, content)
+        q_position, k_position = linear_each(position, (self.sa_qpos_proj, self.sa_kpos_proj))
+        query = q_content + q_position
+        q, k, v = (split_heads(part, self.heads) for part in (query, k_content + k_position, values))
         x = self.norm1(x, self.sa_out_proj(merge_heads(group_attention(q, k, v, layout, active))))
         gate = None if self.level_gate is None else self.level_gate(query).softmax(-1)
         x = self.norm2(x, self.ca_out_proj(self._cross_attention(x.low, position, sine, features, gate)))
@@ -49,13 +50,14 @@ class DABDecoderLayer(Recomputable):
     def _cross_attention(
         self, x: Tensor, position: Tensor, sine: Tensor, features: Features, gate: Tensor | None
     ) -> Tensor:
-        q_content, k_content = self.ca_qcontent_proj(x), self.ca_kcontent_proj(features.tokens)
+        q_content = self.ca_qcontent_proj(x)
+        k_content, values = linear_each(features.tokens, (self.ca_kcontent_proj, self.ca_v_proj))
         k_position = self.ca_kpos_proj(features.position)
         if self.ca_qpos_proj is not None:
             q_content = q_content + self.ca_qpos_proj(position)
             k_content = k_content + k_position
         queries = [split_heads(part, self.heads) for part in (q_content, self.ca_qpos_sine_proj(sine))]
-        memory = [split_heads(part, self.heads) for part in (k_content, k_position, self.ca_v_proj(features.tokens))]
+        memory = [split_heads(part, self.heads) for part in (k_content, k_position, values)]
         if gate is None:
             return merge_heads(conditional_attention(*queries, *memory, features.valid))
         # The output projection is linear and the gate sums to one, so the levels are mixed before it.

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.anchor_encoding import anchor_encoding
@@ -11,7 +12,18 @@ from ..ops.refine_boxes import refine_boxes
 from .encoder import MSDeformAttn, xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, PackedProjections, Recomputable, ResidualNorm, Stream, lowered, merge_heads
+from .layers import (
+    MLP,
+    FeedForward,
+    PackedProjections,
+    Recomputable,
+    ResidualNorm,
+    Stream,
+    lowered,
+    merge_heads,
+    split_heads,
+)
+from .linear import half_precision, is_watched, linear_each
 
 
 class DeformableDecoderLayer(Recomputable):
@@ -35,7 +47,8 @@ class DeformableDecoderLayer(Recomputable):
         active: Tensor | None,
     ) -> Stream:
         """x, position [B, Q, C], reference_points [B, Q, L, 4] -> [B, Q, C]."""
-        q, k, v = self.self_attn.project(x.plus(position), x.low)
+        both, v = self.self_attn.project(x.plus(position), x.low)
+        q, k = (split_heads(part, self.self_attn.heads) for part in both.chunk(2, dim=-1))
         x = self.norm2(x, self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))), position)
         x = self.norm1(x, self.cross_attn(x.positioned, reference_points, features))
         return self.ffn(x)
@@ -91,12 +104,22 @@ class DeformableDecoder(nn.Module):
             return zip(self.class_embed, self.bbox_embed, strict=True)
         return itertools.repeat((self.class_embed, self.bbox_embed), len(self.layers))
 
+    def _values(self, tokens: Tensor) -> list[Tensor | None]:
+        """What each layer's cross-attention projects tokens [B, S, C] to, where one step of the gradient makes them."""
+        ours = all(type(layer) is DeformableDecoderLayer and not layer.recomputed for layer in self.layers)
+        attentions = [layer.cross_attn for layer in self.layers] if ours and torch.is_grad_enabled() else []
+        ours = all(type(attention) is MSDeformAttn and not is_watched(attention) for attention in attentions)
+        if not attentions or not ours or half_precision(tokens, attentions[0].value_proj.weight) is None:
+            return [None] * len(self.layers)
+        return linear_each(tokens, [attention.value_proj for attention in attentions])
+
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens))
+        values = self._values(features.tokens)
         reference = anchors.sigmoid()
         attached = reference
         ratios = features.valid_ratios(reference.dtype).repeat(1, 1, 2)  # [B, L, 4] (x, y, x, y)
@@ -106,7 +129,7 @@ class DeformableDecoder(nn.Module):
             position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
             if index and self.query_scale is not None:
                 position = position * self.query_scale(x.low)
-            x = layer(x, position, reference_points, features, layout, active)
+            x = layer(x, position, reference_points, features._replace(values=values[index]), layout, active)
             out = x.low if self.norm is None else self.norm(x.full)
             logits.append(class_embed(out))
             correction = bbox_embed(out)

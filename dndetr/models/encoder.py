@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops._backend import plain_torch_only
+from ..ops.conditional_attention import packed_attention
 from ..ops.ms_deform_attn import ms_deform_attn_projected
-from .features import Features, token_centres
+from .features import Features, PositionGradient, token_centres
 from .layers import (
     MLP,
     FeedForward,
@@ -14,7 +16,6 @@ from .layers import (
     Recomputable,
     ResidualNorm,
     Stream,
-    dense_attention,
     merge_heads,
 )
 from .linear import Linear, parallel_linear
@@ -30,8 +31,10 @@ class DenseEncoderLayer(Recomputable):
         self.ffn = FeedForward(width, hidden, activation)
 
     def forward(self, x: Stream, position: Tensor, valid: Tensor) -> Stream:
-        q, k, v = self.self_attn.project(x.plus(position), x.low)
-        x = self.norm1(x, self.self_attn.out_proj(merge_heads(dense_attention(q, k, v, valid))))
+        both, v = self.self_attn.project(x.plus(position), x.low)
+        # Never torch's own: with a mask, what it takes on recent GPUs (cuDNN) can have NaN as the gradient of sound
+        # numbers.
+        x = self.norm1(x, self.self_attn.out_proj(merge_heads(packed_attention(both, v, valid))))
         return self.ffn(x)
 
 
@@ -80,7 +83,8 @@ class MSDeformAttn(nn.Module):
 
     def forward(self, query: Tensor, reference_points: Tensor, features: Features) -> Tensor:
         """query [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
-        value = self.value_proj(features.tokens).unflatten(-1, (self.heads, -1))
+        values = self.value_proj(features.tokens) if features.values is None else features.values
+        value = values.unflatten(-1, (self.heads, -1))
         projected = parallel_linear(query, self.sampling_offsets, self.attention_weights)
         out = ms_deform_attn_projected(value, features.shapes, reference_points, projected, features.valid_sizes)
         return self.output_proj(out)
@@ -128,10 +132,16 @@ class DeformableEncoder(nn.Module):
     def forward(self, features: Features) -> Features:
         """Features -> Features with encoded tokens, as projections take them."""
         x, position = Stream.of(features.tokens), features.position
+        apart = features.level_embed is not None and not (torch.compiler.is_compiling() or plain_torch_only())
+        if apart:
+            position = position.detach()
         if len(self.layers):
             reference_points = pixel_reference_points(features)
             x = x._replace(positioned=x.plus(position))
         for count, layer in enumerate(self.layers, 1):
+            if apart:
+                positioned = PositionGradient.apply(x.positioned, features.level_embed, features.shapes)
+                x = x._replace(positioned=positioned)
             x = layer(x, reference_points, features, position if count < len(self.layers) else None)
         return features._replace(tokens=x.low)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.level_sums import level_sums
 from ..ops.ms_deform_attn import places_and_extents, valid_pixels, within
 from ..ops.pixel_encoding import pixel_encoding
 from .backbone import group_count
@@ -14,9 +15,10 @@ class Features(NamedTuple):
     """Flattened feature levels, finest first.
 
     tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
-    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside. Of several scales also centres
-    [B, S, 2] (x, y) of tokens, relative to the valid part of their level; ratios [B, L, 2] (x, y): valid part of each
-    level's width and height.
+    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside; level_embed [L, C]: what of the
+    position is learned, if anything is; values [B, S, C]: tokens as the next deformable attention projects them, where
+    that is done. Of several scales also centres [B, S, 2] (x, y) of tokens, relative to the valid part of their level;
+    ratios [B, L, 2] (x, y): valid part of each level's width and height.
     """
 
     tokens: Tensor
@@ -24,6 +26,8 @@ class Features(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
     valid: Tensor
+    level_embed: Tensor | None = None
+    values: Tensor | None = None
     centres: Tensor | None = None
     ratios: Tensor | None = None
 
@@ -59,6 +63,23 @@ def places_of_tokens(valid_sizes: Tensor, shapes, dtype: torch.dtype) -> tuple[T
     return within(place, extent), ((place.to(dtype) + 0.5) / extent.to(dtype)).flip(-1)
 
 
+class PositionGradient(torch.autograd.Function):
+    """What has a position in it, [B, S, C], as it is: its gradient is also that of the level embedding, summed.
+
+    Where the position itself had a gradient it would be as large as the tokens, and in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, positioned, level_embed, shapes):
+        ctx.sizes, ctx.dtype = [h * w for h, w in shapes], level_embed.dtype
+        return positioned.view_as(positioned)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad, level_sums(grad, ctx.sizes).to(ctx.dtype) if ctx.needs_input_grad[1] else None, None
+
+
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` in its parameters' precision, under autocast too, as torch has it on GPUs.
 
@@ -67,7 +88,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype).contiguous())
+        return super().forward(x.to(self.weight.dtype, memory_format=torch.contiguous_format))
 
 
 class InputProjection(nn.Module):
@@ -116,12 +137,14 @@ class InputProjection(nn.Module):
         valid_sizes = level_valid_sizes(sizes, canvas, sides)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in projected], dim=1)
         position = None if self.temperature is None else self._position(valid_sizes, shapes, sides)
+        learned = None if position is None else self.level_embed
         if not self.multi_scale:
-            return Features(tokens, position, shapes, valid_sizes, valid_pixels(valid_sizes, shapes))
+            valid = valid_pixels(valid_sizes, shapes)
+            return Features(tokens, position, shapes, valid_sizes, valid, learned)
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         valid, centres = places_of_tokens(valid_sizes, shapes, dtype)
         ratios = (valid_sizes.to(dtype) / sides.to(dtype)).flip(-1)
-        return Features(tokens, position, shapes, valid_sizes, valid, centres, ratios)
+        return Features(tokens, position, shapes, valid_sizes, valid, learned, centres=centres, ratios=ratios)
 
     def _position(self, valid_sizes: Tensor, shapes, sides: Tensor) -> Tensor:
         # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.

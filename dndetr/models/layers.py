@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._backend import plain_torch_only
 from ..ops.add_norm import add_norm
-from ..ops.conditional_attention import conditional_attention
 from .activations import PReLU, activation
 from .linear import Linear, linear, linear_layers
 
@@ -33,6 +33,19 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
+class _Positioned(torch.autograd.Function):
+    """full + position, rounded as low, whose gradient it shares: nothing goes back in float32 for a sum of half."""
+
+    @staticmethod
+    def forward(ctx, full, low, position):
+        ctx.dtype = position.dtype
+        return torch.add(full, position, out=torch.empty_like(low))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad, grad.to(ctx.dtype) if ctx.needs_input_grad[2] else None
+
+
 class Stream(NamedTuple):
     """The residual stream, [..., C], in the forms that layers take it in.
 
@@ -51,7 +64,10 @@ class Stream(NamedTuple):
 
     def plus(self, position: Tensor) -> Tensor:
         """The stream with ``position`` [..., C] added, for projections."""
-        return (self.full + position).to(self.low.dtype)
+        plain = self.low is self.full or torch.compiler.is_compiling() or plain_torch_only()
+        if plain or position.shape != self.full.shape:
+            return (self.full + position).to(self.low.dtype)
+        return _Positioned.apply(self.full, self.low, position)
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -113,20 +129,10 @@ class PackedProjections(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> three [B, H, Q, D]."""
+    def project(self, positioned: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys from ``positioned``, values from ``x``, both [B, Q, C] -> [B, Q, 2 C] and [B, H, Q, D]."""
         width = x.shape[-1]
-        both = linear(positioned, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        v = linear(x, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
-        q, k = both.chunk(2, dim=-1)
-        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Plain attention with hidden keys: q [B, H, Q, D], k, v [B, H, S, D], valid [B, S] bool -> [B, H, Q, D].
-
-    Never torch's own: with a mask, what it takes on recent GPUs (cuDNN) can have NaN as the gradient of sound numbers.
-    """
-    # The scores of conditional attention have two terms: here each is half of the channels.
-    (q_low, q_high), (k_low, k_high) = (x.tensor_split(2, dim=-1) for x in (q, k))
-    return conditional_attention(q_low, q_high, k_low, k_high, v, valid)
+        # Slices would each have a gradient of full size, with zeros for the rest; that of a split is put together once.
+        weights, biases = (packed.split((2 * width, width)) for packed in (self.in_proj_weight, self.in_proj_bias))
+        both, v = map(linear, (positioned, x), weights, biases)
+        return both, split_heads(v, self.heads)

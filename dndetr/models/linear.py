@@ -120,12 +120,29 @@ def parallel_linear(x: Tensor, *layers: nn.Module) -> Tensor:
     return linear(x, weight, bias)
 
 
+def linear_each(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """x [..., K] through each of the layers -> their results [..., N], one each.
+
+    In half precision on a GPU all of them are one step of the gradient, unless a layer has hooks or no bias: their
+    gradients of x are added within products. It begins when all results have theirs. Differentiable as :func:`linear`.
+    """
+    half = half_precision(x, layers[0].weight) if torch.is_grad_enabled() and all(map(_is_bare, layers)) else None
+    if half is None or any(half_precision(x, layer.weight) != half for layer in layers):
+        return [layer(x) for layer in layers]
+    parameters = [each.to(half) for layer in layers for each in (layer.weight, layer.bias)]
+    results = _HalfEach.apply(x.reshape(-1, x.shape[-1]).to(half), *parameters)
+    return [result.view(*x.shape[:-1], -1) for result in results]
+
+
 def _is_bare(layer: nn.Module) -> bool:
     """Whether calling the layer is nothing but its product and its bias."""
-    if type(layer) is not Linear or layer.bias is None or "forward" in vars(layer):
-        return False
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return not any(hooks) and not nn.modules.module._has_any_global_hook()
+    return type(layer) is Linear and layer.bias is not None and not is_watched(layer)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a forward of its own, see what goes into the module and comes out."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
 
 
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -224,3 +241,29 @@ class _HalfLayers(torch.autograd.Function):
                 of_slopes.append(of_slope)
         grad_slope = functools.reduce(torch.add, of_slopes) if needs_slope and of_slopes else None
         return grad_x, None, grad_slope, *grads
+
+
+class _HalfEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parameters[::2])
+        return tuple(F.linear(x, *each) for each in zip(parameters[::2], parameters[1::2], strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        grad_x, of_parameters = None, [None] * len(needs)
+        for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            if grad is None:
+                continue
+            grad = grad.contiguous()
+            if needs_x:
+                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+            if needs[2 * index]:
+                of_parameters[2 * index] = grad.t() @ x
+            if needs[2 * index + 1]:
+                of_parameters[2 * index + 1] = column_sums(grad)
+        return grad_x, *of_parameters

@@ -5,10 +5,11 @@ from .add_norm import add_norm
 from .anchor_encoding import anchor_encoding
 from .assign import assign
 from .column_sums import column_sums, prelu_column_sums, relu_column_sums
-from .conditional_attention import conditional_attention
+from .conditional_attention import conditional_attention, packed_attention
 from .conv3x3 import conv3x3
 from .frozen_norm import frozen_norm
 from .group_attention import GroupLayout, group_attention
+from .level_sums import level_sums
 from .match import Matches, match
 from .match_cost import CostWeights, match_cost
 from .ms_deform_attn import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_projected
@@ -38,12 +39,14 @@ __all__ = [
     "frozen_norm",
     "group_attention",
     "images_of",
+    "level_sums",
     "match",
     "match_cost",
     "ms_deform_attn",
     "ms_deform_attn_fused",
     "ms_deform_attn_projected",
     "normalise",
+    "packed_attention",
     "pixel_encoding",
     "prelu",
     "prelu_column_sums",

@@ -46,7 +46,13 @@ def conditional_attention_reference(
     return hidden_softmax(scores, valid).to(v.dtype) @ v
 
 
-_INPUTS = "Tensor q_content, Tensor q_position, Tensor k_content, Tensor k_position, Tensor v, Tensor? valid"
+def packed_attention_reference(both: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The specification; arguments and result as :func:`packed_attention`."""
+    return conditional_attention_reference(*_halves(both, v.shape[1]), v, valid)
+
+
+# Without k_content, q_content is what one projection makes of queries and keys, as :func:`packed_attention` takes it.
+_INPUTS = "Tensor q_content, Tensor? q_position, Tensor? k_content, Tensor? k_position, Tensor v, Tensor? valid"
 _SETTINGS = "float scale, str precision, str backend"
 torch.library.define("dndetr::conditional_attention", f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -55,9 +61,24 @@ torch.library.define(
 )
 
 
+def _halves(both: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """both [B, S, 2 C] -> halves of queries' heads and of keys', all [B, H, S, .] in its memory."""
+    # The scores have two terms: here each is half of the channels.
+    q, k = both.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return *q.tensor_split(2, dim=-1), *k.tensor_split(2, dim=-1)
+
+
+def _factors(q_content, q_position, k_content, k_position, v) -> tuple[Tensor, ...]:
+    """The four factors of the scores, given as they are or packed."""
+    if k_content is None:
+        return _halves(q_content, v.shape[1])
+    return q_content, q_position, k_content, k_position
+
+
 @torch.library.impl("dndetr::conditional_attention", ("cpu", "cuda"))
 def _forward(q_content, q_position, k_content, k_position, v, valid, scale, precision, backend):
     out, lse = _forward_fake(q_content, q_position, k_content, k_position, v)
+    q_content, q_position, k_content, k_position = _factors(q_content, q_position, k_content, k_position, v)
     if backend == "cpp":
         forward_cpp([q_content, q_position], [k_content, k_position], v, scale, out, lse, valid=valid)
     else:
@@ -72,7 +93,10 @@ def _forward(q_content, q_position, k_content, k_position, v, valid, scale, prec
 
 @torch.library.impl("dndetr::conditional_attention_backward", ("cpu", "cuda"))
 def _backward(grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision, backend):
-    grads = _backward_fake(grad_out, q_content, q_position, k_content, k_position, v)
+    grads = made = _backward_fake(grad_out, q_content, q_position, k_content, k_position, v)
+    if k_content is None:
+        grads = *_halves(made[0], v.shape[1]), made[-1]
+    q_content, q_position, k_content, k_position = _factors(q_content, q_position, k_content, k_position, v)
     if backend == "cpp":
         q, k = [q_content, q_position], [k_content, k_position]
         backward_cpp(grad_out, q, k, v, scale, out, lse, grads, valid=valid)
@@ -83,16 +107,22 @@ def _backward(grad_out, q_content, q_position, k_content, k_position, v, valid, 
         inputs = grad_out, q_content, q_position, k_content, k_position, v, valid, out, lse, scale, precision
         with torch.cuda.device_of(v):
             conditional_attention_backward(*inputs, grads)
-    return grads
+    return made
 
 
 @torch.library.register_fake("dndetr::conditional_attention")
 def _forward_fake(q_content, q_position, k_content, k_position, v, *_settings):
-    return empty_heads(q_content, v.shape[3]), q_content.new_empty(q_content.shape[:3], dtype=precise(v.dtype))
+    queries = v.shape[:3] if k_content is None else q_content.shape[:3]
+    like = v if k_content is None else q_content
+    return empty_heads(like, v.shape[3]), v.new_empty(queries, dtype=precise(v.dtype))
 
 
 @torch.library.register_fake("dndetr::conditional_attention_backward")
 def _backward_fake(grad_out, q_content, q_position, k_content, k_position, v, *_settings):
+    if k_content is None:
+        # What is not there is an empty tensor: an op's results are tensors, no two of them the same.
+        packed = torch.empty_like(q_content, memory_format=torch.contiguous_format)
+        return packed, *(v.new_empty(0) for _ in range(3)), empty_heads(v)
     return tuple(empty_heads(x) for x in (q_content, q_position, k_content, k_position, v))
 
 
@@ -101,14 +131,17 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = scale, precision, backend
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # no zeros for lse
+    ctx.set_materialize_grads(False)  # of lse they would be zeros that nobody reads
     ctx.save_for_backward(*tensors, out, lse)
 
 
 def _differentiate(ctx, grad_out, _grad_lse):
     if grad_out is None:
         return (None,) * len(ctx.needs_input_grad)
-    grads = torch.ops.dndetr.conditional_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
+    saved = ctx.saved_tensors  # once: where blocks are recomputed there is no second time
+    grads = torch.ops.dndetr.conditional_attention_backward(grad_out, *saved, *ctx.settings)
+    if saved[2] is None:
+        grads = grads[0], None, None, None, grads[-1]
     return *grads, *(None,) * 4
 
 
@@ -151,6 +184,30 @@ def conditional_attention(
     return torch.ops.dndetr.conditional_attention(*inputs, valid, scale, precision, chosen)[0]
 
 
+def packed_attention(
+    both: Tensor, v: Tensor, valid: Tensor | None = None, backend: str | None = None, precision: str | None = None
+) -> Tensor:
+    """Plain self-attention, whose queries and keys one projection makes together.
+
+    both [B, S, 2 C]: all heads' queries, then all heads' keys; its gradient is one tensor like it, so that nothing has
+    to be put together. v [B, H, S, .], valid [B, S] bool, True = real key -> [B, H, S, width of v]. Scores are scaled
+    by 1 / sqrt(C / H). Rows with no valid key are zero. precision as in :func:`group_attention`.
+    """
+    rows, heads = (v.shape[0], v.shape[2]), v.shape[1]
+    if both.ndim != 3 or both.shape[:2] != rows or both.shape[2] == 0 or both.shape[2] % (2 * heads):
+        raise ValueError(f"both {tuple(both.shape)} must hold queries and keys of the heads of v {tuple(v.shape)}")
+    if valid is not None and (valid.shape != rows or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool {list(rows)}, got {valid.dtype} {list(valid.shape)}")
+    both, v = one_dtype(both, v)
+    width = both.shape[2] // (2 * heads)
+    widths = width - width // 2, width // 2, v.shape[3]
+    chosen = choose("conditional_attention", backend, v.device.type, v.dtype, *widths)
+    settings = 1 / math.sqrt(width), checked_precision(precision), chosen
+    if chosen == "reference":
+        return packed_attention_reference(both, v, valid)
+    return torch.ops.dndetr.conditional_attention(both, None, None, None, v, valid, *settings)[0]
+
+
 # name: batch, heads, queries, keys, width, valid keys of each image (None: all)
 CASES = {
     "tiny": (2, 2, 3, 5, 4, (5, 2)),
@@ -174,6 +231,14 @@ def make_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
     valid = None if counts is None else torch.arange(keys) < torch.tensor(counts, dtype=torch.int64).view(-1, 1)
     return heads_of(queries), heads_of(queries), heads_of(keys), heads_of(keys), heads_of(keys), valid
+
+
+def make_packed_case(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(both, v, valid) of :func:`packed_attention` with the keys of a case."""
+    *_, v, valid = make_case(name, dtype, seed)
+    batch, heads, keys, width = v.shape
+    draw = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(batch, keys, 2 * heads * width, generator=draw, dtype=torch.float64).to(dtype), v, valid
 
 
 def _self_test(backend: str, device_type: str) -> float:

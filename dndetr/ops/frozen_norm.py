@@ -7,7 +7,8 @@
 
 A shortcut has a norm of its own where a convolution made it, otherwise it is added as it is. Scales and shifts are
 fixed and get no gradient. Both passes compute in at least float32 and round once. Backward keeps of the maps y alone,
-and that only for a ReLU: the convolution that reads y keeps it, too.
+and that only for a ReLU: the convolution that reads y keeps it, too. Where y is taken twice grad y is the sum of two,
+added on the way.
 """
 
 import torch
@@ -44,8 +45,8 @@ torch.library.define(
 )
 torch.library.define(
     "dndetr::frozen_norm_backward",
-    "(Tensor grad_y, Tensor? y, Tensor scale, Tensor? shortcut_scale, bool needs_x, bool needs_shortcut)"
-    " -> (Tensor, Tensor)",
+    "(Tensor grad_y, Tensor? grad_twin, Tensor? y, Tensor scale, Tensor? shortcut_scale, bool needs_x,"
+    " bool needs_shortcut) -> (Tensor, Tensor)",
 )
 
 
@@ -61,13 +62,14 @@ def _forward(x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift):
 
 
 @torch.library.impl("dndetr::frozen_norm_backward", ("cpu", "cuda"))
-def _backward(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut):
+def _backward(grad_y, grad_twin, y, scale, shortcut_scale, needs_x, needs_shortcut):
     from ..kernels.frozen_norm import frozen_norm_backward
 
-    grads = grad_x, grad_shortcut = _backward_fake(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut)
+    grads = grad_x, grad_shortcut = _backward_fake(grad_y, grad_twin, y, scale, shortcut_scale, needs_x, needs_shortcut)
+    maps = map(_packed, (grad_y, grad_twin, y))
     asked = grad_x if needs_x else None, grad_shortcut if needs_shortcut else None
     with torch.cuda.device_of(grad_y):
-        frozen_norm_backward(_packed(grad_y), _packed(y), _dense(scale), _dense(shortcut_scale), *asked)
+        frozen_norm_backward(*maps, _dense(scale), _dense(shortcut_scale), *asked)
     return grads
 
 
@@ -86,7 +88,7 @@ def _forward_fake(x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shif
 
 
 @torch.library.register_fake("dndetr::frozen_norm_backward")
-def _backward_fake(grad_y, y, scale, shortcut_scale, needs_x, needs_shortcut):
+def _backward_fake(grad_y, grad_twin, y, scale, shortcut_scale, needs_x, needs_shortcut):
     return tuple(
         torch.empty_like(grad_y, memory_format=torch.channels_last) if needed else grad_y.new_empty(0)
         for needed in (needs_x, needs_shortcut)
@@ -98,17 +100,34 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(scale, shortcut_scale, output if ctx.relu else None)
 
 
-def _differentiate(ctx, grad_y):
+def _differentiate(ctx, grad_y, grad_twin=None):
     scale, shortcut_scale, y = ctx.saved_tensors
     needs_x, _, _, needs_shortcut, *_ = ctx.needs_input_grad
-    changes = ctx.relu or shortcut_scale is not None  # otherwise the shortcut's gradient is there already
+    # Otherwise the shortcut's gradient is there already.
+    changes = ctx.relu or shortcut_scale is not None or grad_twin is not None
     writes_shortcut = needs_shortcut and changes
     grad_x, grad_shortcut = None, grad_y if needs_shortcut else None
     if needs_x or writes_shortcut:
-        written = torch.ops.dndetr.frozen_norm_backward(grad_y, y, scale, shortcut_scale, needs_x, writes_shortcut)
+        given = grad_y, grad_twin, y, scale, shortcut_scale
+        written = torch.ops.dndetr.frozen_norm_backward(*given, needs_x, writes_shortcut)
         grad_x = written[0] if needs_x else None
         grad_shortcut = written[1] if writes_shortcut else grad_shortcut
     return grad_x, None, None, grad_shortcut, None, None, None
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        y = torch.ops.dndetr.frozen_norm(*inputs)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, inputs, y)
+        return y, y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        given = [grad for grad in grads if grad is not None]
+        return _differentiate(ctx, *given) if given else (None,) * 7
 
 
 torch.library.register_autograd("dndetr::frozen_norm", _differentiate, setup_context=_setup_context)
@@ -124,11 +143,13 @@ def frozen_norm(
     shortcut_scale: Tensor | None = None,
     shortcut_shift: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+    twice: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Scale and shift of each channel, the sum with a shortcut, which may have its own, and its positive part.
 
     x [B, C, H, W], scale, shift, shortcut_scale, shortcut_shift [C], which get no gradient, shortcut like x ->
     [B, C, H, W] of x's dtype. The kernel's results have their channels last in memory and can be differentiated once.
+    With ``twice`` the result and itself again, for two that take it: their gradients are added in the same pass.
     ValueError for other shapes, and for one of shortcut_scale and shortcut_shift without the other or a shortcut.
     """
     if x.dim() != 4 or not scale.shape == shift.shape == x.shape[1:2]:
@@ -143,8 +164,12 @@ def frozen_norm(
         raise ValueError(f"frozen_norm: {wanted}; got {norm[0]}, {norm[1]}{' without one' * (shortcut is None)}")
     given = x, scale, shift, shortcut, relu, shortcut_scale, shortcut_shift
     if _backend.choose("frozen_norm", backend, x.device.type)[0] == "reference":
-        return frozen_norm_reference(*given)
-    return torch.ops.dndetr.frozen_norm(*given)
+        y = frozen_norm_reference(*given)
+        return (y, y) if twice else y
+    if twice and not torch.compiler.is_compiling():
+        return _Twice.apply(*given)
+    y = torch.ops.dndetr.frozen_norm(*given)
+    return (y, y) if twice else y
 
 
 # name: (B, C, H, W, dtype)
@@ -188,9 +213,11 @@ def _self_test(device_type: str) -> float:
         in_double = [None if each is None else each.double() for each in norm]
         with torch.enable_grad():
             result = frozen_norm_reference(exact[0], scale.double(), shift.double(), exact[1], True, *in_double)
-        expected += result.detach(), *torch.autograd.grad(result, exact, weighting.double())
+        grads = weighting.double() * (1 if norm[0] is None else 2)
+        expected += result.detach(), *torch.autograd.grad(result, exact, grads)
         y = torch.ops.dndetr.frozen_norm(x, scale, shift, shortcut, True, *norm)
-        found += y, *torch.ops.dndetr.frozen_norm_backward(weighting, y, scale, norm[0], True, True)
+        grads = weighting, None if norm[0] is None else weighting
+        found += y, *torch.ops.dndetr.frozen_norm_backward(*grads, y, scale, norm[0], True, True)
     return _backend.error_beyond_rounding(found, expected)
 
 

@@ -142,7 +142,7 @@ def _setup_context(ctx, inputs, output):
     q, k, v, active, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # no zeros for lse
+    ctx.set_materialize_grads(False)  # of lse they would be zeros that nobody reads
     ctx.save_for_backward(q, k, v, active, out, lse)
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "column_sums": lambda: bench_fused.of_column_sums((50, 16), None, "cpu", "reference"),
     "column_sums, behind a ReLU": lambda: bench_fused.of_column_sums((50, 16), "ReLU", "cpu", "reference"),
     "column_sums, behind a PReLU": lambda: bench_fused.of_column_sums((50, 16), "PReLU", "cpu", "reference"),
+    "level_sums": lambda: bench_fused.of_level_sums(2, (20, 5), 16, "cpu", "reference"),
     "prelu": lambda: bench_fused.of_prelu((50, 16), "cpu", "reference"),
     "pixel_encoding": lambda: bench_fused.of_pixel_encoding(2, (20, 36), 2, 8, "cpu", "reference"),
     "anchor_encoding": lambda: bench_fused.of_anchor_encoding((50, 4), 16, "cpu", "reference"),
@@ -36,6 +37,7 @@ MOVED = {
     "column_sums": [800 * 2],
     "column_sums, behind a ReLU": [800 * 2 * 3],
     "column_sums, behind a PReLU": [800 * 2 * 3],
+    "level_sums": [800 * 2],
     "prelu": [800 * 2 * 2],
     "pixel_encoding": [2 * (3 * 5 + 2 * 3) * 8 * 4],
     "anchor_encoding": [200 * 4 * 17, 200 * 4 * (17 + 18)],
@@ -87,5 +89,6 @@ def test_every_op_competes_at_the_sizes_of_training():
     kinds = {name.partition(" ")[0].strip(",") for name in bench_fused.CONTESTS}
     encodings = {"pixel_encoding", "anchor_encoding", "refine_boxes"}
     products = {"activated_product", "activated_product_backward"}
-    assert kinds == {"stem", "frozen_norm", "add_norm", "column_sums", "prelu"} | encodings | products
-    assert len(bench_fused.CONTESTS) == 37
+    norms = {"stem", "frozen_norm", "add_norm", "column_sums", "level_sums", "prelu"}
+    assert kinds == norms | encodings | products
+    assert len(bench_fused.CONTESTS) == 38

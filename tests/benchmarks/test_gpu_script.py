@@ -164,7 +164,7 @@ def test_the_sanitizer_gets_small_cases_of_every_kernel(root, commands, tmp_path
     assert len(tests) < 240
     for kernels in (
         *("ms_deform_attn_cuda", "match_cuda", "match_cost", "set_loss", "group_attention", "conditional_attention"),
-        *("column_sums", "add_norm", "frozen_norm", "prelu", "stem", "activated_product"),
+        *("column_sums", "level_sums", "add_norm", "frozen_norm", "prelu", "stem", "activated_product"),
         *("refine_boxes", "anchor_encoding", "pixel_encoding"),
         "many-tiles",  # enough rows for training's kernels
     ):

@@ -15,6 +15,7 @@ from dndetr.counting.own_ops import OWN
 from dndetr.kernels.column_sums import plan
 from dndetr.ops import _backend
 from dndetr.ops.column_sums import column_sums
+from dndetr.ops.level_sums import level_sums
 from dndetr.ops.ms_deform_attn import ms_deform_attn_fused
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -164,12 +165,25 @@ def test_a_gradient_of_a_part_is_zeros_and_a_copy(gpu):
     assert ("slice_backward", 2, 512 + 2 * 4) in found
 
 
+def test_a_result_in_a_given_tensor_is_written_alone(gpu):
+    x, y, out = made(8, 16), made(8, 16), made(8, 16, dtype=HALF)
+    assert one(lambda: torch.add(x, y, out=out)) == (1, 8 * 16 * (4 + 4 + 2))
+
+
 @pytest.mark.parametrize("rows", [4096, 4097])
 def test_sums_of_columns_are_those_that_the_kernel_plans(gpu, rows):
     kernels, moved = one(lambda: column_sums(made(rows, 64, dtype=HALF)))
     rows_per_share = plan(rows, 64, masks=False)[-1]
     assert kernels == (1 if rows_per_share >= rows else 2)
     assert moved >= rows * 128 + 128
+
+
+@pytest.mark.parametrize("rows, kernels", [(8, 1), (900, 2)])
+def test_sums_of_levels_are_added_up_by_a_second_kernel(gpu, rows, kernels):
+    found, moved = one(lambda: level_sums(made(2, rows + 3, 256, dtype=HALF), (rows, 3)))
+    shares = -(-2 * rows // 16)
+    assert found == kernels
+    assert moved == 2 * 2 * (rows + 3) * 256 + 4 * 2 * 256 + (kernels - 1) * 2 * 4 * 2 * shares * 256
 
 
 def test_deformable_attention_sums_in_float32(gpu):

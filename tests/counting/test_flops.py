@@ -37,6 +37,11 @@ def test_products_with_activations_are_products(fake_cuda):
     assert forward == backward == {"products": ONE, "convolutions": 0, "3x3 convolutions": 0}
 
 
+def test_a_product_added_in_place_is_a_product():
+    sums, grad, weight = torch.zeros(ROWS, INPUTS), torch.randn(ROWS, OUTPUTS), torch.randn(OUTPUTS, INPUTS)
+    assert operations(lambda: sums.addmm_(grad, weight))["products"] == ONE
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_convolutions_are_apart(extension, backend):
     x, kernel = torch.randn(2, 32, 10, 12, requires_grad=True), torch.randn(64, 32, 3, 3, requires_grad=True)

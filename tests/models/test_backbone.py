@@ -89,9 +89,10 @@ def calls(monkeypatch):
     """What the kernel is called with: networks take its way on a CPU, too, with its reference in its place."""
     calls = []
 
-    def called(*given):
+    def called(*given, twice=False):
         calls.append(given)
-        return frozen_norm_reference(*given)
+        y = frozen_norm_reference(*given)
+        return (y, y.view_as(y)) if twice else y
 
     monkeypatch.setattr(backbone, "frozen_norm", called)
     monkeypatch.setattr(backbone, "_backend", SimpleNamespace(choose=lambda op, device_type: ("triton", "")))
@@ -104,7 +105,7 @@ def test_a_shortcuts_norm_is_applied_by_the_blocks_last_pass(kind, calls):
     found = maps_and_gradients(model, x)
     norms = [block.downsample[1] for layer in (model.layer1, model.layer2) for block in layer if block.downsample]
     assert len(calls) == sum(isinstance(module, nn.Conv2d) for module in model.modules()) - len(norms)
-    of_shortcuts = [given[5:] for given in calls if len(given) > 5]
+    of_shortcuts = [given[5:] for given in calls if given[5] is not None]
     assert len(of_shortcuts) == len(norms) == {"basic": 1}.get(kind, 2)
     for norm, given in zip(norms, of_shortcuts, strict=True):
         assert all(a is b for a, b in zip(norm.scale_shift(), given, strict=True))
@@ -112,6 +113,25 @@ def test_a_shortcuts_norm_is_applied_by_the_blocks_last_pass(kind, calls):
         block.recomputed = True
     for name, again in maps_and_gradients(model, x).items():
         assert torch.equal(again, found[name]), name
+
+
+@pytest.mark.parametrize("watched", ["block", "stage", "another's", "nothing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blocks_convolution_and_its_shortcut_take_different_tensors(kind, watched, calls):
+    """So that their gradients meet where the map was made; modules that are watched hand on single maps."""
+    model, x = resnet(kind), images()
+    expected = maps_and_gradients(model, x)
+    seen = []
+    if watched == "another's":
+        model.layer2[0] = nn.Sequential(model.layer2[0])  # which takes one map
+    elif watched != "nothing":
+        module = model.layer2 if watched == "stage" else model.layer2[0]
+        module.register_forward_hook(lambda _, given, out: seen.append((*given, out)))
+    calls.clear()
+    found = maps_and_gradients(model, x)
+    assert all(torch.equal(*pair) for pair in zip(found.values(), expected.values(), strict=True))
+    assert all(isinstance(tensor, torch.Tensor) for given in seen for tensor in given)
+    assert len(seen) == (watched in ("block", "stage")) and all(len(given) == 2 for given in seen)
 
 
 @pytest.mark.parametrize("place", ["last", "shortcut"])
@@ -123,7 +143,7 @@ def test_norms_of_different_kinds_are_applied_one_by_one(place, calls):
     else:
         block.downsample[1] = nn.BatchNorm2d(64)
     found = block(x)
-    assert len(calls) == 3 and all(len(given) == 5 for given in calls)
+    assert len(calls) == 3 and all(given[5:] == (None, None) for given in calls)
 
     def apply(conv, norm, x):
         x = conv(x)

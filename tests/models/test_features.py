@@ -5,10 +5,12 @@ from dataclasses import replace
 import detectors
 import pytest
 import torch
+from operations import Operations
 from torch import nn
 
+from dndetr.models import encoder as encoders
 from dndetr.models.build import build_model
-from dndetr.models.features import GroupNorm, level_valid_sizes, places_of_tokens, sides_on_device
+from dndetr.models.features import GroupNorm, PositionGradient, level_valid_sizes, places_of_tokens, sides_on_device
 from dndetr.ops import images_of
 
 
@@ -82,3 +84,39 @@ def test_valid_ratios_and_centres_are_for_several_scales(variant):
         expected = torch.stack((found.valid_sizes[:, level, 1] / w, found.valid_sizes[:, level, 0] / h), dim=-1)
         assert torch.equal(found.valid_ratios(torch.float32)[:, level], expected)
     assert found.centres.shape == (*found.valid.shape, 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_level_embeddings_have_the_gradient_of_all_positions(monkeypatch, layers, checkpointing):
+    changes = {"encoder_layers": layers, "checkpointing": checkpointing}
+    torch.manual_seed(0)
+    model = build_model(replace(detectors.CONFIGS["dn-deformable-detr"], **changes), detectors.CLASSES).double()
+    batch = detectors.make_batch([3, 5], 8)
+    canvas = batch.canvas
+
+    def outcome(plain):
+        monkeypatch.setattr(encoders, "plain_torch_only", lambda: plain)
+        found = model.projection(model.backbone(images_of(batch).double()), batch.sizes, canvas)
+        tokens = model.encoder(found).tokens
+        parameters = [*model.projection.parameters(), *model.encoder.parameters()]
+        weighting = torch.linspace(-1, 1, tokens.numel(), dtype=tokens.dtype).view_as(tokens)
+        return tokens, *torch.autograd.grad(tokens, parameters, weighting)
+
+    for found, expected in zip(outcome(False), outcome(True), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_position_has_no_gradient_as_large_as_the_tokens():
+    torch.manual_seed(0)
+    x, embedding = (torch.randn(*size, requires_grad=True) for size in ((2, 6, 4), (2, 4)))
+    weighting = torch.randn(2, 6, 4)
+    out = PositionGradient.apply(x, embedding, ((2, 2), (1, 2)))
+    assert torch.equal(out, x)
+    grads = torch.autograd.grad(out, (x, embedding), weighting)
+    assert torch.equal(grads[0], weighting)
+    torch.testing.assert_close(grads[1], torch.stack([weighting[:, :4].sum((0, 1)), weighting[:, 4:].sum((0, 1))]))
+    frozen = PositionGradient.apply(x, embedding.detach(), ((2, 2), (1, 2)))
+    with Operations() as counted:
+        assert torch.autograd.grad(frozen, x, weighting)[0] is weighting
+    assert counted.count == 0

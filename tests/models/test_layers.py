@@ -2,9 +2,11 @@ import detectors
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from torch import nn
 
-from dndetr.models.layers import FeedForward, Linear, ResidualNorm, Stream, dense_attention, lowered
+from dndetr.models.encoder import DenseEncoderLayer
+from dndetr.models.layers import FeedForward, Linear, PackedProjections, ResidualNorm, Stream, lowered
 from dndetr.ops import _backend, images_of
 
 
@@ -34,6 +36,29 @@ def test_under_autocast_the_stream_is_float32_and_what_projections_take_is_not(d
         assert torch.equal(stream.low, stream.full.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_position_is_added_in_float32_and_the_gradient_stays_in_half_precision(dtype):
+    torch.manual_seed(0)
+    full, position, wide = torch.randn(2, 5, 16), torch.randn(2, 5, 16).to(dtype), torch.randn(5, 16)
+    full.requires_grad_(), position.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        stream = Stream.of(full)
+        out, broadcast = stream.plus(position), stream.plus(wide)
+    assert torch.equal(out, (full + position).bfloat16()) and torch.equal(broadcast, (full + wide).bfloat16())
+    weighting = torch.randn(2, 5, 16).bfloat16()
+    # A gradient of low: added to those of the projections that take low, before it is cast.
+    with Operations() as counted:
+        grads = torch.autograd.grad(out, (stream.low, position), weighting, retain_graph=True)
+    assert counted.count == (dtype == torch.float32)  # a cast
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, dtype]
+    assert all(torch.equal(grad, weighting.to(grad.dtype)) for grad in grads)
+    (grad,) = torch.autograd.grad(out, full, weighting)
+    assert grad.dtype == torch.float32 and torch.equal(grad, weighting.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        fixed = stream.plus(position.detach())
+    assert torch.autograd.grad(fixed, stream.low, weighting)[0] is weighting
+
+
 @pytest.mark.parametrize("name", ["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"])
 def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
     model, batch = detectors.build(name), detectors.make_batch([3, 5], 8)
@@ -50,27 +75,33 @@ def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
     assert len(taken) > 20 and not cast
 
 
-def test_dense_attention_is_torchs_in_numbers():
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True).unbind()
-    valid = torch.arange(9) < torch.tensor([[9], [5]])
-    given, expected = (
-        dense_attention(q, k, v, valid),
-        F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]),
-    )
-    torch.testing.assert_close(given, expected)
-    slant = torch.linspace(-1, 1, given.numel(), dtype=torch.float64).view_as(given)
-    pairs = zip(*(torch.autograd.grad(out, (q, k, v), slant) for out in (given, expected)), strict=True)
-    for mine, theirs in pairs:
+def test_gradients_of_packed_projections_are_put_together_without_zeros():
+    packed, (positioned, x) = PackedProjections(16, 2).double(), torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    packed.in_proj_bias.data.copy_(torch.randn(48))
+    found = packed.project(positioned, x)
+    weight, bias = packed.in_proj_weight, packed.in_proj_bias
+    values = F.linear(x, weight[32:], bias[32:]).unflatten(-1, (2, 8)).transpose(1, 2)
+    expected = F.linear(positioned, weight[:32], bias[:32]), values
+    weighting = [torch.randn_like(each) for each in expected]
+    parameters = packed.in_proj_weight, packed.in_proj_bias
+    with Operations() as counted:
+        grads = torch.autograd.grad(found, parameters, weighting)
+    for mine, theirs in zip(
+        (*found, *grads), (*expected, *torch.autograd.grad(expected, parameters, weighting)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
+    # Two products and two sums; what puts weights together, and biases.
+    assert counted.count == 2 + 2 + 2
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_dense_attention_on_a_gpu_is_never_torchs_own(fake_cuda, monkeypatch, backend):
+def test_attention_of_the_dense_encoder_on_a_gpu_is_never_torchs_own(fake_cuda, monkeypatch, backend):
     def refuse(*_, **__):
         raise AssertionError("cuDNN's gradient with a mask can be NaN")
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", refuse)
     monkeypatch.setattr(_backend, "choose", lambda *_: (backend, "for this test"))
-    q = torch.empty(2, 4, 9, 8, device="cuda")
+    layer, x = DenseEncoderLayer(32, 4, 64, "relu"), torch.empty(2, 9, 32, device="cuda")
+    parameters = {name: torch.empty(each.shape, device="cuda") for name, each in layer.named_parameters()}
     valid = torch.empty(2, 9, dtype=torch.bool, device="cuda")
-    assert dense_attention(q, q, q, valid).shape == q.shape
+    assert torch.func.functional_call(layer, parameters, (Stream.of(x), x, valid)).full.shape == x.shape

@@ -24,7 +24,14 @@ from dndetr.denoising import Noise, draw_noise, noised_queries  # noqa: E402
 from dndetr.kernels import attention_tiles, tiles  # noqa: E402
 from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402
 from dndetr.kernels.attention_tiles import Tile  # noqa: E402
-from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention, images_of  # noqa: E402
+from dndetr.ops import (  # noqa: E402
+    GroupLayout,
+    _backend,
+    conditional_attention,
+    group_attention,
+    images_of,
+    packed_attention,
+)
 
 group = importlib.import_module("dndetr.ops.group_attention")
 conditional = importlib.import_module("dndetr.ops.conditional_attention")
@@ -44,6 +51,10 @@ def groups(q, k, v, layout, active=None, scale=None):
 
 def crossed(*inputs):
     return conditional_attention(*inputs, backend="triton")
+
+
+def together(*inputs):
+    return packed_attention(*inputs, backend="triton")
 
 
 def close(ours, reference, inputs, names, *rest):
@@ -68,6 +79,12 @@ def check_cases():
         *inputs, valid = conditional.make_case(name)
         one_head = [x[:, :1] for x in inputs]
         close(crossed, conditional.conditional_attention_reference, one_head, PARTS, valid)
+        both, v, valid = conditional.make_packed_case(name)
+        if name != "c5":  # slow
+            close(together, conditional.packed_attention_reference, (both, v), ("both", "v"), valid)
+    for width in (1, 7):
+        inputs = torch.randn(2, 3 * 2 * width, 5).transpose(1, 2), torch.randn(2, 3, 5, 4)
+        close(together, conditional.packed_attention_reference, inputs, ("both", "v"), None)
 
 
 def check_dtypes():
@@ -78,6 +95,8 @@ def check_dtypes():
         for name in ("tiny", "nothing-valid"):
             *inputs, valid = conditional.make_case(name, dtype)
             compare(crossed, conditional.conditional_attention_reference, inputs, PARTS, dtype, valid)
+            both, v, valid = conditional.make_packed_case(name, dtype)
+            compare(together, conditional.packed_attention_reference, (both, v), ("both", "v"), dtype, valid)
 
 
 def check_layouts():
@@ -211,6 +230,9 @@ def check_registration():
     *inputs, valid = conditional.make_case("tiny")
     inputs = [x.detach().requires_grad_() for x in inputs]
     torch.library.opcheck(torch.ops.dndetr.conditional_attention.default, (*inputs, valid, 0.3, "ieee", "triton"))
+    both, v, valid = conditional.make_packed_case("tiny")
+    packed = both.requires_grad_(), None, None, None, v.detach().requires_grad_(), valid
+    torch.library.opcheck(torch.ops.dndetr.conditional_attention.default, (*packed, 0.3, "ieee", "triton"))
 
 
 def check_compile():
@@ -219,6 +241,8 @@ def check_compile():
     close(compiled, groups, (q, k, v), "qkv", layout, active)
     *inputs, valid = conditional.make_case("tiny")
     close(torch.compile(crossed, fullgraph=True, backend="aot_eager"), crossed, inputs, PARTS, valid)
+    both, v, valid = conditional.make_packed_case("tiny")
+    close(torch.compile(together, fullgraph=True, backend="aot_eager"), together, (both, v), ("both", "v"), valid)
 
 
 def check_autocast():

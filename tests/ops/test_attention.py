@@ -8,11 +8,17 @@ from pathlib import Path
 import goldens
 import pytest
 import torch
+import torch.nn.functional as F
 from gradients import DTYPES, compare, outputs
+from operations import Operations
 
-from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention
+from dndetr.ops import GroupLayout, _backend, conditional_attention, group_attention, packed_attention
 from dndetr.ops.conditional_attention import CASES as CONDITIONAL
-from dndetr.ops.conditional_attention import conditional_attention_reference
+from dndetr.ops.conditional_attention import (
+    conditional_attention_reference,
+    make_packed_case,
+    packed_attention_reference,
+)
 from dndetr.ops.conditional_attention import make_case as conditional_case
 from dndetr.ops.group_attention import CASES as GROUPS
 from dndetr.ops.group_attention import group_attention_reference
@@ -60,11 +66,87 @@ def test_an_image_without_valid_keys_gives_zeros():
     assert not conditional_attention(*inputs, valid)[0].any()
 
 
-@pytest.mark.parametrize("function", [group_attention, conditional_attention])
-def test_compiles_without_a_graph_break(function):
-    inputs = group_case("tiny") if function is group_attention else conditional_case("tiny")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_packed_attention(extension, name, dtype):
+    """torch's own attention, and both of ours."""
+    both, v, valid = make_packed_case(name, dtype)
+
+    def torchs(both, v, valid):
+        q, k = (part.unflatten(-1, (v.shape[1], -1)).transpose(1, 2) for part in both.chunk(2, dim=-1))
+        scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1) if valid is None else None
+        return F.scaled_dot_product_attention(q, k, v, valid[:, None, None]) if scores is None else scores @ v
+
+    if name != "nothing-valid":
+        torch.testing.assert_close(
+            packed_attention_reference(both.double(), v.double(), valid), torchs(both.double(), v.double(), valid)
+        )
+    compare(packed_attention, packed_attention_reference, (both, v), ("both", "v"), dtype, valid, least=1e-14)
+
+
+def test_packed_attention_takes_any_width_and_strides(extension):
+    torch.manual_seed(0)
+    for width in (1, 7):
+        both, v = torch.randn(2, 3 * 2 * width, 5).transpose(1, 2), torch.randn(2, 3, 5, 4)
+        compare(packed_attention, packed_attention_reference, (both, v), ("both", "v"), torch.float32, None)
+
+
+def test_gradients_of_packed_queries_and_keys_come_in_one_tensor(extension):
+    both, v, valid = make_packed_case("tiny")
+    leaves = both.requires_grad_(), v.detach().requires_grad_()
+    out = packed_attention(*leaves, valid, backend="cpp")
+    weighting = torch.ones_like(out)
+    with Operations() as counted:
+        grads = torch.autograd.grad(out, leaves, weighting)
+    assert counted.count == 1 and [grad.shape for grad in grads] == [both.shape, v.shape]
+
+
+def test_packed_attention_names_what_does_not_fit():
+    both, v, valid = make_packed_case("tiny")
+    for wrong in (both[:, 1:], both[..., 1:], both[..., :0], both[0]):
+        with pytest.raises(ValueError, match="must hold queries and keys of the heads"):
+            packed_attention(wrong, v, valid)
+    with pytest.raises(ValueError, match=r"valid must be bool \[2, 5\], got torch.bool \[2, 4\]"):
+        packed_attention(both, v, valid[:, 1:])
+
+
+@pytest.mark.parametrize(
+    "function, case",
+    [
+        (group_attention, group_case),
+        (conditional_attention, conditional_case),
+        (packed_attention, make_packed_case),
+    ],
+)
+def test_compiles_without_a_graph_break(function, case):
+    inputs = case("tiny")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+class Unasked(torch.autograd.Function):
+    """Hands no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("attend, case", [(group_attention, group_case), (conditional_attention, conditional_case)])
+def test_backward_is_one_operation_and_none_without_a_gradient(extension, attend, case):
+    leaf, *rest = case("tiny")
+    leaf = leaf.detach().requires_grad_()
+    out = attend(leaf, *rest, backend="cpp")
+    weighting = torch.ones_like(out)
+    with Operations() as counted:
+        torch.autograd.grad(out, leaf, weighting, retain_graph=True)
+    assert counted.count == 1
+    Unasked.apply(out).backward()
+    assert leaf.grad is None
 
 
 def test_wrong_sizes_are_named():

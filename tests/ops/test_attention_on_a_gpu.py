@@ -6,7 +6,7 @@ import pytest
 import torch
 from gradients import DTYPES, compare
 
-from dndetr.ops import GroupLayout, conditional_attention, group_attention
+from dndetr.ops import GroupLayout, conditional_attention, group_attention, packed_attention
 
 group = importlib.import_module("dndetr.ops.group_attention")
 conditional = importlib.import_module("dndetr.ops.conditional_attention")
@@ -36,6 +36,14 @@ def test_conditional_attention(name, dtype):
     *inputs, valid = on_gpu(conditional.make_case(name, dtype))
     reference = conditional.conditional_attention_reference
     compare(conditional_attention, reference, inputs, PARTS, dtype, valid, least=CANCELLED)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", conditional.CASES)
+def test_packed_conditional_attention(name, dtype):
+    both, v, valid = on_gpu(conditional.make_packed_case(name, dtype))
+    reference = conditional.packed_attention_reference
+    compare(packed_attention, reference, (both, v), ("both", "v"), dtype, valid, least=CANCELLED)
 
 
 def test_live_slots_in_a_view():

@@ -26,15 +26,21 @@ def given_as(added, relu, x, scale, shift, shortcut, *norm):
     return x, scale, shift, taken, relu, *(norm if added == "normed shortcut" else (None, None))
 
 
-def run(case, backend, dtype=None, added="shortcut", relu=True, needs=(True, True)):
-    """The result and the gradients by name, of what needs one."""
+def run(case, backend, dtype=None, added="shortcut", relu=True, needs=(True, True), taken=None):
+    """The result and the gradients by name, of what needs one; ``taken``: once, or which of two results are."""
     case = [tensor.detach().to(dtype or tensor.dtype) for tensor in case]
     maps = (case[0],) if added == "nothing" else (case[0], case[3])
     asked = [each.requires_grad_() for each, needed in zip(maps, needs, strict=False) if needed]
-    y = frozen_norm(*given_as(added, relu, *case), backend)
+    results = frozen_norm(*given_as(added, relu, *case), backend, taken is not None)
+    y = results if taken is None else results[0]
     names = [name for name, needed in zip(NAMES[1 : 1 + len(maps)], needs, strict=False) if needed]
     slant = torch.linspace(-2, 3, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
-    grads = torch.autograd.grad(y, asked, slant) if asked else ()
+    if taken is None:
+        grads = torch.autograd.grad(y, asked, slant) if asked else ()
+    else:
+        assert torch.equal(*results) and results[0].data_ptr() == results[1].data_ptr()
+        slants = slant, slant.flip(0, 1).square()  # of another layout, too
+        grads = torch.autograd.grad([results[i] for i in taken], asked, [slants[i] for i in taken])
     return {"y": y.detach()} | dict(zip(names, grads, strict=True))
 
 
@@ -54,6 +60,27 @@ def check_precision(name, device="cpu", roundings=None):
             assert found.dtype == plain[part].dtype and found.shape == plain[part].shape
             bound = max(2 * error(plain[part], exact[part]), roundings.get(found.dtype, 0.0))
             assert error(found, exact[part]) <= bound, (name, added, relu, part)
+
+
+def check_twice(device="cpu", roundings=None):
+    """The gradients of two that take the result are added before they are rounded, and either may be missing."""
+    roundings = {torch.float64: 1e-13, torch.float32: 1e-6} | (roundings or {})
+    for name, (added, relu), taken in itertools.product(("tiny", "eights", "no-images"), FORMS, ((0, 1), (0,), (1,))):
+        case = op.make_case(name, device)
+        ways = (("reference", torch.float64), ("reference",), ("triton",))
+        exact, plain, given = (run(case, *way, added=added, relu=relu, taken=taken) for way in ways)
+        for part, found in given.items():
+            bound = max(2 * error(plain[part], exact[part]), roundings.get(found.dtype, 0.0))
+            assert found.dtype == plain[part].dtype and error(found, exact[part]) <= bound, (name, added, taken, part)
+    x, scale, shift, *_ = op.make_case("tiny", device)
+    with torch.no_grad():
+        assert not any(
+            y.requires_grad for y in frozen_norm(x.requires_grad_(), scale, shift, backend="triton", twice=True)
+        )
+    y, twin = frozen_norm(x, scale, shift, backend="triton", twice=True)
+    (grad,) = torch.autograd.grad((y * twin).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def check_strides(device="cpu"):
@@ -153,10 +180,15 @@ def check_the_shortcuts_norm_is_tested():
         check_refused("frozen_norm", "frozen_norm_forward", forward)
     for instead in (lambda scale: None, lambda scale: scale):
 
-        def backward(launcher, grad_y, y, scale, own_scale, *grads, instead=instead):
-            launcher(grad_y, y, scale, None if own_scale is None else instead(scale), *grads)
+        def backward(launcher, grad_y, twin, y, scale, own_scale, *grads, instead=instead):
+            launcher(grad_y, twin, y, scale, None if own_scale is None else instead(scale), *grads)
 
         check_refused("frozen_norm", "frozen_norm_backward", backward)
+
+    def alone(launcher, grad_y, twin, *given):
+        launcher(grad_y, None, *given)
+
+    check_refused("frozen_norm", "frozen_norm_backward", alone)
 
 
 @pytest.mark.parametrize(("added", "relu"), FORMS)
@@ -210,10 +242,10 @@ def test_fake_tensors(fake_cuda):
         y = torch.ops.dndetr.frozen_norm(*given_as(added, relu, x, channel, channel, x, channel, channel))
         assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
         assert y.is_contiguous(memory_format=torch.channels_last)
-    for own in (None, channel):
-        grad_x, grad_shortcut = torch.ops.dndetr.frozen_norm_backward(x, y, channel, own, True, False)
+    for own, twin in itertools.product((None, channel), (None, x)):
+        grad_x, grad_shortcut = torch.ops.dndetr.frozen_norm_backward(x, twin, y, channel, own, True, False)
         assert grad_x.stride() == y.stride() and grad_shortcut.shape == (0,)
-        grad_x, grad_shortcut = torch.ops.dndetr.frozen_norm_backward(x, None, channel, own, False, True)
+        grad_x, grad_shortcut = torch.ops.dndetr.frozen_norm_backward(x, twin, None, channel, own, False, True)
         assert grad_x.shape == (0,) and grad_shortcut.stride() == y.stride()
 
 
@@ -230,7 +262,8 @@ from spoilt_kernels import check_self_test
 check_precision("bf16", roundings={torch.bfloat16: 8e-3})  # bfloat16 is truncated here
 check_precision("tiny")
 check_edges()
-check_self_test("frozen_norm", frozen_norm_forward=(7,), frozen_norm_backward=(4, 5))
+check_twice(roundings={torch.bfloat16: 8e-3})
+check_self_test("frozen_norm", frozen_norm_forward=(7,), frozen_norm_backward=(5, 6))
 check_the_shortcuts_norm_is_tested()
 """
 
@@ -257,7 +290,17 @@ for added, relu in FORMS:
     assert torch.autograd.gradcheck(lambda *small: frozen_norm(*given_as(added, relu, *small), "triton"), small)
 def step(added, *case):
     return frozen_norm(*given_as(added, True, *case), "triton")
+def twice(added, *case):
+    y, twin = frozen_norm(*given_as(added, True, *case), "triton", True)
+    return y + 2 * twin
+def thrice(added, *case):
+    return 3 * step(added, *case)
 weighting = torch.randn(case[0].shape, dtype=case[0].dtype)
+small32 = [tensor.float().requires_grad_(tensor.dim() == 4) for tensor in op.make_case("tiny")]
+for way in (twice, torch.compile(twice, fullgraph=True, backend="aot_eager")):
+    asked = small32[0], small32[3]
+    results = [torch.autograd.grad(each("shortcut", *small32).sum(), asked) for each in (way, thrice)]
+    torch.testing.assert_close(*results)
 for added in ADDED[1:]:
     ways = step, torch.compile(step, fullgraph=True, backend="aot_eager")
     expected, found = (torch.autograd.grad(way(added, *case), (case[0], case[3]), weighting) for way in ways)
@@ -284,7 +327,7 @@ def test_gpu_is_as_precise_as_the_reference(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_strides, check_edges, check_needs])
+@pytest.mark.parametrize("check", [check_strides, check_edges, check_needs, check_twice])
 def test_gpu_in_awkward_cases(check):
     check("cuda")
 
@@ -332,7 +375,8 @@ def test_gpu_replays_in_a_graph(added):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("channels", [24, 91, 256])
 @pytest.mark.parametrize("added", ADDED[1:])
-def test_triton_compiles_for_gpus_without_spilling(added, channels, dtype, arch, tmp_path):
+@pytest.mark.parametrize("twice", [False, True])
+def test_triton_compiles_for_gpus_without_spilling(twice, added, channels, dtype, arch, tmp_path):
     triton = pytest.importorskip("triton")
     from dndetr.kernels import frozen_norm as kernels
 
@@ -340,6 +384,8 @@ def test_triton_compiles_for_gpus_without_spilling(added, channels, dtype, arch,
     own = "shortcut_scale", "shortcut_shift"
     if added == "shortcut":
         constants |= dict.fromkeys(own)
+    if not twice:
+        constants["grad_twin"] = None
     types = {"rows": "i32", "packs": "i32"} | dict.fromkeys(("scale", "shift", *own), "*fp32")
     for function in (kernels.frozen_norm_forward_kernel, kernels.frozen_norm_backward_kernel):
         compiled, usage = build(function, types, constants, arch, tmp_path, other=f"*{dtype}", num_warps=4)
