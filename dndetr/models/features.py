@@ -15,10 +15,10 @@ class Features(NamedTuple):
     """Flattened feature levels, finest first.
 
     tokens, position [B, S, C], no position where nothing asks for it; shapes ((h, w), ...) Python ints; valid_sizes
-    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside; level_embed [L, C]: what of the
-    position is learned, if anything is; values [B, S, C]: tokens as the next deformable attention projects them, where
-    that is done. Of several scales also centres [B, S, 2] (x, y) of tokens, relative to the valid part of their level;
-    ratios [B, L, 2] (x, y): valid part of each level's width and height.
+    [B, L, 2] int64 valid (height, width) per level; valid [B, S] bool, True inside. Of several scales also centres
+    [B, S, 2] (x, y) of tokens, relative to the valid part of their level; ratios [B, L, 2] (x, y): valid part of each
+    level's width and height. level_embed [L, C]: what of the position is learned, if anything is; values [B, S, C]:
+    tokens as the next deformable attention projects them, where that is done.
     """
 
     tokens: Tensor
@@ -26,10 +26,10 @@ class Features(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     valid_sizes: Tensor
     valid: Tensor
-    level_embed: Tensor | None = None
-    values: Tensor | None = None
     centres: Tensor | None = None
     ratios: Tensor | None = None
+    level_embed: Tensor | None = None
+    values: Tensor | None = None
 
     def valid_ratios(self, dtype: torch.dtype) -> Tensor:
         """``ratios`` in this dtype."""
@@ -140,11 +140,11 @@ class InputProjection(nn.Module):
         learned = None if position is None else self.level_embed
         if not self.multi_scale:
             valid = valid_pixels(valid_sizes, shapes)
-            return Features(tokens, position, shapes, valid_sizes, valid, learned)
+            return Features(tokens, position, shapes, valid_sizes, valid, level_embed=learned)
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         valid, centres = places_of_tokens(valid_sizes, shapes, dtype)
         ratios = (valid_sizes.to(dtype) / sides.to(dtype)).flip(-1)
-        return Features(tokens, position, shapes, valid_sizes, valid, learned, centres=centres, ratios=ratios)
+        return Features(tokens, position, shapes, valid_sizes, valid, centres, ratios, learned)
 
     def _position(self, valid_sizes: Tensor, shapes, sides: Tensor) -> Tensor:
         # Under autocast the weights may be in half precision (training/lowered.py), which is too coarse for a position.

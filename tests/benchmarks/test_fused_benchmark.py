@@ -91,4 +91,4 @@ def test_every_op_competes_at_the_sizes_of_training():
     products = {"activated_product", "activated_product_backward"}
     norms = {"stem", "frozen_norm", "add_norm", "column_sums", "level_sums", "prelu"}
     assert kinds == norms | encodings | products
-    assert len(bench_fused.CONTESTS) == 38
+    assert len(bench_fused.CONTESTS) == 39

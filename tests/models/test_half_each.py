@@ -105,7 +105,8 @@ def test_a_deformable_decoder_projects_tokens_for_all_layers_at_once(half_on_a_c
         nn.init.normal_(parameter, std=0.1)
     sizes = torch.tensor(shapes).expand(2, -1, -1)
     tokens = torch.randn(2, 26, 32).bfloat16().requires_grad_()
-    given = features.Features(tokens, None, shapes, sizes, valid_pixels(sizes, shapes))
+    whole = {"centres": torch.zeros(2, 26, 2), "ratios": torch.ones(2, 2, 2)}
+    given = features.Features(tokens, None, shapes, sizes, valid_pixels(sizes, shapes), **whole)
     content, anchors = torch.randn(2, 7, 32), torch.randn(2, 7, 4)
     monkeypatch.setattr(deformable_decoder, "half_precision", module.half_precision)
     calls, own = [], deformable_decoder.linear_each
