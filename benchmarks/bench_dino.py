@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dndetr.batch import Targets
 from dndetr.counting.stages import PARTS
 from dndetr.models.dn_detr import Predictions
-from dndetr.models.features import Features
+from dndetr.models.features import Features, places_of_tokens
 from dndetr.models.proposals import ProposalHead, Proposals, proposed_logits
 from dndetr.ops.match import Matches
 from dndetr.training.criterion import Criterion, Losses
@@ -111,8 +111,8 @@ def case(device: str, levels=LEVELS, count: int = COUNT, images: int = 2) -> tup
     nn.init.normal_(head.bbox_embed.layers[-1].weight, std=0.02)
     nn.init.zeros_(head.enc_output.bias)  # tokens without a sound proposal score alike, and so low that none is taken
     tokens = torch.randn(images, sum(h * w for h, w in levels), WIDTH)
-    sizes, valid = torch.tensor(levels).repeat(images, 1, 1), torch.ones(tokens.shape[:2], dtype=torch.bool)
-    on_device = (x.to(device) for x in (sizes, valid))
+    sizes = torch.tensor(levels).repeat(images, 1, 1)
+    on_device = (x.to(device) for x in (sizes, *places_of_tokens(sizes, levels, tokens.dtype)))
     return head.to(device), Features(tokens.to(device).requires_grad_(), None, levels, *on_device)
 
 
