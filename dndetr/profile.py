@@ -48,8 +48,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
     """Count a step as the arguments say -> its stages and dearest operations, as text."""
-    if any(argument.partition("=")[0] == "--data" for argument in rest):
+    unread = {argument.partition("=")[0] for argument in rest} & {"--data", "--init", "--resume"}
+    if "--data" in unread:
         raise ValueError("--count reads no data: leave out --data (--classes is the number of its classes)")
+    if unread:
+        raise ValueError(f"--count reads no weights: leave out {', '.join(sorted(unread))} (--preset is counted)")
     for name in ("objects", "classes"):
         number = getattr(given, name)
         if number is not None and number < 1:
@@ -64,7 +67,7 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
     from .counting.report import numbers, words
     from .counting.step import count_step
 
-    name = given.gpu or "h200"
+    name = "h200" if given.gpu is None else given.gpu
     gpu = gpu_named(name)
     operations, stages = count_step(config, canvas, objects, classes)
     found = numbers(operations, stages, gpu)

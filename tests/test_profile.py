@@ -59,6 +59,8 @@ def test_a_step_is_counted_without_gpu_and_data(tmp_path, capsys):
         ("--count --objects 0", "--objects 0: give 1 or more"),
         ("--count --classes -1", "--classes -1: give 1 or more"),
         ("--count --data shapes", "--count reads no data: leave out --data"),
+        ("--count --init a.pth --resume=run", "--count reads no weights: leave out --init, --resume"),
+        ("--count --gpu=", "--gpu : choose one of"),
         ("--count --json no/such/folder/x.json", "no/such/folder"),
         ("--count --model.checkpointing", "--model.checkpointing"),
         ("--count --no-such-flag 1", "--no-such-flag"),
@@ -68,6 +70,13 @@ def test_mistakes_in_counting_are_told_in_one_line(capsys, flags, told):
     assert profile.main(flags.split()) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and told in captured.err
+
+
+def test_ops_that_run_on_no_gpu_are_not_counted(capsys, monkeypatch):
+    monkeypatch.setenv("DNDETR_BACKEND", "reference")
+    assert profile.main(["--count"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "runs on no GPU, and is not counted: unset DNDETR_BACKEND" in told
 
 
 def test_kernels_alone_count_on_a_gpu():

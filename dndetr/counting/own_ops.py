@@ -250,7 +250,10 @@ OWN: dict[str, Callable[..., Own]] = {
 def own_cost(name: str, args: tuple, kwargs: dict, result) -> tuple[Own, int]:
     """What an op of ours costs, and the bytes of its inputs and results; ValueError for one without an entry."""
     if name not in OWN:
-        raise ValueError(f"{name} cannot be counted: dndetr/counting/own_ops.py does not say what it costs on a GPU")
+        raise ValueError(
+            f"{name} runs on no GPU, and is not counted: unset DNDETR_BACKEND and its like, where they are set (what a "
+            "new op costs is to be said in dndetr/counting/own_ops.py)"
+        )
     inputs = {id(tensor): touched(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
     results = sum(map(touched, tensors_in(result)))
     return OWN[name](*args, **kwargs), sum(inputs.values()) + results

@@ -23,7 +23,7 @@ from .layers import (
     merge_heads,
     split_heads,
 )
-from .linear import half_precision, is_watched, linear_each
+from .linear import is_watched, linear_each, shared_half_precision
 
 
 class DeformableDecoderLayer(Recomputable):
@@ -109,9 +109,10 @@ class DeformableDecoder(nn.Module):
         ours = all(type(layer) is DeformableDecoderLayer and not layer.recomputed for layer in self.layers)
         attentions = [layer.cross_attn for layer in self.layers] if ours and torch.is_grad_enabled() else []
         ours = all(type(attention) is MSDeformAttn and not is_watched(attention) for attention in attentions)
-        if not attentions or not ours or half_precision(tokens, attentions[0].value_proj.weight) is None:
+        projections = [attention.value_proj for attention in attentions] if ours else []
+        if not projections or shared_half_precision(tokens, projections) is None:
             return [None] * len(self.layers)
-        return linear_each(tokens, [attention.value_proj for attention in attentions])
+        return linear_each(tokens, projections)
 
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None

@@ -98,8 +98,8 @@ def linear_layers(x: Tensor, layers: Sequence[Linear], slope: Tensor | None = No
     In half precision on a GPU all of them are one step of the gradient, unless a layer has hooks or no bias.
     Differentiable as :func:`linear`.
     """
-    half = half_precision(x, layers[0].weight)
-    if half is not None and all(_is_bare(layer) and half_precision(x, layer.weight) == half for layer in layers):
+    half = shared_half_precision(x, layers)
+    if half is not None:
         parameters = [each.to(half) for layer in layers for each in (layer.weight, layer.bias)]
         rows = x.reshape(-1, x.shape[-1]).to(half)
         return _half_layers(rows, len(layers) - 1, slope, *parameters).view(*x.shape[:-1], -1)
@@ -126,8 +126,8 @@ def linear_each(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     In half precision on a GPU all of them are one step of the gradient, unless a layer has hooks or no bias: their
     gradients of x are added within products. It begins when all results have theirs. Differentiable as :func:`linear`.
     """
-    half = half_precision(x, layers[0].weight) if torch.is_grad_enabled() and all(map(_is_bare, layers)) else None
-    if half is None or any(half_precision(x, layer.weight) != half for layer in layers):
+    half = shared_half_precision(x, layers) if torch.is_grad_enabled() else None
+    if half is None:
         return [layer(x) for layer in layers]
     parameters = [each.to(half) for layer in layers for each in (layer.weight, layer.bias)]
     results = _HalfEach.apply(x.reshape(-1, x.shape[-1]).to(half), *parameters)
@@ -143,6 +143,14 @@ def is_watched(module: nn.Module) -> bool:
     """Whether hooks, or a forward of its own, see what goes into the module and comes out."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return any(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+
+
+def shared_half_precision(x: Tensor, layers: Sequence[nn.Module]) -> torch.dtype | None:
+    """The half-precision type in which a GPU multiplies x with all these layers, of which nobody else sees anything."""
+    if not all(map(_is_bare, layers)):  # first, as what others put in a layer's place need not have a weight
+        return None
+    found = {half_precision(x, layer.weight) for layer in layers}
+    return found.pop() if len(found) == 1 else None
 
 
 def half_precision(x: Tensor, weight: Tensor) -> torch.dtype | None:

@@ -108,7 +108,6 @@ def test_a_deformable_decoder_projects_tokens_for_all_layers_at_once(half_on_a_c
     whole = {"centres": torch.zeros(2, 26, 2), "ratios": torch.ones(2, 2, 2)}
     given = features.Features(tokens, None, shapes, sizes, valid_pixels(sizes, shapes), **whole)
     content, anchors = torch.randn(2, 7, 32), torch.randn(2, 7, 4)
-    monkeypatch.setattr(deformable_decoder, "half_precision", module.half_precision)
     calls, own = [], deformable_decoder.linear_each
     monkeypatch.setattr(deformable_decoder, "linear_each", lambda *each: calls.append(each) or own(*each))
     seen = []

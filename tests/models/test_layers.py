@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from operations import Operations
 from torch import nn
 
+from dndetr.models.build import build_model
 from dndetr.models.encoder import DenseEncoderLayer
 from dndetr.models.layers import FeedForward, Linear, PackedProjections, ResidualNorm, Stream, lowered
 from dndetr.ops import _backend, images_of
@@ -105,3 +106,37 @@ def test_attention_of_the_dense_encoder_on_a_gpu_is_never_torchs_own(fake_cuda, 
     parameters = {name: torch.empty(each.shape, device="cuda") for name, each in layer.named_parameters()}
     valid = torch.empty(2, 9, dtype=torch.bool, device="cuda")
     assert torch.func.functional_call(layer, parameters, (Stream.of(x), x, valid)).full.shape == x.shape
+
+
+class Adapted(torch.nn.Module):
+    """A layer with something added to it, as adapters put in its place: it has no weight of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.added = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x, *args, **kwargs):
+        return self.base(x, *args, **kwargs) + self.added(x)
+
+
+@pytest.mark.parametrize("variant", ["dn-detr", "dn-deformable-detr", "dino"])
+def test_layers_may_be_replaced_by_what_has_no_weight(variant):
+    torch.manual_seed(0)
+    model = build_model(detectors.CONFIGS[variant], detectors.CLASSES)
+    batch = detectors.make_batch([3, 5], 8)
+    plain = model(images_of(batch), batch.sizes)
+    linears = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is Linear and not name.endswith("_embed")
+    ]
+    added = []
+    for parent, name in linears:
+        replacement = Adapted(getattr(parent, name))
+        added += torch.nn.init.zeros_(replacement.added.weight), torch.nn.init.zeros_(replacement.added.bias)
+        setattr(parent, name, replacement)
+    adapted = model(images_of(batch), batch.sizes)
+    torch.testing.assert_close(adapted.boxes, plain.boxes)
+    (adapted.boxes.sum() + adapted.logits.square().sum()).backward()
+    assert len(added) > 60 and sum(x.grad is not None and bool(x.grad.any()) for x in added) > len(added) / 2
