@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops._backend import plain_torch_only
 from ..ops.conditional_attention import packed_attention
 from ..ops.ms_deform_attn import ms_deform_attn_projected
 from .features import Features, PositionGradient, token_centres
@@ -18,7 +17,7 @@ from .layers import (
     Stream,
     merge_heads,
 )
-from .linear import Linear, parallel_linear
+from .linear import Linear, half_precision, parallel_linear
 
 
 class DenseEncoderLayer(Recomputable):
@@ -132,7 +131,8 @@ class DeformableEncoder(nn.Module):
     def forward(self, features: Features) -> Features:
         """Features -> Features with encoded tokens, as projections take them."""
         x, position = Stream.of(features.tokens), features.position
-        apart = features.level_embed is not None and not (torch.compiler.is_compiling() or plain_torch_only())
+        # In half precision alone sums over pixels cost less than a position's gradient in float32.
+        apart = features.level_embed is not None and half_precision(x.low, features.level_embed) is not None
         if apart:
             position = position.detach()
         if len(self.layers):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._backend import plain_torch_only
 from ..ops.add_norm import add_norm
 from .activations import PReLU, activation
 from .linear import Linear, linear, linear_layers
@@ -33,19 +32,6 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class _Positioned(torch.autograd.Function):
-    """full + position, rounded as low, whose gradient it shares: nothing goes back in float32 for a sum of half."""
-
-    @staticmethod
-    def forward(ctx, full, low, position):
-        ctx.dtype = position.dtype
-        return torch.add(full, position, out=torch.empty_like(low))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, grad, grad.to(ctx.dtype) if ctx.needs_input_grad[2] else None
-
-
 class Stream(NamedTuple):
     """The residual stream, [..., C], in the forms that layers take it in.
 
@@ -64,10 +50,7 @@ class Stream(NamedTuple):
 
     def plus(self, position: Tensor) -> Tensor:
         """The stream with ``position`` [..., C] added, for projections."""
-        plain = self.low is self.full or torch.compiler.is_compiling() or plain_torch_only()
-        if plain or position.shape != self.full.shape:
-            return (self.full + position).to(self.low.dtype)
-        return _Positioned.apply(self.full, self.low, position)
+        return (self.full + position).to(self.low.dtype)
 
 
 class ResidualNorm(nn.LayerNorm):

@@ -112,9 +112,9 @@ def linear_layers(x: Tensor, layers: Sequence[Linear], slope: Tensor | None = No
 def parallel_linear(x: Tensor, *layers: nn.Module) -> Tensor:
     """x [..., K] through layers beside each other -> their results [..., N of all], by one product where it may be.
 
-    Layers that others have replaced, hooked or wrapped are called one by one.
+    In half precision on a GPU, that is. Layers that others have replaced, hooked or wrapped are called one by one.
     """
-    if not all(map(_is_bare, layers)):
+    if shared_half_precision(x, layers) is None:
         return torch.cat([layer(x) for layer in layers], dim=-1)
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     return linear(x, weight, bias)

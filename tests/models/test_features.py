@@ -96,7 +96,7 @@ def test_level_embeddings_have_the_gradient_of_all_positions(monkeypatch, layers
     canvas = batch.canvas
 
     def outcome(plain):
-        monkeypatch.setattr(encoders, "plain_torch_only", lambda: plain)
+        monkeypatch.setattr(encoders, "half_precision", lambda *_: None if plain else torch.float16)
         found = model.projection(model.backbone(images_of(batch).double()), batch.sizes, canvas)
         tokens = model.encoder(found).tokens
         parameters = [*model.projection.parameters(), *model.encoder.parameters()]

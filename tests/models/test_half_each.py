@@ -130,3 +130,23 @@ def test_a_deformable_decoder_projects_tokens_for_all_layers_at_once(half_on_a_c
     assert not calls and bool(seen) == (change == "hook")
     assert all(torch.equal(*pair) for pair in zip(together[:-1], apart, strict=True))
     torch.testing.assert_close(together[-1], grad, rtol=5e-2, atol=5e-2 * grad.abs().max().item())
+
+
+def test_layers_beside_each_other_are_one_product(half_on_a_cpu, monkeypatch):
+    torch.manual_seed(0)
+    layers = [module.Linear(16, width).bfloat16() for width in (24, 12)]
+    x = torch.randn(2, 9, 16).bfloat16().requires_grad_()
+    weighting = torch.randn(2, 9, 36).bfloat16()
+    leaves = [x, *(parameter for layer in layers for parameter in layer.parameters())]
+    calls, own = [], module.linear
+    monkeypatch.setattr(module, "linear", lambda *args: calls.append(args) or own(*args))
+    out = module.parallel_linear(x, *layers)
+    assert len(calls) == 1
+    expected = torch.cat([torch.nn.functional.linear(x, layer.weight, layer.bias) for layer in layers], dim=-1)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    grads = (torch.autograd.grad(result, leaves, weighting) for result in (out, expected))
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=5e-2)
+    layers[1].register_forward_hook(lambda layer, args, result: result + 1)
+    hooked = module.parallel_linear(x, *layers)
+    torch.testing.assert_close(hooked[..., 24:], expected[..., 24:] + 1, rtol=1e-2, atol=2e-2)

@@ -37,29 +37,6 @@ def test_under_autocast_the_stream_is_float32_and_what_projections_take_is_not(d
         assert torch.equal(stream.low, stream.full.bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_position_is_added_in_float32_and_the_gradient_stays_in_half_precision(dtype):
-    torch.manual_seed(0)
-    full, position, wide = torch.randn(2, 5, 16), torch.randn(2, 5, 16).to(dtype), torch.randn(5, 16)
-    full.requires_grad_(), position.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        stream = Stream.of(full)
-        out, broadcast = stream.plus(position), stream.plus(wide)
-    assert torch.equal(out, (full + position).bfloat16()) and torch.equal(broadcast, (full + wide).bfloat16())
-    weighting = torch.randn(2, 5, 16).bfloat16()
-    # A gradient of low: added to those of the projections that take low, before it is cast.
-    with Operations() as counted:
-        grads = torch.autograd.grad(out, (stream.low, position), weighting, retain_graph=True)
-    assert counted.count == (dtype == torch.float32)  # a cast
-    assert [grad.dtype for grad in grads] == [torch.bfloat16, dtype]
-    assert all(torch.equal(grad, weighting.to(grad.dtype)) for grad in grads)
-    (grad,) = torch.autograd.grad(out, full, weighting)
-    assert grad.dtype == torch.float32 and torch.equal(grad, weighting.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        fixed = stream.plus(position.detach())
-    assert torch.autograd.grad(fixed, stream.low, weighting)[0] is weighting
-
-
 @pytest.mark.parametrize("name", ["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"])
 def test_under_autocast_no_projection_of_a_layer_casts_its_input(name):
     model, batch = detectors.build(name), detectors.make_batch([3, 5], 8)
