@@ -24,7 +24,7 @@ void ms_deform_attn_backward_cuda(const DeformAttn& p, Array grad_out, const Def
     };
     using M = deform::Mapping<Element, width.value>;
     const bool few = width.value > 0 && deform::few_rows(p, M::lanes, launch.multiprocessors());
-    if constexpr (deform::has_value_gradient<Element, width.value>) {
+    if constexpr (deform::has_half_kernels<Element, width.value>) {
       const deform::Plan plan = deform::value_plan_for<Element, width.value>(p);
       const auto tiles = [&](auto fixed, auto given) {
         using Given = decltype(given);

@@ -19,7 +19,8 @@ constexpr int kBatch = 8;                // rows that a warp prepares together
 constexpr int kBatchTeam = 32 / kBatch;  // lanes of each meanwhile
 constexpr int kSamples = 8;              // of a step: eight loads in flight forward, four backward
 
-// Which kernels there are: at the models' width.
+// For which values there are these kernels and value_gradient.cuh's: of half precision, which tensor cores take as they
+// are, at the models' width.
 template <class Element, int Width>
 constexpr bool has_half_kernels = sizeof(Element) == 2 && Width == 32;
 

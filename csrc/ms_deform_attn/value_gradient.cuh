@@ -19,10 +19,6 @@ constexpr int kTeam = 4;                 // lanes that place a query's samples
 constexpr int kValueThreads = kQueries * kTeam;
 constexpr int kMostSide = 1 << 15;      // pixels of a level
 
-// Which kernels there are: of half precision, whose gradients the tensor cores take as they are, at the models' width.
-template <class Element, int Width>
-constexpr bool has_value_gradient = sizeof(Element) == 2 && Width == 32;
-
 // A sample's upper left corner on its level, and whether the others are one pixel to the right and down.
 struct Corner {
   std::uint32_t bits;
