@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dndetr.data.coco import CocoDataset
 from dndetr.data.collate import canvas_bucket, collate
+from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.sample import Sample
 from dndetr.data.shapes import ShapesDataset
+from dndetr.data.source import read_split
 from dndetr.data.transforms import FixedTraining, OfficialEvaluation, OfficialTraining
 from dndetr.ops import normalise
 from dndetr.ops.resize import resize_reference
@@ -91,7 +92,7 @@ def bench_data(record, monkeypatch, folder, kind):
 
     dataset = ShapesDataset("train", IMAGES)
     if KINDS[kind] is not None:
-        dataset = CocoDataset(folder, "train", KINDS[kind], cache_bytes=0)
+        dataset = FolderDataset(read_split(folder, "train"), KINDS[kind], cache_bytes=0)
     ours, found = transforms.resize, {}
 
     def read(epoch: int, put: Callable[[Sequence[Sample]], Tensor]) -> None:

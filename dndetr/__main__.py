@@ -13,7 +13,7 @@ COMMANDS = {
     "health": "what denoising does in a trained detector: boxes restored, leaks, cost",
     "predict": "draw what a trained detector finds in images, folders and videos",
     "export": "write a trained detector as an ONNX or torch.export file",
-    "check_data": "look for everything that is wrong with a COCO-format folder",
+    "check_data": "look for everything that is wrong with a data set",
     "shapes": "write the built-in data as a COCO-format folder",
     "profile": "trace training steps, or count one without a GPU, and name their dearest parts",
     "bench": "compare benchmark results",

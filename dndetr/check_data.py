@@ -1,4 +1,4 @@
-"""``python -m dndetr.check_data DIR``: everything that is wrong with a COCO-format folder, and what is in it."""
+"""``python -m dndetr.check_data DIR``: everything that is wrong with a data set, and what is in it."""
 
 import sys
 from collections import Counter
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import rich.console
 import rich.markup
 import rich.progress
@@ -15,23 +16,13 @@ import tyro
 
 from .commandline import program
 from .config import Config
-from .data.annotations import (
-    NOTHING_TO_LEARN,
-    Classes,
-    Problem,
-    Split,
-    class_problems,
-    classes_of,
-    find_problems,
-    find_split,
-    read_document,
-    sound_images,
-)
 from .data.batch_shapes import choose_shapes
-from .data.checks import MISSING, file_problems, turn_remarks
-from .data.classes import distinct_names
-from .data.coco import CocoDataset
+from .data.checks import MISSING, file_problems, told, turn_remarks
+from .data.classes import Classes, distinct_names
 from .data.errors import DataError
+from .data.folder_dataset import FolderDataset
+from .data.records import NOTHING_TO_LEARN, Problem, Records, Source, class_problems
+from .data.source import open_source
 from .data.training import training_transform
 from .data.transforms import Unresized
 from .demands import demand
@@ -48,7 +39,11 @@ class Arguments:
     """One check: every image is decoded, every problem listed, the objects of each class counted."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """COCO-format folder."""
+    """Folder in COCO, YOLO or VOC format."""
+    val_share: float | None = None
+    """For data without a validation split: as of the train command."""
+    split_file: Path | None = None
+    """As of the train command."""
     splits: tuple[str, ...] = ()
     """Splits to check (default: train, val, and test where there is one)."""
     output: Path | None = None
@@ -62,57 +57,47 @@ class Arguments:
 class Report(NamedTuple):
     """One split: what is in it, what is wrong, and the data set as far as it can be used."""
 
-    split: Split
-    images: int
-    classes: Classes
-    counts: Counter[int]
+    records: Records
+    counts: list[int]
     problems: list[Problem]
     remarks: list[str]
-    dataset: CocoDataset | None
+    dataset: FolderDataset | None
 
 
-def check_split(split: Split, training: Classes | None = None) -> Report:
-    """Everything wrong with a split, each image decoded; training: the classes of the training split.
-
-    Raises DataError where the JSON has no lists of entries to look at.
-    """
-    document = read_document(split.json)
-    problems = list(find_problems(document))
-    classes = [] if problems else classes_of(document)
+def check_split(records: Records, training: Classes | None = None) -> Report:
+    """Everything wrong with a split, each image decoded; training: the classes of the training split."""
+    problems = list(records.problems)
     if training is not None:
-        problems += class_problems(classes, training)
-    images = sound_images(document)
-    with _progress(f"decoding {split.images}", len(images)) as advance:
-        files = file_problems(split, images, decode=True, progress=advance, turns=(turns := Counter()))
-    dataset, remarks = None, turn_remarks(turns)
-    if not problems and len(files) < len(images) and not any(problem.kind == MISSING for problem in files):
-        dataset = CocoDataset(split.root, split.name, Unresized(), training or classes, cache_bytes=0)
-        remarks = [*dataset.remarks, *remarks]
+        problems += class_problems(records.classes, training)
+    with _progress(f"decoding {records.folder}", len(records)) as advance:
+        files = file_problems(records, decode=True, progress=advance, turns=(turns := Counter()))
+    dataset, remarks = None, [*records.remarks, *turn_remarks(turns)]
+    if not problems and len(files) < len(records) and not any(problem.kind == MISSING for problem in files):
+        dataset = FolderDataset(records, Unresized(), training or records.classes, cache_bytes=0)
+        remarks = [*dataset.remarks, *turn_remarks(turns)]
         dataset.leave_out(problem.index for problem in files)
-        if training is None and split.name == "train" and not any(dataset.counts):
+        if training is None and records.name == "train" and not any(dataset.counts):
             problems.append(Problem("objects", NOTHING_TO_LEARN))
-    problems += [Problem(problem.kind, problem.message) for problem in files]
-    objects = [entry for entry in document["annotations"] if classes and not entry.get("iscrowd")]
-    counts = Counter(entry["category_id"] for entry in objects)
-    return Report(split, len(document["images"]), classes, counts, problems, remarks, dataset)
+    problems += told(files)
+    single = records.objects.label[~records.objects.crowd]
+    counts = np.bincount(single, minlength=len(records.classes)).tolist()
+    return Report(records, counts, problems, remarks, dataset)
 
 
-def check_folder(root: Path, splits: Sequence[str] = ()) -> tuple[list[Report], list[str]]:
+def check_source(source: Source, splits: Sequence[str] = ()) -> tuple[list[Report], list[str]]:
     """Reports on the splits, by default train, val, and test where there is one; and what keeps one from being read."""
     reports, obstacles = [], []
     for name in splits or ("train", "val", "test"):
+        if not splits and name == "test" and name not in source.splits:
+            continue  # what training does not need may be absent
         try:
-            split = find_split(root, name)
+            records = source.read(name)
         except DataError as error:
-            # What training does not need may be absent.
-            if (splits or name != "test") and str(error) not in obstacles:
+            if str(error) not in obstacles:
                 obstacles.append(str(error))
             continue
-        training = next((report.classes for report in reports if report.split.name == "train"), None)
-        try:
-            reports.append(check_split(split, training or None))
-        except DataError as error:
-            obstacles.append(str(error))
+        training = next((report.records.classes for report in reports if report.records.name == "train"), None)
+        reports.append(check_split(records, training or None))
     return reports, obstacles
 
 
@@ -125,7 +110,7 @@ def draw_sheet(path: Path, reports: Sequence[Report], title: str) -> int:
         names = names or distinct_names(dataset.classes)
         for index in _choose(dataset, _SAMPLES // len(usable)):
             sample = dataset.sample(index)
-            caption = f"{report.split.name} image {sample.image_id}: {len(sample.labels)} objects"
+            caption = f"{report.records.name} image {sample.image_id}: {len(sample.labels)} objects"
             boxes, labels = sample.boxes_xyxy.tolist(), sample.labels.tolist()
             samples.append((dataset.picture(index), boxes, labels, caption))
     if samples:
@@ -133,7 +118,7 @@ def draw_sheet(path: Path, reports: Sequence[Report], title: str) -> int:
     return len(samples)
 
 
-def _choose(dataset: CocoDataset, count: int) -> list[int]:
+def _choose(dataset: FolderDataset, count: int) -> list[int]:
     """Images from all over a split; each adds what was seen least among those before it."""
     candidates = (
         [round(at * (len(dataset) - 1) / 199) for at in range(200)] if len(dataset) > 200 else range(len(dataset))
@@ -159,23 +144,27 @@ def _progress(text: str, files: int) -> Iterator[Callable[[int], None]]:
 def print_reports(reports: Sequence[Report], obstacles: Sequence[str]) -> None:
     """Sizes, the class table and remarks, then one line for each problem."""
     for report in reports:
-        objects = f", {report.counts.total():,} objects of {len(report.classes)} classes" if report.classes else ""
-        print(f"{report.split.name}: {report.images:,} images{objects} ({report.split.json})")
+        records, classes = report.records, report.records.classes
+        objects = f", {sum(report.counts):,} objects of {len(classes)} classes" if classes else ""
+        print(f"{records.name}: {len(records):,} images{objects} ({records.file})")
         for remark in report.remarks:
             print(f"  {remark}")
-    known = [report for report in reports if report.classes]
+    known = [report for report in reports if report.records.classes]
     if known:
-        classes = known[0].classes
-        table = {report.split.name: [report.counts[number] for number, _ in classes] for report in known}
+        classes = known[0].records.classes
+        table = {}
+        for report in known:
+            found = dict(zip((number for number, _ in report.records.classes), report.counts, strict=True))
+            table[report.records.name] = [found.get(number, 0) for number, _ in classes]
         Console().classes(classes, table)
     for obstacle in obstacles:
         print(f"problem: {obstacle}")
     for report in reports:
         for problem in report.problems:
-            print(f"problem: {report.split.json}: {problem.message}")
+            print(f"problem: {report.records.of(problem)}")
 
 
-def batch_lines(dataset: CocoDataset, config: Config, batch_sizes: Sequence[int]) -> list[str]:
+def batch_lines(dataset: FolderDataset, config: Config, batch_sizes: Sequence[int]) -> list[str]:
     """For each size of a batch one line: the shapes that training on a GPU would choose, and how far they carry."""
     transform = training_transform(config)
     if transform.canvas is not None:
@@ -200,10 +189,16 @@ def run(arguments: Arguments) -> None:
         demand(size >= 1, "batch-size", size, "1 or more")
     if output is not None:
         demand_file(output, "give another --output")
-    reports, obstacles = check_folder(folder, arguments.splits)
+    try:
+        source = open_source(folder, arguments.val_share, arguments.split_file)
+    except DataError as error:
+        reports, obstacles = [], [str(error)]
+    else:
+        print(f"{folder}: {source.about}")
+        reports, obstacles = check_source(source, arguments.splits)
     print_reports(reports, obstacles)
     for report in reports:
-        if report.split.name == "train" and report.dataset is not None and any(report.dataset.counts):
+        if report.records.name == "train" and report.dataset is not None and any(report.dataset.counts):
             print("\n".join(batch_lines(report.dataset, config, arguments.batch_size)))
     if output is not None:
         drawn = draw_sheet(output, reports, str(folder))

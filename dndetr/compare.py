@@ -101,7 +101,7 @@ def make_plan(arguments: Arguments, rest: Sequence[str]) -> Plan:
     flags, first = _without_seed(flags)
     base = train.parse(flags)
     if base.data is None:
-        raise ValueError(f"--preset {base.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
+        raise ValueError(f"--preset {base.preset} needs data: --data DIR (yours) or --data shapes")
     values = list(arguments.values)
     if not values and field == "denoising.groups":
         values = [str(base.denoising.groups or 5), "0"]

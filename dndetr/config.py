@@ -299,7 +299,11 @@ class Config:
     preset: str = "tiny"
     """The preset that everything else starts from."""
     data: str | None = None
-    """A COCO-format folder, or "shapes" for the built-in data (a folder of that name is ./shapes)."""
+    """A folder in COCO, YOLO or VOC format, or "shapes" for the built-in data (a folder of that name is ./shapes)."""
+    val_share: float | None = None
+    """For data without a validation split: this share of the images is validated on, the same ones every time."""
+    split_file: str | None = None
+    """JSON file that keeps that division: it is followed where it is there, and written where it is not."""
     output: str | None = None
     """New folder for the run (default: a numbered one under runs/)."""
     resume: str | None = None
@@ -366,6 +370,8 @@ class Config:
             name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
         ]
         demand_counts(self, "", *counts)
+        if self.val_share is not None:
+            demand(0 < self.val_share < 1, "val-share", self.val_share, "a share between 0 and 1, such as 0.2")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         demand(self.workers >= 0, "workers", self.workers, "0 or more")

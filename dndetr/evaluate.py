@@ -34,7 +34,7 @@ class Arguments:
 
     model: ModelPath
     data: str | None = None
-    """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
+    """A folder in COCO, YOLO or VOC format, or "shapes" (default: the data that the run was trained on)."""
     split: str = "val"
     """Which part of the data: val, train, test or any name it has."""
     output: Path | None = None
@@ -112,14 +112,15 @@ def run(arguments: Arguments) -> Path:
 def open_split(arguments: Arguments, config):
     """The data set to evaluate on, prepared as ``config`` says, and its name in messages."""
     from .data.checks import check_files
-    from .data.coco import CocoDataset
+    from .data.folder_dataset import FolderDataset
     from .data.shapes import ShapesDataset
-    from .data.training import evaluation_transform, shapes_or_folder
+    from .data.source import open_source
+    from .data.training import evaluation_transform, shapes_or_folder, source_of
     from .runs.paths import demand_data_there
 
     source, name = (config.data, config.data_name) if arguments.data is None else (arguments.data, arguments.data)
     if source is None:
-        raise ValueError("--preset needs data: --data DIR (a COCO-format folder) or --data shapes")
+        raise ValueError("--preset needs data: --data DIR (yours) or --data shapes")
     if arguments.data is None:
         demand_data_there(config)
     for warning in shapes_or_folder(source):
@@ -129,7 +130,8 @@ def open_split(arguments: Arguments, config):
             return ShapesDataset("train", config.train_images, seed=config.seed), source
         return ShapesDataset(arguments.split, config.val_images), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
-    data = CocoDataset(source, arguments.split, evaluation_transform(config), cache_bytes=cache)
+    opened = source_of(config) if arguments.data is None else open_source(source)
+    data = FolderDataset(opened.read(arguments.split), evaluation_transform(config), cache_bytes=cache)
     if config.images.skip_unreadable or arguments.skip_unreadable:
         images = len(data)
         remarks = check_files(data, skip_unreadable=True)

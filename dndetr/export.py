@@ -99,20 +99,19 @@ def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | 
 
 def _validation_image(config):
     """The first validation image of the run's data that can be read: its file, or its pixels if it is built in."""
-    from .data.annotations import find_split, read_document
     from .data.errors import UnreadableImage
     from .data.image import read_image
     from .data.shapes import MIN_SIZE, render
+    from .data.training import source_of
 
     if config.data == "shapes":
         return render("val", 0, MIN_SIZE)[0].transpose(1, 2, 0)
     if config.data is None:
         raise ValueError("--preset needs an image to compare on: --image FILE")
     try:
-        split = find_split(config.data, "val")
+        records = source_of(config).read("val")
         unreadable = []
-        for image in read_document(split.json)["images"]:
-            path = split.images / image["file_name"]
+        for path in map(records.path, range(len(records))):
             try:
                 read_image(path)
             except UnreadableImage as error:

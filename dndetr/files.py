@@ -40,6 +40,15 @@ def _write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> No
         raise
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/dndetr``, or that of ``~/.cache``.
+
+    RuntimeError where there is no home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "dndetr"
+
+
 class Unwritten(OSError):
     """A file of ours that could not be written; the message names it, and the system's reason."""
 

@@ -23,7 +23,7 @@ class Arguments:
 
     model: ModelPath
     data: str | None = None
-    """A COCO-format folder, or "shapes" (default: the data that the run was trained on)."""
+    """A folder in COCO, YOLO or VOC format, or "shapes" (default: the data that the run was trained on)."""
     output: Path | None = None
     """New folder for denoising.png and denoising.json (default: only print)."""
     leak_check: bool = False

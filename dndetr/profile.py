@@ -110,7 +110,7 @@ def profile(arguments: Sequence[str]) -> str:
     demand_file(path, "give another --trace")
     config = train.parse(rest)
     if config.data is None:
-        raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
+        raise ValueError(f"--preset {config.preset} needs data: --data DIR (yours) or --data shapes")
 
     import torch
 

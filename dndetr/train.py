@@ -1,4 +1,4 @@
-"""``python -m dndetr.train``: train a detector on the built-in shapes or on a COCO-format folder."""
+"""``python -m dndetr.train``: train a detector on the built-in shapes or on a data set of yours."""
 
 import contextlib
 import sys
@@ -86,7 +86,7 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
                 )
             config = resumed_config(config, checkpoint["config"], arguments)
         if config.data is None:
-            raise ValueError(f"--preset {config.preset} needs data: --data DIR (a COCO-format folder) or --data shapes")
+            raise ValueError(f"--preset {config.preset} needs data: --data DIR (yours) or --data shapes")
         return _train(config, checkpoint, stack.enter_context(processes), listeners, stack)
 
 

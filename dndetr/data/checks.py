@@ -2,7 +2,8 @@
 
 Files are judged by their first and last bytes, which takes seconds for 100,000 of them, or decoded. Those found good
 are remembered by name, size and times in ``$XDG_CACHE_HOME/dndetr`` (default ``~/.cache``) and not opened again until
-they change; what was wrong is always looked at anew. Whatever can be said of the JSON alone is in ``annotations``.
+they change; what was wrong is always looked at anew. Whatever can be said of the annotations alone is in
+``formats``.
 """
 
 import hashlib
@@ -10,17 +11,17 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import write_atomic
-from .annotations import Split, raise_problems
-from .coco import CocoDataset
+from ..files import cache_folder, write_atomic
 from .errors import DataError, UnreadableImage
 from .file_names import MissingFiles
+from .folder_dataset import FolderDataset
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
+from .records import Problem, Records, raise_problems
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 
@@ -41,29 +42,34 @@ class FileProblem(NamedTuple):
     message: str
 
 
-def check_files(dataset: CocoDataset, skip_unreadable: bool = False) -> list[str]:
+def check_files(dataset: FolderDataset, skip_unreadable: bool = False) -> list[str]:
     """Raises a DataError with the first thing wrong with the files of a split -> remarks on the split to show once.
 
     skip_unreadable: leave out the images that cannot be decoded instead.
     """
-    split, pixels = dataset.split, sum(height * width for height, width in dataset.sizes)
-    problems = file_problems(split, dataset.images, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
-    remarks = [f"{split.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
+    records, pixels = dataset.records, dataset.records.sizes.prod(axis=1).sum()
+    problems = file_problems(records, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
+    remarks = [f"{records.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
     if not skip_unreadable:
-        raise_problems(problems, split)
+        raise_problems(told(problems), records)
         return remarks
     unreadable = [problem for problem in problems if problem.kind == UNREADABLE]
-    raise_problems([problem for problem in problems if problem.kind != UNREADABLE], split)
+    raise_problems(told(problem for problem in problems if problem.kind != UNREADABLE), records)
     if len(unreadable) == len(dataset):
-        raise DataError(f"{split.json}: not one image can be read; {unreadable[0].message}")
+        raise DataError(f"{records.file}: not one image can be read; {unreadable[0].message}")
     if unreadable:
-        others = f" (all: python -m dndetr.check_data {split.root})" if len(unreadable) > 1 else ""
+        others = f" (all: python -m dndetr.check_data {records.root})" if len(unreadable) > 1 else ""
         remarks.append(
-            f"{split.name}: {len(unreadable):,} of {len(dataset):,} images cannot be read and are skipped; "
+            f"{records.name}: {len(unreadable):,} of {len(dataset):,} images cannot be read and are skipped; "
             f"the first: {unreadable[0].message}{others}"
         )
         dataset.leave_out(problem.index for problem in unreadable)
     return remarks
+
+
+def told(problems: Iterable[FileProblem]) -> list[Problem]:
+    """The same as problems of their split."""
+    return [Problem(problem.kind, problem.message) for problem in problems]
 
 
 def turn_remarks(turns: Counter[str]) -> list[str]:
@@ -81,38 +87,37 @@ def turn_remarks(turns: Counter[str]) -> list[str]:
 
 
 def file_problems(
-    split: Split,
-    images: list[dict],
+    records: Records,
     decode: bool = False,
     progress: Callable[[int], None] = lambda files: None,
     turns: Counter[str] | None = None,
 ) -> list[FileProblem]:
-    """What is wrong with the files of images (entries of a COCO document whose fields are sound), in their order.
+    """What is wrong with the files of a split's images, in their order.
 
     decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
     turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
     """
-    memory, missing = _Memory(split, decode), MissingFiles(split)
+    memory, missing = _Memory(records, decode), MissingFiles(records)
     problems, waiting = [], []
-    for index, image in enumerate(images):
-        path = os.path.join(split.images, image["file_name"])
+    sizes, folder = [tuple(size) for size in records.sizes.tolist()], str(records.folder)
+    for index, (name, size) in enumerate(zip(records.names, sizes, strict=True)):
+        path = os.path.join(folder, name)
         try:
             status = os.stat(path)
         except OSError:
-            what = f"image {image.get('id')}: {missing.sentence(image)}"
-            problems.append(FileProblem(index, MISSING, what))
+            problems.append(FileProblem(index, MISSING, missing.sentence(index)))
             continue
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
-            what = f"image {image.get('id')}: {path}: is no file; put the image there"
+            what = f"{records.called(index)}{path}: is no file; put the image there"
             problems.append(FileProblem(index, UNREADABLE, what))
             continue
-        mark = memory.mark(image, status)
+        mark = memory.mark(name, size, status)
         if not memory.recalls(mark):
             waiting.append((index, path, mark))
-    progress(len(images) - len(waiting))
+    progress(len(records) - len(waiting))
 
     def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | str | None]:
-        return [_verdict(path, (images[i]["height"], images[i]["width"]), decode) for i, path, _ in chunk]
+        return [_verdict(path, sizes[index], decode) for index, path, _ in chunk]
 
     chunks = [waiting[at : at + _CHUNK] for at in range(0, len(waiting), _CHUNK)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
@@ -120,7 +125,7 @@ def file_problems(
             for (index, _, mark), verdict in zip(chunk, verdicts, strict=True):
                 if isinstance(verdict, DataError):
                     kind = UNREADABLE if isinstance(verdict, UnreadableImage) else SIZE
-                    problems.append(FileProblem(index, kind, f"image {images[index].get('id')}: {verdict}"))
+                    problems.append(FileProblem(index, kind, f"{records.called(index)}{verdict}"))
                 else:
                     memory.keep(mark, verdict)
             progress(len(chunk))
@@ -193,18 +198,18 @@ def _jpeg_frame(descriptor: int, head: bytes) -> tuple[tuple[int, int] | None, i
 class _Memory:
     """Fingerprints of the files of a split that were found good, kept between runs where that is possible."""
 
-    def __init__(self, split: Split, decode: bool):
-        self._split = split
+    def __init__(self, records: Records, decode: bool):
+        self._records = records
         self._known = self._read(decode=True) | (set() if decode else self._read(decode=False))
         self.turns: Counter[str] = Counter()
         self._good: set[bytes] = set()
         self._decode = decode
 
-    def mark(self, image: dict, status: os.stat_result) -> bytes:
+    def mark(self, name: str, size: tuple[int, int], status: os.stat_result) -> bytes:
         """Changes with the file, and with what the annotations say of it."""
         # The time of the last change of any kind, which cannot be set back like that of the content.
         times = status.st_mtime_ns, status.st_ctime_ns
-        about = (image["file_name"], image["height"], image["width"], status.st_size, *times)
+        about = (name, *size, status.st_size, *times)
         return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK - 1).digest()
 
     def recalls(self, mark: bytes) -> bool:
@@ -240,8 +245,5 @@ class _Memory:
         return {content[at : at + _MARK] for at in range(0, len(content) - _MARK + 1, _MARK)}
 
     def _path(self, decode: bool) -> Path:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if not cache.is_absolute():
-            cache = Path.home() / ".cache"
-        name = hashlib.blake2b(os.fsencode(self._split.json.resolve()), digest_size=8).hexdigest()
-        return cache / "dndetr" / "checked" / f"{name}.{'decoded' if decode else 'headers'}"
+        name = hashlib.blake2b(os.fsencode(self._records.file.resolve()), digest_size=8).hexdigest()
+        return cache_folder() / "checked" / f"{name}.{'decoded' if decode else 'headers'}"

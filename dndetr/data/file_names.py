@@ -8,30 +8,29 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from .annotations import Problem, Split
+from .records import Problem, Records
 
 
-def missing_files(split: Split, images: list[dict]) -> list[Problem]:
-    """Those images, entries of a document, whose file is not in the split's folder."""
-    present, missing = set(os.listdir(split.images)), MissingFiles(split)
-    absent = [
-        image
-        for image in images
-        if image["file_name"] not in present and not os.path.isfile(split.images / image["file_name"])
+def missing_files(records: Records) -> list[Problem]:
+    """Those images of a split whose file is not in its folder."""
+    present, missing = set(os.listdir(records.folder)), MissingFiles(records)
+    return [
+        Problem("missing file", missing.sentence(index))
+        for index, name in enumerate(records.names)
+        if name not in present and not os.path.isfile(os.path.join(records.folder, name))
     ]
-    return [Problem("missing file", f"image {image['id']}: {missing.sentence(image)}") for image in absent]
 
 
 class MissingFiles:
     """What to say of images without a file; the folder is looked through once, and only where that is asked."""
 
-    def __init__(self, split: Split):
-        self._split = split
+    def __init__(self, records: Records):
+        self._records = records
 
-    def sentence(self, image: dict) -> str:
+    def sentence(self, index: int) -> str:
         """Where the image's file should be, and the file that may be meant instead."""
-        name, images = image["file_name"], self._split.images
-        if os.path.isfile(self._split.root / name):
+        name, folder = self._records.names[index], self._records.folder
+        if os.path.isfile(self._records.root / name):
             said = f" (it is relative to that folder, so not {name!r}); put it there"
         elif found := next((self._present[form] for form in _forms(name) if form in self._present), None):
             same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found)
@@ -39,14 +38,14 @@ class MissingFiles:
             said = f", but there is {found!r}{form}; correct file_name, rename the file"
         else:
             said = "; put it there"
-        return f"{images / name} is missing{said} or remove the image from the annotations"
+        return f"{self._records.called(index)}{folder / name} is missing{said} or remove the image from the annotations"
 
     @cached_property
     def _present(self) -> dict[tuple[int, str], str]:
         """The files of the folder by each of their forms, the first by name where several share one."""
         names = sorted(
-            os.path.relpath(os.path.join(folder, file), self._split.images)
-            for folder, _, files in os.walk(self._split.images)
+            os.path.relpath(os.path.join(folder, file), self._records.folder)
+            for folder, _, files in os.walk(self._records.folder)
             for file in files
         )
         return {form: name for name in reversed(names) for form in _forms(name)}

@@ -1,4 +1,4 @@
-"""The data of a run as its configuration names it: built-in shapes or a COCO-format folder."""
+"""The data of a run as its configuration names it: built-in shapes or a data set on the disk."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,13 +6,14 @@ from pathlib import Path
 
 from ..batch import Batch
 from ..config import Config
-from .annotations import NOTHING_TO_LEARN
 from .batch_shapes import BatchShapes, choose_shapes
 from .checks import check_files
-from .coco import CocoDataset
 from .errors import DataError
+from .folder_dataset import FolderDataset
 from .loader import build_loader
+from .records import NOTHING_TO_LEARN, Source
 from .shapes import MIN_SIZE, ShapesDataset
+from .source import open_source
 from .subset import Subset
 from .transforms import FixedEvaluation, FixedTraining, OfficialEvaluation, OfficialTraining, Transform, Unresized
 
@@ -26,7 +27,8 @@ class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
     Of ``world`` processes, ``neighbours`` of them on this machine, the one of this ``rank`` reads its share of both.
-    ``warnings`` are sentences to show once. Raises DataError for whatever is wrong with the folder, ValueError where
+    ``about`` says in one line what was recognised on the disk, None for built-in data; ``warnings`` are sentences to
+    show once. Raises DataError for whatever is wrong with the folder, ValueError where
     its workers lack shared memory, before anything is written.
     """
 
@@ -36,12 +38,16 @@ class TrainingData:
             train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
             val = train if config.overfit else ShapesDataset("val", config.val_images)
             self.warnings = shapes_or_folder(config.data)
+            self.about = None
         else:
+            source = source_of(config)
+            self.about = f"{config.data_name}: {source.about}"
             train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
-            train = CocoDataset(config.data, "train", train_view, seed=config.seed, cache_bytes=cache)
-            val_split = "train" if config.overfit else "val"
-            val = CocoDataset(config.data, val_split, eval_view, classes=train.classes, cache_bytes=cache)
+            records = source.read("train")
+            train = FolderDataset(records, train_view, seed=config.seed, cache_bytes=cache)
+            records = records if config.overfit else source.read("val")
+            val = FolderDataset(records, eval_view, classes=train.classes, cache_bytes=cache)
             found = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
             self.warnings = list(dict.fromkeys(found))  # with --overfit both are of the same split
         if config.overfit:
@@ -95,6 +101,11 @@ class TrainingData:
         return self._val.epoch()
 
 
+def source_of(config: Config) -> Source:
+    """The data set on the disk that a configuration names, divided as it says."""
+    return open_source(config.data, config.val_share, config.split_file)
+
+
 def shapes_or_folder(data: str) -> list[str]:
     """A warning where ``shapes`` means the built-in data, though the working directory has a folder of that name."""
     if data != "shapes" or not Path(data).is_dir():
@@ -117,7 +128,7 @@ def evaluation_transform(config: Config) -> Transform:
 
 
 def training_transform(config: Config) -> Transform:
-    """How a run's training prepares the images of a folder."""
+    """How a run's training prepares the images of a data set on the disk."""
     return _transforms(config)[0]
 
 

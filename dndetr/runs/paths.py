@@ -9,7 +9,7 @@ from ..data.errors import DataError
 
 def remembered(config: Config) -> Config:
     """What a run keeps of its configuration: paths are absolute, so that they hold wherever they are read."""
-    names = [name for name in ("data", "output", "resume", "init") if getattr(config, name) is not None]
+    names = [name for name in ("data", "split_file", "output", "resume", "init") if getattr(config, name) is not None]
     if config.data == "shapes":
         names.remove("data")
     typed = {name: getattr(config, name) for name in names}
@@ -20,5 +20,5 @@ def remembered(config: Config) -> Config:
 
 def demand_data_there(config: Config) -> None:
     """DataError, with what to type, where the data set that a run remembers is no longer there."""
-    if config.data not in (None, "shapes") and not Path(config.data).is_dir():
+    if config.data not in (None, "shapes") and not Path(config.data).exists():
         raise DataError(f"{config.data}: no such folder; if the run's data set has moved, say where it is: --data DIR")

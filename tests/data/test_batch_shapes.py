@@ -10,9 +10,10 @@ from short_runs import write_pictures
 from dndetr.config import Config, DenoisingConfig, ImagesConfig
 from dndetr.data import batch_shapes
 from dndetr.data.batch_shapes import MOST_SHAPES, BatchShape, BatchShapes, choose_shapes
-from dndetr.data.coco import CocoDataset
 from dndetr.data.collate import canvas_bucket, target_bucket
+from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.order import Order, portraits
+from dndetr.data.source import read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, OfficialTraining
 from dndetr.presets import preset_named
@@ -20,7 +21,7 @@ from dndetr.presets import preset_named
 IMAGES = 118_287
 
 
-def coco_like(images: int = IMAGES, seed: int = 0) -> CocoDataset:
+def coco_like(images: int = IMAGES, seed: int = 0) -> FolderDataset:
     """A split without files, its sizes and numbers of objects spread as those of COCO's training images."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, images, p=(0.21, 0.08, 0.61, 0.10))
@@ -37,11 +38,11 @@ def coco_like(images: int = IMAGES, seed: int = 0) -> CocoDataset:
     spans = rng.random((counts.sum(), 2)) ** 2
     corners = rng.random((counts.sum(), 2)) * (1 - spans)
     boxes = np.concatenate((corners, corners + spans), axis=1) * np.repeat(sizes[:, [1, 0, 1, 0]], counts, axis=0)
-    ends = counts.cumsum()[:-1]
-    dataset = object.__new__(CocoDataset)
+    dataset = object.__new__(FolderDataset)
     dataset.transform, dataset.seed = OfficialTraining(), 42
     dataset.sizes, dataset.ids = [tuple(size) for size in sizes.tolist()], range(images)
-    dataset._boxes, dataset._labels = np.split(boxes, ends), np.split(np.zeros(counts.sum(), np.int64), ends)
+    dataset._boxes, dataset._labels = boxes, np.zeros(counts.sum(), np.int64)
+    dataset._starts = np.concatenate(([0], counts.cumsum()))
     return dataset
 
 
@@ -118,7 +119,7 @@ def shape_of(batch) -> BatchShape:
 
 
 def test_extents_are_those_of_the_samples(pictures):
-    dataset = CocoDataset(pictures, "train", OfficialTraining(sides=(48, 96, 128), longest=160), seed=3)
+    dataset = FolderDataset(read_split(pictures, "train"), OfficialTraining(sides=(48, 96, 128), longest=160), seed=3)
     for epoch in range(3):
         for index in range(len(dataset)):
             sample = dataset.sample(index, epoch)

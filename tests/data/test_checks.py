@@ -10,16 +10,15 @@ import pytest
 from PIL import Image
 
 from dndetr.data import checks
-from dndetr.data.annotations import find_split
 from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems, turn_remarks
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.image import KEPT, TURNED, UNDECIDED
+from dndetr.data.records import make_objects
+from dndetr.data.source import read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
 from dndetr.presets import small
-
-SIZES = {"height": 40, "width": 60}
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +30,18 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def split(make_document, make_folder):
     """A split with the images 0.png and 1.png of 60x40 pixels, ids 11 and 12."""
-    return find_split(make_folder(make_document(images=((40, 60),) * 2)), "train")
+    return read_split(make_folder(make_document(images=((40, 60),) * 2)), "train")
 
 
 def problems(split, names, decode=False, **sizes):
-    images = [{"id": 11 + i, "file_name": name} | SIZES | sizes for i, name in enumerate(names)]
-    return [(problem.index, problem.kind) for problem in file_problems(split, images, decode)]
+    found = file_problems(listing(split, names, **sizes), decode)
+    return [(problem.index, problem.kind) for problem in found]
+
+
+def listing(split, names, height=40, width=60):
+    """The split with other images, with ids from 11 on."""
+    ids, sizes = 11 + np.arange(len(names)), np.array([(height, width)] * len(names))
+    return replace(split, names=list(names), ids=ids, sizes=sizes, objects=make_objects([], [], []))
 
 
 def opened(monkeypatch):
@@ -67,7 +72,7 @@ def opened(monkeypatch):
     ids=["jpeg", "progressive", "long-comment", "long-metadata", "png", "webp", "bmp", "gif", "tiff"],
 )
 def test_sizes_and_ends_of_every_kind_of_file(split, name, options):
-    path = split.images / name
+    path = split.folder / name
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path, **options)
     assert problems(split, [name]) == problems(split, [name], decode=True) == []
@@ -86,14 +91,14 @@ def test_sizes_and_ends_of_every_kind_of_file(split, name, options):
 def test_every_mode_passes(split, mode):
     picture = Image.new(mode, (60, 40))
     name = "a.jpg" if mode == "CMYK" else "a.png"
-    picture.save(split.images / name)
+    picture.save(split.folder / name)
     assert problems(split, [name]) == problems(split, [name], decode=True) == []
 
 
 def test_turned_images_may_state_either_size(split):
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (60, 40)).save(split.images / "turned.jpg", exif=exif)
+    Image.new("RGB", (60, 40)).save(split.folder / "turned.jpg", exif=exif)
     assert problems(split, ["turned.jpg"]) == problems(split, ["turned.jpg"], width=40, height=60) == []
     assert problems(split, ["turned.jpg"], width=40, height=61) == [(0, SIZE)]
 
@@ -103,12 +108,12 @@ def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(spl
     for name, orientation, size in [("a.jpg", 6, (40, 60)), ("b.png", 8, (60, 40)), ("c.tif", 5, (60, 40)),
                                     ("d.jpg", 3, (60, 40)), ("e.png", 1, (60, 40))]:  # fmt: skip
         tags[0x0112] = orientation
-        Image.new("RGB", size).save(split.images / name, exif=tags)
+        Image.new("RGB", size).save(split.folder / name, exif=tags)
         names.append(name)
-    images = [{"id": 11 + i, "file_name": name} | SIZES for i, name in enumerate(names)]
+    listed = listing(split, names)
     for _ in range(2):
         turns = Counter()
-        assert file_problems(split, images, decode=True, turns=turns) == []
+        assert file_problems(listed, decode=True, turns=turns) == []
         assert turns == {TURNED: 1, KEPT: 2, UNDECIDED: 1}
         assert [remark.split(" EXIF")[0] for remark in turn_remarks(turns)] == [
             "1 image turned upright by",
@@ -120,12 +125,11 @@ def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(spl
 
 
 def test_problems_come_in_order_and_name_image_and_file(split):
-    (split.images / "text.png").write_text("hello")
-    images = [{"id": i, "file_name": name} | SIZES for i, name in enumerate(("none.png", "0.png", "text.png"))]
-    found = file_problems(split, images)
+    (split.folder / "text.png").write_text("hello")
+    found = file_problems(listing(split, ("none.png", "0.png", "text.png")))
     assert [(problem.index, problem.kind) for problem in found] == [(0, MISSING), (2, UNREADABLE)]
-    assert found[0].message.startswith(f"image 0: {split.images}/none.png is missing;")
-    assert found[1].message.startswith(f"image 2: {split.images}/text.png: not an image")
+    assert found[0].message.startswith(f"image 11: {split.folder}/none.png is missing;")
+    assert found[1].message.startswith(f"image 13: {split.folder}/text.png: not an image")
 
 
 def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, cache):
@@ -134,7 +138,7 @@ def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, c
         assert problems(split, ["0.png", "1.png"]) == []
         assert names == expected
         names.clear()
-    path = split.images / "1.png"
+    path = split.folder / "1.png"
     before = path.stat()
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
@@ -146,7 +150,7 @@ def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, c
         names.clear()
     assert problems(split, ["0.png"], width=61) == [(0, SIZE)]
     assert all(cache in path.parents for path in cache.rglob("*"))
-    assert sorted(path.name for path in split.images.iterdir()) == ["0.png", "1.png"]
+    assert sorted(path.name for path in split.folder.iterdir()) == ["0.png", "1.png"]
 
 
 def test_decoding_counts_for_less_but_not_the_other_way(split, monkeypatch):
@@ -175,8 +179,8 @@ def test_a_cache_that_cannot_be_used_only_costs_time(split, monkeypatch, cache, 
 
 
 def test_unreadable_images_leave_data_and_ground_truth(split, make_folder, make_document):
-    (split.images / "0.png").write_text("hello")
-    dataset = CocoDataset(split.root, "train", Unresized())
+    (split.folder / "0.png").write_text("hello")
+    dataset = FolderDataset(read_split(split.root, "train"), Unresized())
     with pytest.raises(DataError, match=r"instances_train.json: image 11: .*0.png: not an image"):
         check_files(dataset)
     (said,) = check_files(dataset, skip_unreadable=True)
@@ -185,26 +189,26 @@ def test_unreadable_images_leave_data_and_ground_truth(split, make_folder, make_
     truth = dataset.coco_dict()
     assert [image["id"] for image in truth["images"]] == [entry["image_id"] for entry in truth["annotations"]] == [12]
     assert dataset[0].image_id == 12
-    (split.images / "1.png").write_text("hello")
+    (split.folder / "1.png").write_text("hello")
     with pytest.raises(DataError, match="not one image can be read"):
-        check_files(CocoDataset(split.root, "train", Unresized()), skip_unreadable=True)
+        check_files(FolderDataset(read_split(split.root, "train"), Unresized()), skip_unreadable=True)
 
 
 def test_skipping_excuses_no_other_mistake(split, make_folder, make_document):
     content = make_document(images=((40, 60),) * 2)
     content["images"][0]["width"] = 61
-    (split.images / "1.png").write_text("hello")
-    shutil.copy(split.images / "0.png", split.images / "keep")
+    (split.folder / "1.png").write_text("hello")
+    shutil.copy(split.folder / "0.png", split.folder / "keep")
     make_folder(content)
-    shutil.move(split.images / "keep", split.images / "0.png")
+    shutil.move(split.folder / "keep", split.folder / "0.png")
     with pytest.raises(DataError, match=r"image 11: .*the file is 60x40 pixels"):
-        check_files(CocoDataset(split.root, "train", Unresized()), skip_unreadable=True)
+        check_files(FolderDataset(read_split(split.root, "train"), Unresized()), skip_unreadable=True)
 
 
 def test_an_image_that_breaks_later_is_named_with_its_id(split):
-    dataset = CocoDataset(split.root, "train", Unresized())
+    dataset = FolderDataset(read_split(split.root, "train"), Unresized())
     check_files(dataset)
-    (split.images / "1.png").write_text("hello")
+    (split.folder / "1.png").write_text("hello")
     with pytest.raises(DataError, match=r"^image 12: .*train/1.png: not an image"):
         dataset.sample(1)
 
@@ -214,7 +218,7 @@ def test_remarks_count_what_is_not_used(make_document, make_folder):
     content = make_document(images=((40, 60),), boxes=boxes)
     content["annotations"][-1]["iscrowd"] = 1
     content["images"].append({"id": 99, "file_name": "empty.png", "height": 8, "width": 8})
-    assert CocoDataset(make_folder(content), "train", Unresized()).remarks == [
+    assert FolderDataset(read_split(make_folder(content), "train"), Unresized()).remarks == [
         "1 crowd region left out of training",
         "1 box without area left out",
         "1 box outside the image left out",

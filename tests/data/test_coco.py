@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from dndetr.data.annotations import find_problems, find_split
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.folder_dataset import FolderDataset
+from dndetr.data.formats.coco_document import find_problems
 from dndetr.data.sample import IMAGENET, Sample
+from dndetr.data.source import read_split
 from dndetr.data.transforms import FixedTraining, Unresized
 
 
 def test_gapped_ids_become_labels_in_order_of_id(make_document, make_folder):
     content = make_document(boxes=((5, 6, 20, 10), (1, 2, 3, 4)), categories=((2**40, "cat"), (3, "dog")))
     content["annotations"][0]["id"] = 2**52
-    dataset = CocoDataset(make_folder(content), "train", Unresized())
+    dataset = FolderDataset(read_split(make_folder(content), "train"), Unresized())
     assert dataset.classes == [(3, "dog"), (2**40, "cat")]
     sample = dataset[0]
     assert sample.labels.tolist() == [1, 0] and sample.labels.dtype == torch.int64
@@ -31,7 +32,7 @@ def test_crowds_and_empty_boxes_are_dropped_and_the_rest_is_clipped(make_documen
     boxes = ((-5, -5, 20, 20), (50, 30, 40, 40), (5, 5, 0, 0), (5, 5, 3, 0), (70, 5, 5, 5), (1, 1, 2, 2))
     content = make_document(images=((40, 60),), boxes=boxes)
     content["annotations"][-1]["iscrowd"] = 1
-    sample = CocoDataset(make_folder(content), "train", Unresized())[0]
+    sample = FolderDataset(read_split(make_folder(content), "train"), Unresized())[0]
     assert sample.boxes_xyxy.tolist() == [[0, 0, 15, 15], [50, 30, 60, 40]]
     assert sample.labels.tolist() == [1, 0]
 
@@ -39,10 +40,11 @@ def test_crowds_and_empty_boxes_are_dropped_and_the_rest_is_clipped(make_documen
 def test_ground_truth_is_the_json_and_only_what_it_lacks_is_added(make_document, make_folder):
     content = make_document(boxes=((5, 6, 20, 10), (5, 5, 0, 0)))
     content["annotations"][0].update(area=17.5, iscrowd=1)
-    truth = CocoDataset(make_folder(content), "train", Unresized()).coco_dict()
+    truth = FolderDataset(read_split(make_folder(content), "train"), Unresized()).coco_dict()
     assert truth["annotations"][0] == content["annotations"][0]
     assert (truth["annotations"][1]["area"], truth["annotations"][1]["iscrowd"]) == (0, 0)
-    assert {k: truth[k] for k in ("images", "categories")} == {k: content[k] for k in ("images", "categories")}
+    assert truth["images"] == content["images"]
+    assert truth["categories"] == sorted(content["categories"], key=lambda category: category["id"])
 
 
 @pytest.mark.parametrize(
@@ -56,28 +58,29 @@ def test_ground_truth_is_the_json_and_only_what_it_lacks_is_added(make_document,
         ("night", "annotations/instances_night.json night"),
     ],
 )
-def test_splits_are_found(tmp_path, asked, layout):
+def test_splits_are_found(tmp_path, make_document, asked, layout):
     path, images = layout.split()
     for folder in ("annotations", images):
         (tmp_path / folder).mkdir()
-    (tmp_path / path).write_text("{}")
-    assert find_split(tmp_path, asked) == (asked, tmp_path / path, tmp_path / images)
+    (tmp_path / path).write_text(json.dumps(make_document()))
+    read = read_split(tmp_path, asked)
+    assert (read.name, read.file, read.folder) == (asked, tmp_path / path, tmp_path / images)
 
 
 def test_missing_parts_of_a_folder_are_named(tmp_path, make_document, make_folder):
     with pytest.raises(DataError, match=r"nowhere: no such folder"):
-        find_split(tmp_path / "nowhere", "train")
+        read_split(tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match=r"no annotations here.*annotations/instances_train.json.*dndetr.shapes"):
-        find_split(tmp_path, "train")
+        read_split(tmp_path, "train")
     root = make_folder(make_document())
     with pytest.raises(DataError, match=r"no 'val' split; looked for .*val2017.json.*; there is .*train.json"):
-        find_split(root, "val")
+        read_split(root, "val")
     (root / "train" / "1.png").unlink()
     with pytest.raises(DataError, match=r"instances_train.json: image 12: .*train/1.png is missing; put it there"):
-        CocoDataset(root, "train", Unresized())
+        FolderDataset(read_split(root, "train"), Unresized())
     shutil.rmtree(root / "train")
     with pytest.raises(DataError, match=r"image folder .*train is missing"):
-        find_split(root, "train")
+        read_split(root, "train")
 
 
 def _set(key, value, which="annotations"):
@@ -125,7 +128,7 @@ def test_broken_entries_are_named(make_document, make_folder, change, kind, mess
     assert any(problem.kind == kind and re.match(message, problem.message) for problem in problems)
     (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"instances_train.json: {re.escape(problems[0].message)}"):
-        CocoDataset(root, "train", Unresized())
+        FolderDataset(read_split(root, "train"), Unresized())
 
 
 @pytest.mark.parametrize(
@@ -142,20 +145,20 @@ def test_broken_files_are_named(make_document, make_folder, text, message):
     root = make_folder(make_document())
     (root / "annotations" / "instances_train.json").write_text(text)
     with pytest.raises(DataError, match=f"instances_train.json: .*{message}"):
-        CocoDataset(root, "train", Unresized())
+        FolderDataset(read_split(root, "train"), Unresized())
 
 
 def test_validation_must_use_the_classes_of_training(make_document, make_folder):
     root = make_folder(make_document())
     make_folder(make_document(categories=((7, "cat"),)), "val")
-    training = CocoDataset(root, "train", Unresized())
-    assert CocoDataset(root, "val", Unresized(), training.classes)[0].labels.tolist() == [1]
+    training = FolderDataset(read_split(root, "train"), Unresized())
+    assert FolderDataset(read_split(root, "val"), Unresized(), training.classes)[0].labels.tolist() == [1]
     make_folder(make_document(categories=((7, "cat"), (9, "cow"))), "val")
     with pytest.raises(DataError, match=r"instances_val.json: category 9 \('cow'\) is not among the classes of train"):
-        CocoDataset(root, "val", Unresized(), training.classes)
+        FolderDataset(read_split(root, "val"), Unresized(), training.classes)
     make_folder(make_document(categories=((7, "dog"), (3, "cat"))), "val")
     with pytest.raises(DataError, match=r"category 3 is 'cat' here and 'dog' in training"):
-        CocoDataset(root, "val", Unresized(), training.classes)
+        FolderDataset(read_split(root, "val"), Unresized(), training.classes)
 
 
 def same_image(a: Sample, b: Sample) -> bool:
@@ -165,7 +168,7 @@ def same_image(a: Sample, b: Sample) -> bool:
 def test_a_sample_depends_on_seed_epoch_and_index_alone(make_document, make_folder):
     root = make_folder(make_document())
     transform = FixedTraining(canvas=(24, 32))
-    first, again, other = (CocoDataset(root, "train", transform, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (FolderDataset(read_split(root, "train"), transform, seed=seed) for seed in (1, 1, 2))
     wanted = first.sample(1, epoch=3)
     for _ in range(2):
         again.sample(0, epoch=3)
@@ -176,7 +179,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(make_document, make_fold
 
 def test_kept_and_reread_pictures_are_the_same(make_document, make_folder):
     root = make_folder(make_document())
-    kept, reread = (CocoDataset(root, "train", Unresized(), cache_bytes=n) for n in (1 << 30, 0))
+    kept, reread = (FolderDataset(read_split(root, "train"), Unresized(), cache_bytes=n) for n in (1 << 30, 0))
     for _ in range(2):
         assert same_image(kept[0], reread[0])
     assert kept.picture(0) is kept.picture(0)
@@ -188,9 +191,14 @@ def test_kept_and_reread_pictures_are_the_same(make_document, make_folder):
     [("bccd", "train", 205, 2804, 3), ("bccd", "val", 87, 1137, 3), ("coco_tiny", "train", 59, 577, 80)],
 )
 def test_real_data(real_data, name, split, images, objects, classes):
-    dataset = CocoDataset(real_data(name), split, Unresized())
+    dataset = FolderDataset(read_split(real_data(name), split), Unresized())
     assert (len(dataset), sum(dataset.counts), len(dataset.classes)) == (images, objects, classes)
-    assert dataset.coco_dict() == json.loads(dataset.split.json.read_text())
+    truth, document = dataset.coco_dict(), json.loads(dataset.records.file.read_text())
+    position = {number: place for place, number in enumerate(dataset.ids)}
+    objects = sorted(document["annotations"], key=lambda entry: position[entry["image_id"]])
+    for made, written in zip(truth["annotations"], objects, strict=True):
+        assert made == {key: written[key] for key in made}
+    assert [entry["id"] for entry in truth["images"]] == [entry["id"] for entry in document["images"]]
     for index in range(0, images, 20):
         sample = dataset[index]
         height, width = sample.original_size
@@ -201,7 +209,7 @@ def test_real_data(real_data, name, split, images, objects, classes):
 
 
 def test_real_samples_hold_every_annotation_but_the_crowds(real_data):
-    dataset = CocoDataset(real_data("coco_tiny"), "train", Unresized())
+    dataset = FolderDataset(read_split(real_data("coco_tiny"), "train"), Unresized())
     wanted = [a for a in dataset.coco_dict()["annotations"] if not a["iscrowd"]]
     for index, image_id in enumerate(dataset.ids):
         sample = dataset.sample(index)

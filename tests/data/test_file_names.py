@@ -6,10 +6,10 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from dndetr.data.annotations import find_split
 from dndetr.data.checks import file_problems
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.folder_dataset import FolderDataset
+from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD"))
@@ -41,15 +41,17 @@ def asked_for(make_document, make_folder):
             (root / "train" / other).parent.mkdir(exist_ok=True)
             Image.new("RGB", (60, 40)).save(root / "train" / other, format="PNG")
         content["images"][0]["file_name"] = name
-        return find_split(root, "train"), content
+        document = root / "annotations" / "instances_train.json"
+        document.write_text(json.dumps(content))
+        return read_split(root, "train")
 
     return make
 
 
 @pytest.mark.parametrize(("name", "present"), MEANT.values(), ids=MEANT)
 def test_the_nearest_name_on_disk_is_given(asked_for, name, present):
-    split, content = asked_for(name, present)
-    (problem,) = file_problems(split, content["images"])
+    split = asked_for(name, present)
+    (problem,) = file_problems(split)
     form = " (in another Unicode normal form)" if name in (COMPOSED, DECOMPOSED) else ""
     assert (
         f"{name} is missing, but there is {present!r}{form}; correct file_name, rename the file or" in problem.message
@@ -57,18 +59,17 @@ def test_the_nearest_name_on_disk_is_given(asked_for, name, present):
 
 
 def test_the_closest_of_several_is_given(asked_for):
-    split, content = asked_for("one/a.png", "two/a.png", "one/a.JPG", "one/A.png", "a.png")
-    assert "but there is 'one/A.png';" in file_problems(split, content["images"])[0].message
+    split = asked_for("one/a.png", "two/a.png", "one/a.JPG", "one/A.png", "a.png")
+    assert "but there is 'one/A.png';" in file_problems(split)[0].message
 
 
 @pytest.mark.parametrize(("name", "present"), [("0001.png", "0002.png"), ("scan.001", "scan.002"), ("a.png", "ab.png")])
 def test_another_image_is_not_taken_for_it(asked_for, name, present):
-    split, content = asked_for(name, present)
-    assert f"{name} is missing; put it there or remove" in file_problems(split, content["images"])[0].message
+    split = asked_for(name, present)
+    assert f"{name} is missing; put it there or remove" in file_problems(split)[0].message
 
 
 def test_training_says_the_same(asked_for):
-    split, content = asked_for("A.PNG", "a.png")
-    split.json.write_text(json.dumps(content))
+    split = asked_for("A.PNG", "a.png")
     with pytest.raises(DataError, match=r"image 11: .*A.PNG is missing, but there is 'a.png'; correct file_name"):
-        CocoDataset(split.root, "train", Unresized())
+        FolderDataset(split, Unresized())

@@ -8,10 +8,11 @@ import pytest
 import torch
 from short_runs import write_pictures
 
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.loader import build_loader
 from dndetr.data.shapes import ShapesDataset
+from dndetr.data.source import read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, Unresized
 from dndetr.presets import PRESETS
@@ -65,7 +66,7 @@ def test_starting_late_gives_the_rest_and_reads_nothing_else():
 
 def test_workers_change_nothing(make_document, make_folder):
     root = make_folder(make_document(images=((40, 60),) * 7))
-    dataset = CocoDataset(root, "train", FixedTraining(canvas=(24, 32)), seed=3)
+    dataset = FolderDataset(read_split(root, "train"), FixedTraining(canvas=(24, 32)), seed=3)
     alone, helped = (build_loader(dataset, 2, training=True, seed=3, workers=workers) for workers in (0, 2))
     for epoch, start in ((0, 0), (1, 1)):
         pairs = list(zip(alone.epoch(epoch, start), helped.epoch(epoch, start), strict=True))
@@ -77,7 +78,7 @@ def test_workers_change_nothing(make_document, make_folder):
 def test_a_broken_image_is_one_plain_error(make_document, make_folder, workers):
     root = make_folder(make_document())
     (root / "train" / "0.png").write_text("hello")
-    loader = build_loader(CocoDataset(root, "train", Unresized()), 2, training=False, workers=workers)
+    loader = build_loader(FolderDataset(read_split(root, "train"), Unresized()), 2, training=False, workers=workers)
     with pytest.raises(DataError, match=r"^[^\n]*0\.png: not an image[^\n]*$"):
         list(loader.epoch())
 
@@ -85,7 +86,7 @@ def test_a_broken_image_is_one_plain_error(make_document, make_folder, workers):
 def test_landscape_and_portrait_are_kept_apart_as_far_as_they_go(make_document, make_folder):
     sizes = [(40, 60) if i % 3 else (60, 40) for i in range(20)]  # 7 portraits, 13 landscapes
     root = make_folder(make_document(images=sizes))
-    dataset = CocoDataset(root, "train", Unresized())
+    dataset = FolderDataset(read_split(root, "train"), Unresized())
     for training in (True, False):
         batches = list(build_loader(dataset, 4, training=training).epoch())
         assert len(batches) == 5
@@ -111,7 +112,7 @@ def test_too_few_images_say_which_flag_to_change():
 
 def test_images_with_too_many_objects_are_counted(make_document, make_folder):
     boxes = [(float(x), 1.0, 2.0, 2.0) for x in np.arange(9)]
-    dataset = CocoDataset(make_folder(make_document(boxes=boxes)), "train", Unresized())
+    dataset = FolderDataset(read_split(make_folder(make_document(boxes=boxes)), "train"), Unresized())
     with pytest.warns(UserWarning, match=r"2 images hold more than 8 objects \(up to 9\)"):
         loader = build_loader(dataset, 2, training=True, slots=8)
     assert next(loader.epoch()).targets.counts.tolist() == [8, 8]

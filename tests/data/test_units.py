@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from dndetr.data.annotations import find_problems
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import DataError
+from dndetr.data.folder_dataset import FolderDataset
+from dndetr.data.formats.coco_document import find_problems
+from dndetr.data.source import read_split
 from dndetr.data.training import shapes_or_folder
 from dndetr.data.transforms import Unresized
 from dndetr.data.units import unit_doubt
@@ -22,7 +23,7 @@ def kinds(content):
 def test_shares_of_the_image_are_no_boxes(make_document, make_folder, boxes):
     root = make_folder(make_document(boxes=boxes))
     with pytest.raises(DataError, match=r"the boxes all lie within \[0, 1\] and .* give x, y, width, height in pixels"):
-        CocoDataset(root, "train", Unresized())
+        FolderDataset(read_split(root, "train"), Unresized())
 
 
 @pytest.mark.parametrize(
@@ -45,20 +46,22 @@ def test_small_boxes_are_boxes(make_document, boxes):
 def test_boxes_beyond_their_image_are_doubted(make_document, make_folder, boxes, said):
     doubt = unit_doubt(np.array(boxes, np.float64), np.array([[40.0, 60.0]] * len(boxes)))
     assert doubt is None if said is None else re.search(said, doubt)
-    dataset = CocoDataset(make_folder(make_document(images=((40, 60),), boxes=boxes)), "train", Unresized())
+    dataset = FolderDataset(
+        read_split(make_folder(make_document(images=((40, 60),), boxes=boxes)), "train"), Unresized()
+    )
     assert [remark for remark in dataset.remarks if "reach far" in remark] == ([] if said is None else [doubt])
 
 
 def test_whole_floats_are_integers(make_document, make_folder):
     content = make_document()
-    whole = CocoDataset(make_folder(content), "train", Unresized())
+    whole = FolderDataset(read_split(make_folder(content), "train"), Unresized())
     expected = whole.coco_dict()
     for which in ("images", "annotations", "categories"):
         for entry in content[which]:
             entry.update({key: float(value) for key, value in entry.items() if isinstance(value, int)})
     assert '"id": 11.0' in json.dumps(content)
-    whole.split.json.write_text(json.dumps(content))
-    made = CocoDataset(whole.split.root, "train", Unresized())
+    whole.records.file.write_text(json.dumps(content))
+    made = FolderDataset(read_split(whole.records.root, "train"), Unresized())
     assert (made.ids, made.sizes, made.classes) == (whole.ids, whole.sizes, whole.classes)
     assert all(isinstance(number, int) for number in (*made.ids, *made.sizes[0], made.classes[0][0]))
     assert made.coco_dict() == expected and json.dumps(made.coco_dict()) == json.dumps(expected)
@@ -102,7 +105,7 @@ def test_texts_in_a_box_and_numbers_for_a_name_are_named_as_that(make_document):
 def test_null_for_area_and_crowd_is_nothing_given(make_document, make_folder):
     content = make_document()
     content["annotations"][0].update(area=None, iscrowd=None)
-    entry = CocoDataset(make_folder(content), "train", Unresized()).coco_dict()["annotations"][0]
+    entry = FolderDataset(read_split(make_folder(content), "train"), Unresized()).coco_dict()["annotations"][0]
     assert (entry["area"], entry["iscrowd"]) == (200, 0)
 
 

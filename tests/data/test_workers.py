@@ -16,11 +16,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dndetr import evaluate, health, train
 from dndetr.data import workers
-from dndetr.data.coco import CocoDataset
 from dndetr.data.errors import UnreadableImage
+from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.loader import build_loader, largest_batch
 from dndetr.data.order import Order
 from dndetr.data.shapes import ShapesDataset
+from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 from dndetr.data.workers import WorkerLost, Workers, demand_room
 
@@ -139,7 +140,7 @@ def test_without_such_a_limit_nothing_is_asked(monkeypatch):
 
 
 def test_the_largest_batch_is_known_without_reading_it(tmp_path):
-    dataset = CocoDataset(write_pictures(tmp_path / "data"), "train", Unresized())
+    dataset = FolderDataset(read_split(write_pictures(tmp_path / "data"), "train"), Unresized())
     for batch_size, multiple in ((2, 64), (3, 32)):
         order = Order([height > width for height, width in dataset.sizes], batch_size, False, 0)
         read = build_loader(dataset, batch_size, training=False, multiple=multiple).epoch()

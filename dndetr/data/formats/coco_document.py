@@ -1,25 +1,15 @@
-"""COCO-format folders and their JSON: where the splits are, and everything that can be wrong with one.
-
-``find_problems`` lists what is wrong with a document; ``raise_problems`` makes one ``DataError`` of that.
-"""
+"""COCO's JSON: what is read of a document, and everything that can be wrong with one."""
 
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .errors import DataError
-from .units import are_shares
-
-# Names under which a split may be found, in order of preference.
-_NAMES = {
-    "train": ("train", "train2017"),
-    "val": ("val", "val2017", "valid"),
-    "test": ("test", "test2017"),
-}
-
+from ..errors import DataError
+from ..records import Problem
+from ..units import are_shares
 
 _LONGEST_SIDE = 100_000  # pixels
 _MOST_PIXELS = 178_956_970  # beyond it Pillow refuses to decode, since such a file may be a decompression bomb
@@ -33,57 +23,6 @@ _WHOLE = {
     "categories": ("id",),
 }
 _TEXT = "is a text; write the number without quotation marks"
-
-NOTHING_TO_LEARN = "the train split has no objects, there is nothing to learn from; annotate some"
-
-Classes = list[tuple[int, str]]
-
-
-class Split(NamedTuple):
-    """A part of a data set: its annotation file and the folder of its images."""
-
-    name: str
-    json: Path
-    images: Path
-
-    @property
-    def root(self) -> Path:
-        """The folder of the data set."""
-        return self.json.parent.parent
-
-
-class Problem(NamedTuple):
-    """Something wrong with an annotation file: a kind to count by, and a sentence with the entry and the way out."""
-
-    kind: str
-    message: str
-
-
-def find_split(root: str | Path, split: str) -> Split:
-    """Finds ``annotations/instances_<split>.json`` with ``<split>/``, or ``<split>/_annotations.coco.json``.
-
-    split: train, val or test, which also find train2017, val2017, valid and the like, or any exact name.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give the folder of a COCO-format data set")
-    tried = []
-    for name in _NAMES.get(split, (split,)):
-        for path in (root / "annotations" / f"instances_{name}.json", root / name / "_annotations.coco.json"):
-            if not path.is_file():
-                tried.append(str(path.relative_to(root)))
-            elif not (root / name).is_dir():
-                raise DataError(f"{path}: its image folder {root / name} is missing; put the images of {name!r} there")
-            else:
-                return Split(split, path, root / name)
-    present = (*root.glob("annotations/*.json"), *root.glob("*/*.coco.json"))
-    found = sorted(str(path.relative_to(root)) for path in present)
-    if not found:
-        raise DataError(
-            f"{root}: no annotations here; a COCO-format folder holds {tried[0]} with {split}/, or {tried[1]} "
-            "(python -m dndetr.shapes DIR writes an example)"
-        )
-    raise DataError(f"{root}: no {split!r} split; looked for {', '.join(tried)}; there is {', '.join(found)}")
 
 
 def read_document(path: Path) -> dict:
@@ -160,37 +99,18 @@ def find_problems(document: dict) -> Iterator[Problem]:
         yield Problem("units", f"the boxes {what}; give x, y, width, height in pixels, from the top left corner")
 
 
-def classes_of(document: dict) -> Classes:
-    """Its categories by id."""
-    return sorted((category["id"], category["name"]) for category in document["categories"])
-
-
 def sound_images(document: dict) -> list[dict]:
-    """Those of its images whose own fields can be used, whatever is wrong with the others."""
-    return [image for image in document["images"] if not any(_image_problems(image))]
-
-
-def class_problems(own: Classes, classes: Classes) -> Iterator[Problem]:
-    """What keeps a split with its own (id, name) pairs from being evaluated with the classes of training."""
-    names = dict(classes)
-    for number, name in own:
-        if number not in names:
-            what = f"category {number} ({name!r}) is not among the classes of training; add it there"
-            yield Problem("classes", what)
-        elif names[number] != name:
-            what = f"category {number} is {name!r} here and {names[number]!r} in training; "
-            yield Problem("classes", what + "give both files the same categories")
-
-
-def raise_problems(problems: Sequence[Problem], split: Split) -> None:
-    """A DataError with the first of the problems, if there are any, and the way to see the others."""
-    if problems:
-        others = f" (and {len(problems) - 1} more: python -m dndetr.check_data {split.root})"
-        raise DataError(f"{split.json}: {problems[0].message}" + (others if len(problems) > 1 else ""))
+    """Those of its images whose own fields can be used, whatever is wrong with the others; an unusable id is -1."""
+    images = [image for image in document["images"] if not any(_image_problems(image))]
+    return [image if _is_number_of_its_own(image.get("id")) else image | {"id": -1} for image in images]
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number_of_its_own(value: Any) -> bool:
+    return _is_id(value) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:
@@ -230,7 +150,7 @@ def _id_problems(kind: str, entries: list[dict]) -> Iterator[Problem]:
     seen = set()
     for position, entry in enumerate(entries):
         number = entry.get("id")
-        if not _is_id(number) or abs(number) >= 2**63:
+        if not _is_number_of_its_own(number):
             what = f", which {_TEXT}" if _is_text_number(number) else "; give it a whole number of its own"
             yield Problem(f"{kind} id", f"{kind} number {position} of the list has id {_short(number)}{what}")
         elif number in seen:

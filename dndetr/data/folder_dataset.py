@@ -1,0 +1,170 @@
+"""Data sets on the disk: a split's records and its image files in, samples out."""
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from .classes import Classes
+from .errors import DataError
+from .file_names import missing_files
+from .image import read_image
+from .records import Records, class_problems, raise_problems
+from .sample import Sample
+from .transforms import Transform, View
+from .units import unit_doubt
+
+
+class FolderDataset:
+    """One split of a data set on the disk.
+
+    classes: (category id, name) in label order; by default those of the split itself. Give the validation split the
+    training split's: a category that training does not know is an error. Crowd regions are left out, boxes are clipped
+    to their image, and those without area are dropped; ``remarks`` counts these.
+
+    Randomness of ``transform`` depends on (seed, epoch, index) alone. Decoded pictures are kept in memory where the
+    whole split fits into ``cache_bytes``, once for each loader worker. Raises DataError for what is wrong with the
+    records, and for files that are missing.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        transform: Transform,
+        classes: Classes | None = None,
+        seed: int = 0,
+        cache_bytes: int = 1 << 30,
+    ):
+        raise_problems(records.problems, records)
+        self.transform, self.seed, self.cache_bytes = transform, seed, cache_bytes
+        self.classes = list(records.classes if classes is None else classes)
+        raise_problems([*class_problems(records.classes, self.classes)], records)
+        raise_problems(missing_files(records), records)
+        self._decoded: dict[int, Image.Image] = {}
+        self._take(records)
+        self.remarks = [*records.remarks, *self._remarks()]
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """(height, width) of every sample, where the transform fixes one."""
+        return self.transform.canvas
+
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Go on without some images, in the ground truth too; the others move up."""
+        gone = set(indices)
+        self._take(self.records.take([index for index in range(len(self)) if index not in gone]))
+        self._decoded.clear()
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of objects of each class."""
+        return np.bincount(self._labels, minlength=len(self.classes)).tolist()
+
+    def labels(self, index: int) -> list[int]:
+        """Labels of the objects of an image, before augmentation."""
+        return self._labels[self._of(index)].tolist()
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of objects of each image, before augmentation."""
+        return np.diff(self._starts).tolist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def sample(self, index: int, epoch: int = 0) -> Sample:
+        """Image ``index`` as epoch ``epoch`` sees it."""
+        view, rng = self._view(index, epoch)
+        pixels = view.picture(self.picture(index, view.shrink))
+        colours = self.transform.colours(pixels, rng)
+        boxes_xyxy, kept = view.boxes(self._boxes[self._of(index)])
+        labels = torch.from_numpy(self._labels[self._of(index)][kept])
+        return Sample(pixels, colours, torch.from_numpy(boxes_xyxy), labels, self.ids[index], self.sizes[index])
+
+    def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
+        """Height, width and number of objects of ``sample(index, epoch)``, without reading its file."""
+        view, _ = self._view(index, epoch)
+        return *view.size, int(view.boxes(self._boxes[self._of(index)])[1].sum())
+
+    def with_transform(self, transform: Transform, seed: int) -> "FolderDataset":
+        """The same split seen in another way."""
+        other = copy.copy(self)
+        other.transform, other.seed = transform, seed
+        return other
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.sample(index)
+
+    def picture(self, index: int, shrink: float = 1.0) -> Image.Image:
+        """The upright RGB original; ``shrink`` as in ``read_image``."""
+        if index in self._decoded:
+            return self._decoded[index]
+        worker = get_worker_info()
+        cached = self._decoded_bytes * (worker.num_workers if worker else 1) <= self.cache_bytes
+        try:
+            image = read_image(self.records.path(index), self.sizes[index], 1.0 if cached else shrink)
+        except DataError as error:
+            raise type(error)(f"{self.records.called(index)}{error}") from error
+        if cached:
+            self._decoded[index] = image
+        return image
+
+    def coco_dict(self) -> dict:
+        """Ground truth for evaluation: all objects as they were annotated, neither clipped nor left out."""
+        return self.records.coco_dict()
+
+    def _view(self, index: int, epoch: int) -> tuple[View, np.random.Generator]:
+        """The geometry of a sample, and where the rest of its randomness comes from."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return self.transform.view(self.sizes[index], rng), rng
+
+    def _of(self, index: int) -> slice:
+        """Where the objects of an image are."""
+        return slice(self._starts[index], self._starts[index + 1])
+
+    def _take(self, records: Records) -> None:
+        """Have these images, and those of their objects that training can use."""
+        self.records = records
+        self.ids, self.sizes = records.ids.tolist(), [tuple(size) for size in records.sizes.tolist()]
+        # Pillow stores four bytes for a pixel of RGB.
+        self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
+        clipped = self._corners()[1]
+        kept = ~records.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        objects = records.objects.where(kept)
+        self._boxes = clipped[kept]
+        place = {number: label for label, (number, _) in enumerate(self.classes)}
+        self._labels = np.array([place[number] for number, _ in records.classes], np.int64)[objects.label]
+        self._starts = np.concatenate(([0], np.bincount(objects.image, minlength=len(records)).cumsum()))
+
+    def _corners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes [m, 4] xyxy pixels of all objects, as given, and clipped to their images."""
+        boxes, sizes = self.records.objects.boxes, self.records.sizes[self.records.objects.image]
+        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        return corners, corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
+
+    def _remarks(self) -> list[str]:
+        """What is not used, counted."""
+        objects, (corners, clipped) = self.records.objects, self._corners()
+        single = ~objects.crowd
+        kept = single & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
+        # Annotation tools round to a pixel; less is not worth a word.
+        moved = (np.abs(clipped - corners) > 1).any(axis=1)
+        remarks = [
+            f"{count:,} {noun if count == 1 else plural} {what}"
+            for count, noun, plural, what in (
+                (objects.crowd.sum(), "crowd region", "crowd regions", "left out of training"),
+                (flat.sum(), "box", "boxes", "without area left out"),
+                ((single & ~kept & ~flat).sum(), "box", "boxes", "outside the image left out"),
+                ((kept & moved).sum(), "box", "boxes", "clipped to the image"),
+                ((np.diff(self._starts) == 0).sum(), "image", "images", "without objects"),
+            )
+            if count
+        ]
+        doubt = unit_doubt(objects.boxes[single], self.records.sizes[objects.image[single]].astype(np.float64))
+        return remarks if doubt is None else [*remarks, doubt]

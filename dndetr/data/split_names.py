@@ -1,0 +1,27 @@
+"""What splits are called: names under which each may be found, and what is said where one is not."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import DataError
+
+NAMES = {
+    "train": ("train", "train2017", "training"),
+    "val": ("val", "val2017", "valid", "validation"),
+    "test": ("test", "test2017", "testing"),
+}
+"""In order of preference; any other name is a split of exactly that name."""
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """Names under which a split may be found."""
+    return NAMES.get(split, (split,))
+
+
+def no_split(root: Path, split: str, tried: Iterable[str], found: Iterable[str]) -> DataError:
+    """The error of a data set without that split: where it was looked for, what there is, and the way out."""
+    advice = ""
+    if split == "val":
+        advice = "; to set a fifth of the training images apart give --val-share 0.2"
+    there_is = ", ".join(found) or "nothing else"
+    return DataError(f"{root}: no {split!r} split; looked for {', '.join(tried)}; there is {there_is}{advice}")
