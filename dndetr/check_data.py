@@ -96,6 +96,8 @@ def check_source(source: Source, splits: Sequence[str] = ()) -> tuple[list[Repor
             if str(error) not in obstacles:
                 obstacles.append(str(error))
             continue
+        if any(records is report.records for report in reports):
+            continue  # nothing is divided before it is sound
         training = next((report.records.classes for report in reports if report.records.name == "train"), None)
         reports.append(check_split(records, training or None))
     return reports, obstacles

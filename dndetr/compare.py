@@ -125,7 +125,7 @@ def _moved(flags: list[str], directory: str) -> list[str]:
     moved, before = [], ""
     for flag in flags:
         name, equals, path = flag.partition("=") if flag.startswith("--") else (before, "", flag)
-        if name in ("--data", "--init") and path and path != "shapes":
+        if name.replace("_", "-") in ("--data", "--split-file", "--init") and path and path != "shapes":
             flag = f"{name}{equals}" * bool(equals) + os.path.join(directory, path)
         moved.append(flag)
         before = name
@@ -199,7 +199,7 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     if evaluated and evaluated[-1] == config.epochs:
         return
     if (run / "checkpoint.pt").exists():
-        if config.data != "shapes" and not Path(config.data).is_dir():
+        if config.data != "shapes" and not Path(config.data).exists():
             raise ValueError(
                 f"{config.data}: no such folder; put the comparison's data set back there, or a link to it"
             )

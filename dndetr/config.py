@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from .demands import demand, demand_counts, demand_finite
+from .demands import demand, demand_counts, demand_finite, demand_val_share
 
 Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
 
@@ -366,12 +366,12 @@ class Config:
     def __post_init__(self):
         counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]
         counts += ["train_images", "val_images", "detections"]
-        counts += [
-            name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
-        ]
+        optional = ("overfit", "max_steps_per_epoch", "checkpoint_every")
+        counts += [name for name in optional if getattr(self, name) is not None]
         demand_counts(self, "", *counts)
-        if self.val_share is not None:
-            demand(0 < self.val_share < 1, "val-share", self.val_share, "a share between 0 and 1, such as 0.2")
+        demand_val_share(self.val_share)
+        divides = self.resume is None and (self.val_share, self.split_file) != (None, None)
+        demand(not (divides and self.data == "shapes"), "data", self.data, "data of yours, since this has a val split")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         demand(self.workers >= 0, "workers", self.workers, "0 or more")

@@ -11,6 +11,11 @@ def demand(condition: bool, flag: str, value: Any, wanted: str) -> None:
         raise ValueError(f"--{flag} {value}: give {wanted}")
 
 
+def demand_val_share(share: float | None) -> None:
+    """ValueError for what is no share of the images that leaves some on both sides."""
+    demand(share is None or 0 < share < 1, "val-share", share, "a share between 0 and 1, such as 0.2")
+
+
 def demand_counts(config: Any, prefix: str, *names: str) -> None:
     """The same for fields of ``config`` that count something; prefix: of their flags."""
     for name in names:

@@ -108,8 +108,9 @@ def run(arguments: Arguments) -> None:
     demand((arguments.workers or 0) >= 0, "workers", arguments.workers, "0 or more")
     detector = load(arguments.model, arguments.device)
     workers = detector.config.workers if arguments.workers is None else arguments.workers
-    source = arguments.data or detector.config.data
-    config = replace(detector.config, data=source, device=arguments.device, workers=workers)
+    config = replace(detector.config, device=arguments.device, workers=workers)
+    if arguments.data is not None:  # the run's division is that of its own data
+        config = replace(config, data=arguments.data, val_share=None, split_file=None)
     demand_data_there(config)
     data = TrainingData(config)
     if data.classes != detector.classes:

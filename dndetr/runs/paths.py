@@ -19,6 +19,8 @@ def remembered(config: Config) -> Config:
 
 
 def demand_data_there(config: Config) -> None:
-    """DataError, with what to type, where the data set that a run remembers is no longer there."""
+    """DataError, with what to do, where the data set that a run remembers, or its division, is no longer there."""
     if config.data not in (None, "shapes") and not Path(config.data).exists():
         raise DataError(f"{config.data}: no such folder; if the run's data set has moved, say where it is: --data DIR")
+    if config.split_file is not None and not Path(config.split_file).exists():
+        raise DataError(f"{config.split_file}: no such file, and it says what this run validates on; put it back there")
