@@ -13,6 +13,7 @@ from PIL import Image
 
 from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, PresetName, program
+from .data.image import is_image_name
 from .demands import demand
 
 if TYPE_CHECKING:
@@ -87,11 +88,7 @@ def image_files(source: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    Image.init()
-    kind = Image.EXTENSION.get(path.suffix.lower())
-    can_open = kind in Image.OPEN or kind == "MPO"  # which Pillow opens as JPEG; others, such as PDF, it only writes
-    # macOS keeps what other disks cannot hold of a.jpg in ._a.jpg.
-    return can_open and not is_video(path) and not path.name.startswith("._") and path.is_file()
+    return is_image_name(path.name) and not is_video(path) and path.is_file()
 
 
 def picture_names(files: list[Path]) -> list[str]:

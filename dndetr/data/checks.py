@@ -21,7 +21,8 @@ from .errors import DataError, UnreadableImage
 from .file_names import MissingFiles
 from .folder_dataset import FolderDataset
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
-from .records import Problem, Records, raise_problems
+from .image_header import jpeg_frame
+from .records import Problem, Records, pairs, raise_problems
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 
@@ -99,7 +100,7 @@ def file_problems(
     """
     memory, missing = _Memory(records, decode), MissingFiles(records)
     problems, waiting = [], []
-    sizes, folder = [tuple(size) for size in records.sizes.tolist()], str(records.folder)
+    sizes, folder = pairs(records.sizes), str(records.folder)
     for index, (name, size) in enumerate(zip(records.names, sizes, strict=True)):
         path = os.path.join(folder, name)
         try:
@@ -160,7 +161,7 @@ def _examine(path: str) -> tuple[int, int] | None:
         tail = os.pread(descriptor, _TAIL, max(0, length - _TAIL))
         size, whole = None, True
         if head.startswith(b"\xff\xd8"):
-            size, scan = _jpeg_frame(descriptor, head)
+            size, scan, _ = jpeg_frame(descriptor, head)
             # Some programs write on behind the picture. An end marker before the scan is that of a thumbnail.
             whole = tail.endswith(b"\xff\xd9") or b"\xff\xd9" in os.pread(descriptor, length, scan)
         elif head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -175,24 +176,6 @@ def _examine(path: str) -> tuple[int, int] | None:
     if not whole:
         raise UnreadableImage(f"{path}: the file is cut off, its end is missing; replace it")
     return size
-
-
-def _jpeg_frame(descriptor: int, head: bytes) -> tuple[tuple[int, int] | None, int]:
-    """(height, width) of a JPEG file, None where it has no header, and where its segments have been followed to."""
-
-    def read(count: int, at: int) -> bytes:
-        return head[at : at + count] if at + count <= len(head) else os.pread(descriptor, count, at)
-
-    at = 2
-    while len(segment := read(9, at)) == 9 and segment[0] == 0xFF:
-        marker, length, height, width = struct.unpack(">xBHxHH", segment)
-        if marker == 0xFF:  # padding
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return (height, width), at + 2 + length
-        else:
-            at += 2 + length
-    return None, at
 
 
 class _Memory:

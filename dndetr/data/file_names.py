@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from urllib.parse import unquote
 
 from PIL import Image
@@ -13,12 +13,21 @@ from .records import Problem, Records
 
 def missing_files(records: Records) -> list[Problem]:
     """Those images of a split whose file is not in its folder."""
-    present, missing = set(os.listdir(records.folder)), MissingFiles(records)
-    return [
-        Problem("missing file", missing.sentence(index))
-        for index, name in enumerate(records.names)
-        if name not in present and not os.path.isfile(os.path.join(records.folder, name))
-    ]
+    listing, missing = cache(_listing), MissingFiles(records)
+    folder, problems = str(records.folder), []
+    for index, name in enumerate(records.names):
+        inner, _, base = name.rpartition("/")
+        # A listing costs less than to ask for each file.
+        if base not in listing(os.path.join(folder, inner)) and not os.path.isfile(os.path.join(folder, name)):
+            problems.append(Problem("missing file", missing.sentence(index)))
+    return problems
+
+
+def _listing(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except (OSError, ValueError):
+        return frozenset()
 
 
 class MissingFiles:

@@ -12,7 +12,7 @@ from .classes import Classes
 from .errors import DataError
 from .file_names import missing_files
 from .image import read_image
-from .records import Records, class_problems, raise_problems
+from .records import Records, class_problems, pairs, raise_problems
 from .sample import Sample
 from .transforms import Transform, View
 from .units import unit_doubt
@@ -44,8 +44,7 @@ class FolderDataset:
         raise_problems([*class_problems(records.classes, self.classes)], records)
         raise_problems(missing_files(records), records)
         self._decoded: dict[int, Image.Image] = {}
-        self._take(records)
-        self.remarks = [*records.remarks, *self._remarks()]
+        self.remarks = [*records.remarks, *self._take(records)]
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -127,34 +126,30 @@ class FolderDataset:
         """Where the objects of an image are."""
         return slice(self._starts[index], self._starts[index + 1])
 
-    def _take(self, records: Records) -> None:
-        """Have these images, and those of their objects that training can use."""
+    def _take(self, records: Records) -> list[str]:
+        """Have these images, and those of their objects that training can use -> what is not used, in words."""
         self.records = records
-        self.ids, self.sizes = records.ids.tolist(), [tuple(size) for size in records.sizes.tolist()]
+        self.ids, self.sizes = records.ids.tolist(), pairs(records.sizes)
         # Pillow stores four bytes for a pixel of RGB.
         self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
-        clipped = self._corners()[1]
+        boxes, sizes = records.objects.boxes, records.sizes[records.objects.image]
+        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        clipped = corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
         kept = ~records.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-        objects = records.objects.where(kept)
+        image, label = records.objects.image[kept], records.objects.label[kept]
         self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}
-        self._labels = np.array([place[number] for number, _ in records.classes], np.int64)[objects.label]
-        self._starts = np.concatenate(([0], np.bincount(objects.image, minlength=len(records)).cumsum()))
-
-    def _corners(self) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes [m, 4] xyxy pixels of all objects, as given, and clipped to their images."""
-        boxes, sizes = self.records.objects.boxes, self.records.sizes[self.records.objects.image]
-        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-        return corners, corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
-
-    def _remarks(self) -> list[str]:
-        """What is not used, counted."""
-        objects, (corners, clipped) = self.records.objects, self._corners()
-        single = ~objects.crowd
-        kept = single & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-        flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
+        self._labels = np.array([place[number] for number, _ in records.classes], np.int64)[label]
+        self._starts = np.concatenate(([0], np.bincount(image, minlength=len(records)).cumsum()))
         # Annotation tools round to a pixel; less is not worth a word.
         moved = (np.abs(clipped - corners) > 1).any(axis=1)
+        return self._unused(kept, moved)
+
+    def _unused(self, kept: np.ndarray, moved: np.ndarray) -> list[str]:
+        """What is not used, counted; kept, moved: which objects are trained on, and which are clipped."""
+        objects = self.records.objects
+        single = ~objects.crowd
+        flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
         remarks = [
             f"{count:,} {noun if count == 1 else plural} {what}"
             for count, noun, plural, what in (

@@ -1,8 +1,10 @@
 """Reading image files of any kind as upright RGB pictures."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -67,6 +69,22 @@ def read_header(path: Path, size: tuple[int, int] | None = None) -> tuple[int, i
     """(height, width) of the upright file; raises what ``read_image`` would raise before it decodes."""
     with _opened(path, size) as (_, frame):
         return frame.upright
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Endings of files that can be read, in lower case: ".jpg"."""
+    Image.init()
+    # Pillow opens MPO as JPEG; others, such as PDF, it only writes, and of MPEG it knows no more than the size.
+    kinds = Image.EXTENSION.items()
+    return frozenset(end for end, kind in kinds if (kind in Image.OPEN or kind == "MPO") and kind != "MPEG")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
+    _, point, ending = name.rpartition(".")
+    # macOS keeps what other disks cannot hold of a.jpg in ._a.jpg.
+    return point + ending.lower() in image_endings() and not os.path.basename(name).startswith("._")
 
 
 class _Frame(NamedTuple):

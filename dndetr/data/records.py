@@ -169,6 +169,11 @@ class Source(Protocol):
         """
 
 
+def pairs(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """The rows of an array [n, 2] as tuples of Python's integers."""
+    return list(zip(*sizes.T.tolist(), strict=True))
+
+
 def raise_problems(problems: Sequence[Problem], records: Records) -> None:
     """A DataError with the first of the problems, if there are any, and the way to see the others."""
     if problems:
