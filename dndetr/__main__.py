@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "draw what a trained detector finds in images, folders and videos",
     "export": "write a trained detector as an ONNX or torch.export file",
     "check_data": "look for everything that is wrong with a data set",
+    "convert": "write a data set as COCO or YOLO, whatever it is now",
     "shapes": "write the built-in data as a COCO-format folder",
     "profile": "trace training steps, or count one without a GPU, and name their dearest parts",
     "bench": "compare benchmark results",

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,39 @@ def making(path: str | Path, advice: str) -> Iterator[None]:
         place = next(place for place in above if os.path.isdir(place))
         why = f"{error.strerror}, in {place}" if file is None else f"{file} is a file"
         raise type(error)(f"{path} cannot be made: {why}: {advice}") from error
+
+
+def demand_new_folder(path: str | Path) -> None:
+    """FileExistsError where a folder that is to be made is there already, with something in it."""
+    path = Path(path)
+    with making(path, "give another folder"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} is already there and not empty; give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that becomes ``path`` when the block has ended; where that fails, nothing of it stays.
+
+    Errors are those of ``demand_new_folder``, and OSErrors that name ``path``.
+    """
+    demand_new_folder(path)
+    path = Path(os.path.realpath(path))  # an empty folder may be replaced, but not a link to one
+    above = [folder for folder in path.parents if not folder.exists()]
+    with making(path, "give another folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        with writing(path):
+            yield unfinished
+            unfinished.chmod(0o755)
+            unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in above:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                folder.rmdir()
+        raise
 
 
 def demand_writable(folder: Path) -> None:

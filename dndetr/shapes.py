@@ -1,9 +1,7 @@
 """``python -m dndetr.shapes DIR``: writes the built-in synthetic data as a COCO-format folder."""
 
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +12,7 @@ from PIL import Image
 from .commandline import program
 from .data.errors import DataError
 from .data.shapes import MIN_SIZE, ShapesDataset, render
-from .files import making, writing
+from .files import demand_new_folder, new_folder
 
 
 @dataclass(frozen=True)
@@ -35,25 +33,15 @@ class Arguments:
 
 def write_shapes(folder: Path, train: int = 2000, val: int = 200, size: int = MIN_SIZE, seed: int = 0) -> None:
     """Writes ``train/``, ``val/`` (PNG) and ``annotations/instances_<split>.json``, all at once or nothing."""
-    with making(folder, "give another folder"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{folder} is already there and not empty; give a new folder")
+    demand_new_folder(folder)
     for flag, length in (("--train", train), ("--val", val)):
         if length < 1:
             raise DataError(f"{flag} {length}: at least one image is needed")
     datasets = [ShapesDataset("train", train, size, seed), ShapesDataset("val", val, size, seed)]
-    with making(folder, "give another folder"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with writing(folder):
-            (unfinished / "annotations").mkdir()
-            for dataset in datasets:
-                _write_split(dataset, unfinished)
-            unfinished.chmod(0o755)
-            unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with new_folder(folder) as unfinished:
+        (unfinished / "annotations").mkdir()
+        for dataset in datasets:
+            _write_split(dataset, unfinished)
 
 
 def _write_split(dataset: ShapesDataset, folder: Path) -> None:
