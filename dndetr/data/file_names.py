@@ -39,12 +39,14 @@ class MissingFiles:
     def sentence(self, index: int) -> str:
         """Where the image's file should be, and the file that may be meant instead."""
         name, folder = self._records.names[index], self._records.folder
-        if os.path.isfile(self._records.root / name):
-            said = f" (it is relative to that folder, so not {name!r}); put it there"
+        correct = "correct file_name, " if self._records.numbered else ""
+        if os.path.isfile(elsewhere := self._records.root / name):
+            relative = f" (it is relative to that folder, so not {name!r}); put it there"
+            said = relative if self._records.numbered else f", but there is {elsewhere}; move it there"
         elif found := next((self._present[form] for form in _forms(name) if form in self._present), None):
             same = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", found)
             form = " (in another Unicode normal form)" if same else ""
-            said = f", but there is {found!r}{form}; correct file_name, rename the file"
+            said = f", but there is {found!r}{form}; {correct}rename the file"
         else:
             said = "; put it there"
         return f"{self._records.called(index)}{folder / name} is missing{said} or remove the image from the annotations"

@@ -1,11 +1,13 @@
-"""Small COCO-format folders made on the spot."""
+"""Small COCO-format folders made on the spot, and commands on broken ones."""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from broken_sets import forked_commands
 from PIL import Image
 
 
@@ -58,3 +60,18 @@ def make_document():
 def make_folder(tmp_path):
     """Writes a document as a folder: ``make_folder(document, split="train")`` -> its path."""
     return lambda content, split="train": write(tmp_path / "set", content, split)
+
+
+@pytest.fixture(scope="module")
+def command():
+    """``command(folder, module, *arguments)`` runs ``python -m module`` in a folder -> status, stdout, stderr."""
+    with forked_commands() as run:
+        yield run
+
+
+@pytest.fixture
+def broken(good_set, tmp_path):
+    """A copy of the module's ``good_set`` to break, and an empty folder to work in."""
+    shutil.copytree(good_set, tmp_path / "set")
+    (tmp_path / "work").mkdir()
+    return tmp_path / "set", tmp_path / "work"

@@ -2,25 +2,15 @@
 
 import json
 import os
-import re
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from goldens import ROOT
+from broken_sets import FLAGS, assert_check_lists, assert_training_stops, cut, train
 from PIL import Image
-
-# As small as a detector gets: what is tested here is what happens before it.
-FLAGS = [
-    "--preset", "small", "--epochs", "1", "--max-steps-per-epoch", "1", "--batch-size", "2", "--device", "cpu",
-    "--images.canvas", "64", "64", "--model.width", "16", "--model.hidden", "16", "--model.queries", "4",
-    "--model.encoder-layers", "1", "--model.decoder-layers", "1", "--denoising.groups", "1",
-]  # fmt: skip
 
 
 def write_set(root: Path) -> Path:
@@ -48,61 +38,6 @@ def good_set(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("good") / "set")
 
 
-# Importing torch takes longer than refusing a data set: each line of input is run as the command line would run it, in
-# a fork of a process that has done the slow imports.
-FORKS = """
-import json, os, runpy, sys, traceback
-import dndetr.training.trainer, dndetr.data.training, dndetr.pictures.samples
-for line in sys.stdin:
-    sys.argv, folder, cache = json.loads(line)
-    if os.fork() == 0:
-        os.chdir(folder)
-        for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ["XDG_CACHE_HOME"] = cache
-        try:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # taking the interpreter down takes longer than all the rest
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def command():
-    """``command(folder, module, *arguments)`` runs ``python -m module`` in a folder -> status, stdout, stderr."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "40"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-
-    def run(folder: Path, module: str, *arguments: str) -> tuple[int, str, str]:
-        process.stdin.write(json.dumps([[module, *arguments], str(folder), str(folder / "cache")]) + "\n")
-        process.stdin.flush()
-        status = int(process.stdout.readline())
-        return status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
-
-    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipes) as process:
-        yield run
-        process.stdin.close()
-
-
-def train(folder: Path, data: Path, *flags: str) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "40",
-    }
-    command = [sys.executable, "-m", "dndetr.train", *FLAGS, "--data", str(data), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
-
-
 def change(edit, split="train"):
     """Edits the JSON of a split: ``edit(document)``."""
 
@@ -121,14 +56,6 @@ def put(key, value, which="annotations", split="train"):
 
 def repeat(which, **fields):
     return change(lambda document: document[which].append(document[which][0] | fields))
-
-
-def cut(name: str, keep: float):
-    def apply(root: Path):
-        content = (root / name).read_bytes()
-        (root / name).write_bytes(content[: int(len(content) * keep)])
-
-    return apply
 
 
 def damage(name: str):
@@ -237,23 +164,11 @@ def test_remarks_are_said_once(good_run):
     assert done.stdout.count(warning) == 1 and "--init FILE" in done.stdout
 
 
-@pytest.fixture
-def broken(good_set, tmp_path):
-    """A copy of the good set to break, and an empty folder to work in."""
-    shutil.copytree(good_set, tmp_path / "set")
-    (tmp_path / "work").mkdir()
-    return tmp_path / "set", tmp_path / "work"
-
-
 @pytest.mark.parametrize(("breakage", "where", "what"), BROKEN.values(), ids=BROKEN)
 def test_broken_sets_stop_training(broken, command, breakage, where, what):
     data, folder = broken
     breakage(data)
-    status, out, error = command(folder, "dndetr.train", *FLAGS, "--data", str(data))
-    assert (status, out) == (1, "")
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    assert str(data) in error and where in error and what in error
-    assert {path.name for path in folder.iterdir()} <= {"cache", "stdout", "stderr"}
+    assert_training_stops(command, data, folder, where, what)
 
 
 def test_a_process_of_its_own_says_the_same(broken, command):
@@ -268,9 +183,7 @@ def test_a_process_of_its_own_says_the_same(broken, command):
 def test_the_check_lists_what_stops_training(broken, command, breakage, where, what):
     data, folder = broken
     breakage(data)
-    status, out, error = command(folder, "dndetr.check_data", str(data))
-    assert status == 1 and re.fullmatch(r"error: [^\n]+: \d+ problems? \([^\n]+\)\n", error)
-    assert any(where in line and what in line for line in out.splitlines() if line.startswith("problem: "))
+    assert_check_lists(command, data, folder, where, what)
 
 
 def test_unreadable_images_are_skipped_and_counted_on_request(good_set, tmp_path):

@@ -1,20 +1,16 @@
 """COCO's JSON: what is read of a document, and everything that can be wrong with one."""
 
 import json
-import os
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..limits import FARTHEST, LONGEST_SIDE, is_plain, leads_out, too_many_pixels
 from ..records import Problem
 from ..units import are_shares
 
-_LONGEST_SIDE = 100_000  # pixels
-_MOST_PIXELS = 178_956_970  # beyond it Pillow refuses to decode, since such a file may be a decompression bomb
-_FARTHEST = 1e9  # pixels
-_LARGEST_AREA = _LONGEST_SIDE**2  # square pixels; COCO's evaluation passes over objects that claim more
+_LARGEST_AREA = LONGEST_SIDE**2  # square pixels; COCO's evaluation passes over objects that claim more
 
 # Numbers that some tools write as 3.0.
 _WHOLE = {
@@ -67,7 +63,7 @@ def find_problems(document: dict) -> Iterator[Problem]:
         name, where = category.get("name"), f"category {category.get('id')}"
         if not isinstance(name, str):
             yield Problem("category name", f"{where} {_no_text('name', name)}; give it a text")
-        elif not _is_plain(name):
+        elif not is_plain(name):
             yield Problem("category name", f"{where} has name {name!r}; take its control characters out")
     for image in document["images"]:
         yield from _image_problems(image)
@@ -131,11 +127,6 @@ def _no_text(field: str, value: Any) -> str:
     return f"has no {field}" if value in (None, "") else f"has {field} {_short(value)}, which is no text"
 
 
-def _is_plain(text: str) -> bool:
-    """Whether a name can be written to a terminal, a file and a picture without doing anything to them."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -164,19 +155,18 @@ def _image_problems(image: dict) -> Iterator[Problem]:
     name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
     if not isinstance(name, str) or not name or "\0" in name:
         yield Problem("image file name", f"{where} {_no_text('file_name', name)}; give the file's name")
-    elif not _is_plain(name):
+    elif not is_plain(name):
         yield Problem("image file name", f"{where} has file_name {name!r}; rename that file")
-    elif os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+    elif leads_out(name):
         what = f"has file_name {name!r}, which leads out of the image folder; name a file inside it"
         yield Problem("image file name", f"{where} {what}")
     for what, side in zip(("height", "width"), sides, strict=True):
-        if not _is_id(side) or not 0 < side <= _LONGEST_SIDE:
-            expected = f"; give the file's {what} in whole pixels, at most {_LONGEST_SIDE:,}"
+        if not _is_id(side) or not 0 < side <= LONGEST_SIDE:
+            expected = f"; give the file's {what} in whole pixels, at most {LONGEST_SIDE:,}"
             expected = f", which {_TEXT}" if _is_text_number(side) else expected
             yield Problem("image size", f"{where} has {what} {_short(side)}{expected}")
             return
-    if sides[0] * sides[1] > _MOST_PIXELS:
-        what = f"is {sides[1]}x{sides[0]} pixels, more than the {_MOST_PIXELS:,} that are read; cut it into tiles"
+    if what := too_many_pixels(*sides):
         yield Problem("image size", f"{where} {what}")
 
 
@@ -187,7 +177,7 @@ def _box_problem(box: Any) -> str | None:
         return f"has bbox {_short(box)}, not four numbers but texts: write them without quotation marks"
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"has bbox {_short(box)}, not four numbers x, y, width, height"
-    if not all(-_FARTHEST < v < _FARTHEST for v in box):
+    if not all(-FARTHEST < v < FARTHEST for v in box):
         return f"has bbox {_short(box)}, which is not finite, or beyond any image"
     if box[2] < 0 or box[3] < 0:
         return f"has bbox {box} of negative size (COCO boxes are x, y, width, height)"

@@ -103,8 +103,6 @@ def _names(file: Path, keys: dict[str, yaml.Node]) -> list[str]:
             raise DataError(f"{_at(file, node)}: names has no class {lacking}; number the classes from 0 without gaps")
     else:
         raise DataError(f"{_at(file, node)}: names is {node.value!r}; give a list of names")
-    if not names:
-        raise DataError(f"{_at(file, node)}: the list of names is empty; add the classes")
     if number is not None and number != len(names):
         raise DataError(f"{_at(file, count)}: nc is {number}, but there are {len(names)} names; correct one of them")
     return names
@@ -129,10 +127,7 @@ def _keypoints(file: Path, node: yaml.Node | None) -> int | None:
 
 def _entries(file: Path, key: str, node: yaml.Node) -> list[Entry]:
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    entries = [Entry(_text(file, key, entry), _line(entry)) for entry in nodes]
-    if not entries:
-        raise DataError(f"{_at(file, node)}: {key} is an empty list; give the folder of its images")
-    return entries
+    return [Entry(_text(file, key, entry), _line(entry)) for entry in nodes]
 
 
 def _text(file: Path, key: str, node: yaml.Node) -> str:
@@ -147,7 +142,9 @@ def _text(file: Path, key: str, node: yaml.Node) -> str:
 
 
 def _is_nothing(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in ("", "~", "null")
+    if isinstance(node, yaml.ScalarNode):
+        return not node.value or (node.style is None and node.value in ("~", "null"))
+    return isinstance(node, yaml.SequenceNode) and not node.value
 
 
 def _line(node: yaml.Node) -> int:
