@@ -35,6 +35,10 @@ class Arguments:
     model: ModelPath
     data: str | None = None
     """A folder in COCO, YOLO or VOC format, or "shapes" (default: the data that the run was trained on)."""
+    val_share: float | None = None
+    """For --data without a validation split: as of the train command."""
+    split_file: Path | None = None
+    """As of the train command, for --data."""
     split: str = "val"
     """Which part of the data: val, train, test or any name it has."""
     output: Path | None = None
@@ -114,11 +118,11 @@ def open_split(arguments: Arguments, config):
     from .data.checks import check_files
     from .data.folder_dataset import FolderDataset
     from .data.shapes import ShapesDataset
-    from .data.source import open_source
     from .data.training import evaluation_transform, shapes_or_folder, source_of
-    from .runs.paths import demand_data_there
+    from .runs.paths import demand_data_there, with_data
 
-    source, name = (config.data, config.data_name) if arguments.data is None else (arguments.data, arguments.data)
+    named = with_data(config, arguments.data, arguments.val_share, arguments.split_file)
+    source, name = named.data, named.data_name
     if source is None:
         raise ValueError("--preset needs data: --data DIR (yours) or --data shapes")
     if arguments.data is None:
@@ -130,8 +134,7 @@ def open_split(arguments: Arguments, config):
             return ShapesDataset("train", config.train_images, seed=config.seed), source
         return ShapesDataset(arguments.split, config.val_images), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
-    opened = source_of(config) if arguments.data is None else open_source(source)
-    data = FolderDataset(opened.read(arguments.split), evaluation_transform(config), cache_bytes=cache)
+    data = FolderDataset(source_of(named).read(arguments.split), evaluation_transform(config), cache_bytes=cache)
     if config.images.skip_unreadable or arguments.skip_unreadable:
         images = len(data)
         remarks = check_files(data, skip_unreadable=True)

@@ -24,6 +24,10 @@ class Arguments:
     model: ModelPath
     data: str | None = None
     """A folder in COCO, YOLO or VOC format, or "shapes" (default: the data that the run was trained on)."""
+    val_share: float | None = None
+    """For --data without a validation split: as of the train command."""
+    split_file: Path | None = None
+    """As of the train command, for --data."""
     output: Path | None = None
     """New folder for denoising.png and denoising.json (default: only print)."""
     leak_check: bool = False
@@ -102,16 +106,16 @@ def run(arguments: Arguments) -> None:
     from .detector import load
     from .pictures.denoising import write_denoising
     from .runs.folder import output_folder
-    from .runs.paths import demand_data_there
+    from .runs.paths import demand_data_there, with_data
 
     demand(arguments.steps >= 0, "steps", arguments.steps, "0 or more")
     demand((arguments.workers or 0) >= 0, "workers", arguments.workers, "0 or more")
     detector = load(arguments.model, arguments.device)
     workers = detector.config.workers if arguments.workers is None else arguments.workers
-    config = replace(detector.config, device=arguments.device, workers=workers)
-    if arguments.data is not None:  # the run's division is that of its own data
-        config = replace(config, data=arguments.data, val_share=None, split_file=None)
-    demand_data_there(config)
+    config = with_data(detector.config, arguments.data, arguments.val_share, arguments.split_file)
+    config = replace(config, device=arguments.device, workers=workers)
+    if arguments.data is None:
+        demand_data_there(config)
     data = TrainingData(config)
     if data.classes != detector.classes:
         raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")

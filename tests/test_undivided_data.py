@@ -84,6 +84,22 @@ def test_other_data_is_not_divided_as_that_of_the_run(start, tmp_path, monkeypat
     assert health.main([*flags, "--steps", "0"]) == 0
 
 
+def test_other_data_is_divided_when_asked(start, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(start / "run"), "--device", "cpu"]
+    assert evaluate.main([*flags, "--data", str(whole)]) == 1
+    assert "to set a fifth of the training images apart give --val-share 0.2" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--data", str(whole), *DIVIDED, "--output", "out"]) == 0
+    assert evaluated(Path("out/detections_val.json")) == evaluated(start / "run" / "detections_val.json")
+    assert Path("split.json").read_text() == (start / "split.json").read_text()
+    assert health.main([*flags, "--data", str(whole), *DIVIDED, "--steps", "0"]) == 0
+    capsys.readouterr()
+    for module in (evaluate, health):
+        assert module.main([*flags, "--val-share", "0.5"]) == 1
+        said = "--val-share 0.5: give --data DIR too, since the run's own data is divided already"
+        assert said in capsys.readouterr().err
+
+
 def test_a_division_that_is_gone_is_asked_for(start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(start / "run", tmp_path / "run")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..data.errors import DataError
+from ..demands import demand
 
 
 def remembered(config: Config) -> Config:
@@ -16,6 +17,19 @@ def remembered(config: Config) -> Config:
     absolute = {name: str(Path(path).absolute()) for name, path in typed.items()}
     given = {name: path for name, path in typed.items() if path != absolute[name]}
     return replace(config, **absolute, given=config.given | given)
+
+
+def with_data(
+    config: Config, data: str | None, val_share: float | None = None, split_file: Path | None = None
+) -> Config:
+    """A run's configuration for other data, divided as asked; data: None for the run's own, as the run divided it."""
+    if data is None:
+        for flag, value in (("val-share", val_share), ("split-file", split_file)):
+            demand(value is None, flag, value, "--data DIR too, since the run's own data is divided already")
+        return config
+    given = {name: path for name, path in config.given.items() if name not in ("data", "split_file")}
+    file = None if split_file is None else str(split_file)
+    return replace(config, data=data, val_share=val_share, split_file=file, given=given)
 
 
 def demand_data_there(config: Config) -> None:
