@@ -65,13 +65,32 @@ SETS = st.lists(st.sets(st.integers(0, 5)), min_size=2, max_size=8)
 SHARES = st.sampled_from([0.001, 0.1, 0.2, 0.5, 0.8, 0.999])
 
 
+def fewest_lost(sets) -> int:
+    """By all divisions that leave an image on each side."""
+    return min(lost(sets, val) for val in itertools.product((False, True), repeat=len(sets)) if len(set(val)) == 2)
+
+
 @settings(max_examples=50, deadline=None)
 @given(SETS, SHARES)
 def test_no_division_has_more_classes_on_both_sides(sets, share):
     val = divide(with_classes(sets, 6), share)
-    possible = (sides for sides in itertools.product((False, True), repeat=len(sets)) if len(set(sides)) == 2)
-    assert lost(sets, val) == min(lost(sets, sides) for sides in possible)
+    assert lost(sets, val) == fewest_lost(sets)
     assert 0 < val.sum() < len(sets)
+
+
+@pytest.mark.parametrize(
+    ("images", "fewest"),
+    [
+        # Found by those that stopped at the first class, or went to and fro between the same images.
+        ("bfgklmqrsu acdfimopq acehjkmnp bhjlpsu abcehijlrst dfghkmnost", 2),
+        ("beh dh abg j fgi ach g adehj cfi df ", 0),
+        ("befhjlmnruw bckoqrst acfgst cfmo agoprsv acimtw bdefjl dehijqtw hknv eopu", 1),
+    ],
+)
+def test_what_is_hard_to_divide(images, fewest):
+    sets = [{ord(letter) - ord("a") for letter in image} for image in images.split(" ")]
+    found = lost(sets, divide(with_classes(sets, 26), 0.2))
+    assert found == fewest_lost(sets) == fewest
 
 
 def test_a_class_that_cannot_be_on_both_sides_keeps_no_other_from_it():
@@ -113,8 +132,9 @@ def test_each_class_has_its_share_and_so_have_images_without_objects():
 
 
 def test_a_class_of_one_image_is_learned():
-    sets = [{0}, {0, 1}, {0}, {0}, {0}]
-    assert not any(divide(with_classes(sets, 2), 0.2)[1:2])
+    sets = [{0}] * 20 + [{number} for number in range(1, 21)]
+    val = divide(with_classes(sets, 21), 0.2)
+    assert (val[:20].sum(), val[20:].sum()) == (8, 0)
 
 
 def test_crowd_regions_do_not_make_a_class_known():
