@@ -101,6 +101,11 @@ class Trainer:
             self._listeners.end("finished", "", self._last_evaluation)
         return self._last_evaluation
 
+    @property
+    def signal(self) -> int | None:
+        """The signal that came while it trained, whether or not there was still something to stop."""
+        return self._stop.received
+
     def _start(self) -> None:
         """Bring the folder to where the run begins, or goes on."""
         folder, rows = self._folder, []
