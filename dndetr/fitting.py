@@ -80,10 +80,9 @@ class TrainedRun:
         return str(self.folder)
 
     def __repr__(self) -> str:
-        rows, config = self.rows, self.config
-        steps = max((row["step"] for row in rows), default=0)
-        score = "not evaluated" if self.best is None else f"best AP {self.best:.3f}"
-        return f"TrainedRun({str(self.folder)!r}): {self.status} after step {steps}, {config.preset}, {score}"
+        best = self.best
+        score = "no AP" if best is None else f"best AP {best:.3f}"
+        return f"TrainedRun({str(self.folder)!r}): {self.config.preset}, {self.status}, {score}"
 
     def _weights(self, best: bool) -> Path:
         path = self._file("best.pt")
@@ -106,7 +105,7 @@ class Interrupted(KeyboardInterrupt):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: where in the training it was says nothing to those who interrupted it."""
-        return [f"interrupted: {self}"]
+        return [f"interrupted; {self}"]
 
 
 @unfailing()

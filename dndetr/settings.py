@@ -58,13 +58,15 @@ def in_python(text: str) -> str:
     names: dict[str, str] = {}
     for name, hint in _names(Config):
         group, dot, last = name.replace("_", "-").rpartition(".")
-        switch = bool in (hint, *get_args(hint))
+        switch = hint is bool
         names |= {
             f"--{group}{dot}{last}": f"{name}=True" if switch else name,
             f"--{group}{dot}no-{last}": f"{name}=False",
         }
     return re.sub(
-        r"python -m dndetr[^;,:)]*|--[a-z][\w.-]*\w", lambda found: names.get(found.group(), found.group()), text
+        r"python -m dndetr[^;,:)]*|(?<![\w-])--[a-z][\w.-]*\w",
+        lambda found: names.get(found.group(), found.group()),
+        text,
     )
 
 
@@ -112,7 +114,7 @@ class _Unfit(Exception):
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    """The value as its type has it, so that equal settings are kept alike: 1 as 1.0, a list as a tuple, paths as text."""
+    """The value as its type has it, so that equal settings are kept alike: 1 as 1.0, lists as tuples, paths as text."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         for part in parts:
