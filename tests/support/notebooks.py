@@ -19,6 +19,7 @@ def executed(notebook, folder: Path, **options):
         "JUPYTER_PATH": str(folder / ".jupyter"),
         "PYTHONPATH": str(goldens.ROOT),
         "IPYTHONDIR": str(folder / ".ipython"),  # no profile of the user's
+        "OMP_NUM_THREADS": "1",  # several would wait for each other beside other tests
     }
     with mock.patch.dict(os.environ, environment):
         client = nbclient.NotebookClient(
