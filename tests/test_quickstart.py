@@ -39,7 +39,7 @@ def test_it_runs(tmp_path, quickstart):
     done = executed(quickstart, tmp_path, timeout=500)
     assert [cell.source for cell in done.cells] == stored
     shown = [output for output in outputs(done) if "text/html" in output.get("data", {})]
-    assert len(shown) == 3 and "step 300/300" in shown[0].data["text/html"]
+    assert len(shown) == 3 and "step 500/500" in shown[0].data["text/html"]
 
 
 @pytest.mark.slow
