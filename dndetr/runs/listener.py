@@ -4,7 +4,7 @@
         def evaluated(self, row, results, best):
             post(f"epoch {row['epoch']}: AP {row['AP']:.3f}")
 
-    train.run(["--preset", "small", "--data", "my_data"], listeners=[Slack()])
+    dndetr.fit("my_data", preset="small", listeners=[Slack()])
 
 docs/listeners.md has the moments, and what a listener may rely on.
 """

@@ -60,7 +60,7 @@ class Trainer:
         self.done = 0
         self.best: float | None = None
         self._checkpoint = checkpoint
-        self._listeners = Listeners()
+        self._listeners, self._stop = Listeners(), StopSignal()
         if checkpoint is not None:
             demand_continuable(checkpoint, processes.world, self.steps_per_epoch, config.data, data.images["train"])
         self.batch_shapes = data.choose_shapes(self.total_steps) if self.mode == "graph" else None
@@ -90,7 +90,7 @@ class Trainer:
         """
         self._folder, self._listeners = folder, listeners if self.processes.first else Listeners()
         self._last_evaluation: dict = {}
-        with StopSignal() as self._stop:
+        with self._stop:
             try:
                 self._start()
                 self._train()
@@ -100,6 +100,11 @@ class Trainer:
                 raise
             self._listeners.end("finished", "", self._last_evaluation)
         return self._last_evaluation
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that came while it trained, whether or not there was still something to stop."""
+        return self._stop.received
 
     def _start(self) -> None:
         """Bring the folder to where the run begins, or goes on."""

@@ -1,7 +1,9 @@
 """What is shown of a run while it goes on."""
 
 import io
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,33 @@ def test_a_step_costs_microseconds():
 )
 def test_durations(seconds: float | None, text: str):
     assert duration(seconds) == text
+
+
+def test_a_notebook_has_one_output_that_changes_and_a_table_below(monkeypatch: pytest.MonkeyPatch, capsys):
+    shown = []
+
+    class Output:
+        def __init__(self, content):
+            shown.append([str(content)])
+
+        def update(self, content):
+            shown[-1].append(str(content))
+
+    library = types.SimpleNamespace(display=lambda content, display_id: Output(content))
+    monkeypatch.setitem(sys.modules, "IPython.display", library)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as its kernel has it
+    clock = [100.0]
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", lambda: clock[0])
+    console = Console()
+    console.run_started(a_run(Path(), epochs=2, steps_per_epoch=50))
+    console.message("a note")
+    for step in range(1, 101):
+        clock[0] += 0.1
+        console.step_ended(step, images=8, waited=0.0)
+    console.row_logged(row(2, 1.0, AP=0.5))
+    console.run_ended("finished", "", {})
+    (lines,) = shown
+    assert 10 <= len(lines) <= 12 and "step 11/100" in lines[0] and "step 100/100" in lines[-1]
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == "a note" and len(printed.splitlines()) == 3 and "\x1b" not in printed
