@@ -2,6 +2,7 @@
 continued, and where its texts, pictures and tables go. docs/trackers.md shows what a user sees of it.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -70,6 +71,9 @@ class MLflow(Tracker):
     needs = '--tracker mlflow needs mlflow: pip install -e ".[trackers]" mlflow'
 
     def _options(self, continued: str | None) -> dict[str, Any]:
+        # A server that is gone is asked 8 times for two minutes otherwise, while several processes wait for this one.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         named = {"experiment_name": self._run.config.project, "run_name": self._title}
         return named | {"run_id": continued, "nested_run": True}  # within a run of the caller's, if there is one
 
