@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, json.dumps(value) if isinstance(value, list) else value
 
 
+_lock = threading.Lock()  # what is set aside is of the process, whose threads may train
+
+
 class _PlainLogger(logging.LoggerAdapter):
     """What accelerate's trackers call of their logger."""
 
@@ -202,12 +206,13 @@ def _undisturbed() -> Iterator[None]:
     """
     from accelerate import tracking
 
-    logger, tracking.logger = tracking.logger, _PlainLogger(logging.getLogger(tracking.__name__), {})
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        tracking.logger = logger
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != handler:
-                signal.signal(number, handler)
+    with _lock:
+        logger, tracking.logger = tracking.logger, _PlainLogger(logging.getLogger(tracking.__name__), {})
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            tracking.logger = logger
+            for number, handler in handlers.items():
+                if signal.getsignal(number) != handler:
+                    signal.signal(number, handler)

@@ -25,7 +25,8 @@ class TensorBoard(Tracker):
     starts_anew = True
 
     def _options(self, continued: str | None) -> dict[str, Any]:
-        shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
+        if (self._folder / "tensorboard").exists():
+            shutil.rmtree(self._folder / "tensorboard")
         return {"run_name": "tensorboard", "logging_dir": self._folder}
 
     def _send_picture(self, path: Path, step: int) -> None:

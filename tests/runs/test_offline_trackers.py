@@ -1,11 +1,15 @@
 """TensorBoard, W&B and MLflow show one run that was stopped and resumed, each read back by its own reader, offline."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from goldens import ROOT
 from PIL import Image
 from short_runs import short_run, stopped_after
 from wandb_files import items, offline_records
@@ -158,3 +162,50 @@ def test_mlflow(run, rows, logged):
     table = Path(client.download_artifacts(shown.info.run_id, "classes.md"))
     best, ap = class_table(rows[-1])[0]
     assert f"| {best} | {ap:.3f} |" in table.read_text()
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_speaks_to_them(home, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dndetr.train",
+    ]
+    few = [
+        "--epochs",
+        "1",
+        "--batch-size",
+        "2",
+        "--train-images",
+        "8",
+        "--val-images",
+        "4",
+        "--log-every",
+        "1",
+        "--quiet",
+    ]
+    variables = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    for flags in (["--output", "plain"], ["--output", "shown", "--tracker", "tensorboard", "wandb", "mlflow"]):
+        done = subprocess.run(
+            [*command, *few, *flags],
+            env=variables | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "shown" / "wandb").glob("offline-run-*"))) == 1
+    assert [row["event"] for row in read_rows(tmp_path / "shown" / "metrics.jsonl")] == [
+        "train",
+        "train",
+        "eval",
+        "end",
+    ]
+    plain, shown = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("plain", "shown"))
+    assert all(torch.equal(shown[name], plain[name]) for name in plain)

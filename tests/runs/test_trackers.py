@@ -12,7 +12,7 @@ from short_runs import short_run
 from watched_runs import a_run
 
 from dndetr import train
-from dndetr.config import Config
+from dndetr.config import Config, to_dict
 from dndetr.runs.run_log import read_rows
 from dndetr.runs.tracker import as_markdown, class_table, flat_settings
 from dndetr.runs.trackers import TRACKERS, chosen_trackers
@@ -221,6 +221,18 @@ def test_each_tracker_is_chosen_once(made):
     found = chosen_trackers(Config(tensorboard=True, tracker=("wandb", "tensorboard", "wandb")))
     assert [type(tracker).__name__ for tracker in found] == ["TensorBoard", "WandB"]
     assert chosen_trackers(Config()) == []
+
+
+def test_trackers_may_change_when_a_run_goes_on():
+    saved = to_dict(Config(tracker=("wandb",), project="cells"))
+    for flags, wanted in (
+        ([], ("wandb",)),
+        (["--tracker"], ()),
+        (["--tracker", "mlflow", "comet"], ("mlflow", "comet")),
+    ):
+        arguments = ["--resume", "run", *flags]
+        resumed = train.resumed_config(train.parse(arguments), saved, arguments)
+        assert resumed.tracker == wanted and resumed.project == "cells"
 
 
 def test_names_of_projects_are_those_that_all_trackers_take():
