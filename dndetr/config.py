@@ -347,7 +347,11 @@ class Config:
     checkpoint_every: int | None = None
     """Also save after every so many steps, not only after every epoch."""
     tensorboard: bool = False
-    """Write the numbers of metrics.jsonl for TensorBoard too (extra tensorboard)."""
+    """The same as --tracker tensorboard (extra tensorboard)."""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "clearml", "comet"], ...] = ()
+    """Show the run in these, several if you like (extra trackers): settings, numbers, pictures, final table."""
+    project: str = "dndetr"
+    """The trackers' name of what the run belongs to: W&B's, Trackio's, ClearML's project, MLflow's experiment."""
     quiet: bool = False
     """Print nothing but errors."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -377,6 +381,8 @@ class Config:
         demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
         demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
+        named = re.fullmatch(r"\w[\w. -]{0,127}", self.project)  # what every tracker takes
+        demand(bool(named), "project", self.project, "letters, digits, spaces and . _ -, at most 128 of them")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

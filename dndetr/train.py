@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .training.trainer import Trainer
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard", "quiet")
+_WITH_RESUME = ("data", "device", "mode", "workers", "fast_eval", "tensorboard", "tracker", "project", "quiet")
 
 
 class Outcome(NamedTuple):
