@@ -199,7 +199,7 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     if evaluated and evaluated[-1] == config.epochs:
         return
     if (run / "checkpoint.pt").exists():
-        if config.data != "shapes" and not Path(config.data).is_dir():
+        if config.data != "shapes" and not Path(config.data).exists():
             raise ValueError(
                 f"{config.data}: no such folder; put the comparison's data set back there, or a link to it"
             )

@@ -156,7 +156,7 @@ def _train(
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
     trainer = Trainer(config, data, processes, checkpoint)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
-    notes = [_summary(trainer), *chosen, *data.warnings]
+    notes = [*data.about, _summary(trainer), *chosen, *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")

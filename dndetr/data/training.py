@@ -27,8 +27,8 @@ class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
     Of ``world`` processes, ``neighbours`` of them on this machine, the one of this ``rank`` reads its share of both.
-    ``about`` says in one line what was recognised on the disk, None for built-in data; ``warnings`` are sentences to
-    show once. Raises DataError for whatever is wrong with the folder, ValueError where
+    ``about`` is the line that says what was recognised on the disk, if it lies there; ``warnings`` are sentences to show
+    once. Raises DataError for whatever is wrong with the folder, ValueError where
     its workers lack shared memory, before anything is written.
     """
 
@@ -38,10 +38,10 @@ class TrainingData:
             train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
             val = train if config.overfit else ShapesDataset("val", config.val_images)
             self.warnings = shapes_or_folder(config.data)
-            self.about = None
+            self.about = []
         else:
             source = source_of(config)
-            self.about = f"{config.data_name}: {source.about}"
+            self.about = [f"{config.data_name}: {source.about}"]
             train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
             records = source.read("train")
