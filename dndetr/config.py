@@ -310,6 +310,10 @@ class Config:
     """Train and evaluate on so many images of the train split, to see whether all works: AP should pass 0.9."""
     epochs: int = 50
     """Passes over the training data."""
+    hours: float | None = None
+    """End the run within so many hours, its schedule shortened to fit: fewer steps than --epochs says, if need be."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row without a higher AP."""
     batch_size: int = 2
     """Images at once, in each process."""
     accumulate: int = 1
@@ -360,13 +364,11 @@ class Config:
         return self.given.get("data", self.data)
 
     def __post_init__(self):
-        counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]
-        counts += ["train_images", "val_images", "detections"]
-        counts += [
-            name for name in ("overfit", "max_steps_per_epoch", "checkpoint_every") if getattr(self, name) is not None
-        ]
-        demand_counts(self, "", *counts)
+        demand_counts(self, "", "epochs", "batch_size", "accumulate", "evaluate_every", "log_every")
+        demand_counts(self, "", "train_images", "val_images", "detections")
+        demand_counts(self, "", "overfit", "patience", "max_steps_per_epoch", "checkpoint_every")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        demand(self.hours is None or 0 < self.hours < float("inf"), "hours", self.hours, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
