@@ -314,8 +314,8 @@ class Config:
     """End the run within so many hours, its schedule shortened to fit: fewer steps than --epochs says, if need be."""
     patience: int | None = None
     """End the run after so many evaluations in a row without a higher AP."""
-    batch_size: int = 2
-    """Images at once, in each process."""
+    batch_size: int | Literal["auto"] = 2
+    """Images at once, in each process; auto measures how many fit, and accumulates to the preset's images a step."""
     accumulate: int = 1
     """Batches whose gradients make one step: the effect of a larger batch in the memory of this one."""
     lr: float = 1e-4
@@ -364,9 +364,13 @@ class Config:
         return self.given.get("data", self.data)
 
     def __post_init__(self):
-        demand_counts(self, "", "epochs", "batch_size", "accumulate", "evaluate_every", "log_every")
+        demand_counts(self, "", "epochs", "accumulate", "evaluate_every", "log_every")
         demand_counts(self, "", "train_images", "val_images", "detections")
         demand_counts(self, "", "overfit", "patience", "max_steps_per_epoch", "checkpoint_every")
+        if self.batch_size != "auto":
+            demand_counts(self, "", "batch_size")
+        elif self.accumulate != 1:
+            raise ValueError("--batch-size auto chooses --accumulate too: leave that out, or give a number of images")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         demand(self.hours is None or 0 < self.hours < float("inf"), "hours", self.hours, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")

@@ -109,20 +109,24 @@ def _train(
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
+    from .training.batch_size import with_fitting_batch
     from .training.listeners import all_listeners
     from .training.signals import Stopped
     from .training.time_limit import stopwatch
     from .training.trainer import Trainer
 
-    elapsed = stopwatch()
+    elapsed, notes = stopwatch(), []
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
     if checkpoint is not None:
         demand_data_there(config)
+    if config.batch_size == "auto":
+        config, note = with_fitting_batch(config, processes)
+        notes.append(note)
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
     trainer = Trainer(config, data, processes, checkpoint, elapsed)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
-    notes = [_summary(trainer), *chosen, *data.warnings]
+    notes += [_summary(trainer), *chosen, *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..batch import Batch
 from ..config import Config
 from .annotations import NOTHING_TO_LEARN
-from .batch_shapes import BatchShapes, choose_shapes
+from .batch_shapes import BatchShape, BatchShapes, choose_shapes, dearest_slots, largest_canvas
 from .checks import check_files
 from .coco import CocoDataset
 from .errors import DataError
@@ -85,6 +85,12 @@ class TrainingData:
         shapes = choose_shapes(self._train_images, self._config, steps)
         self._train.take(shapes)
         return shapes
+
+    def largest_shape(self) -> BatchShape:
+        """A canvas that holds every training image, and the slots that cost the most."""
+        images, config = self._train_images, self._config
+        canvas = largest_canvas(images, config) if images.canvas is None else images.canvas
+        return BatchShape(*canvas, dearest_slots(max(images.counts), config.denoising))
 
     def training(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch, from number ``first`` on."""
