@@ -130,7 +130,7 @@ class Console(Listener):
             self._live.stop()
             self._live = None
         if how == "finished" and reason:
-            self.message(f"finished after step {row['step']}: {reason}")
+            self.message(f"finished after step {self._step}: {reason}")
 
     def eta(self) -> float | None:
         """Seconds to the end of the run, from the recent speed and the last evaluation; None before any step."""
