@@ -114,6 +114,7 @@ def test_memory_that_runs_out_in_a_step_is_found_and_said(monkeypatch, capsys):
 
 
 def test_a_run_that_goes_on_does_not_measure_again(monkeypatch):
+    monkeypatch.setattr(batch_size, "_peak", lambda device, work: GIB)
     with stopped_after(1):
         train.main([*FEW, "--batch-size", "auto", "--output", "run"])
     monkeypatch.setattr(batch_size, "_try_out", lambda *_: 1 / 0)
@@ -145,7 +146,7 @@ def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peak[0])
-    config = replace(PRESETS["tiny"](), batch_size="auto", train_images=64)
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=64)
     chosen, line = with_fitting_batch(config, Processes({}))
     assert (chosen.batch_size, chosen.accumulate) == (4, 4) and "4.0 of 10.0 GiB" in line
     assert len(emptied) == 2 * len((1, 2, 4, 8))
@@ -155,16 +156,16 @@ def test_a_gpu_is_asked_for_its_own_memory(monkeypatch):
 def test_all_processes_take_what_the_poorest_can(monkeypatch):
     monkeypatch.setattr(batch_size, "_peak", lambda device, work: GIB)
     monkeypatch.setattr(Processes, "gather", lambda self, mine: [mine, (2, 1.0, 3.0)])
-    config = replace(PRESETS["tiny"](), batch_size="auto", train_images=64)
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=64)
     chosen, line = with_fitting_batch(config, Processes({}))
     assert (chosen.batch_size, chosen.accumulate) == (2, 8) and "1.0 of 3.0 GiB" in line
 
 
 def test_few_images_are_no_large_batch(monkeypatch):
     monkeypatch.setattr(batch_size, "_try_out", lambda *_: None)
-    config = replace(PRESETS["tiny"](), batch_size="auto", train_images=10)
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=10)
     assert with_fitting_batch(config, Processes({}))[0].batch_size == 8
-    config = replace(PRESETS["tiny"](), batch_size="auto", overfit=3)
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, overfit=3)
     chosen = with_fitting_batch(config, Processes({}))[0]
     assert (chosen.batch_size, chosen.accumulate) == (3, 1)  # as --overfit 3 alone has it
 
@@ -178,7 +179,7 @@ def test_a_trial_is_a_step_and_a_prediction_that_leave_no_trace(monkeypatch, bat
 
     monkeypatch.setattr(TrainStep, "__call__", noting("step", TrainStep.__call__))
     monkeypatch.setattr(DNDETR, "infer", noting("infer", DNDETR.infer))
-    config = replace(PRESETS["tiny"](), batch_size=1, accumulate=2 * batches, train_images=4)
+    config = replace(PRESETS["tiny"](), batch_size=1, accumulate=2 * batches, train_images=4, val_images=2)
     shape = TrainingData(config).largest_shape()
     drawn = torch.random.get_rng_state()
     batch_size._try_out(config, 2, shape, 6, torch.device("cpu"), Processes({}))

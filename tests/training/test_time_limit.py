@@ -175,7 +175,7 @@ def test_a_run_ends_in_time_evaluated_and_saved(clock, capsys):
     # The rate of the step that would come next, at the floor of the cosine, as after a whole run.
     assert trained[-1]["step"] == steps and trained[-1]["lr"] == pytest.approx(4e-3 * 0.01)
     out = capsys.readouterr().out
-    assert f"finished after step {steps}: the time of" in out and f"step {steps}/{steps}  ETA 0.0s" in out
+    assert f"finished after step {steps}: the time of" in out and f"epoch 3/3  step {steps}/{steps}  ETA" in out
     assert train.main(["--resume", "run"]) == 0
     assert f"run is finished: {steps} of 36 steps are done (the time of" in capsys.readouterr().out
 
