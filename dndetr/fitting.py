@@ -112,8 +112,9 @@ class Interrupted(KeyboardInterrupt):
 def fit(data: str | Path | None = None, *, listeners: Sequence[Listener] = (), **settings: Any) -> TrainedRun:
     """Train a detector, as ``python -m dndetr.train`` does -> the run; docs/python.md.
 
-    data: a folder in COCO, YOLO or VOC format, or "shapes"; listeners: are told of the run. settings: every flag of the command, by its
-    name: ``preset="small"``, ``epochs=20``, ``denoising={"groups": 3}``; ``resume=run`` goes on with a run.
+    data: a folder in COCO, YOLO or VOC format, or "shapes"; listeners: are told of the run. settings: every flag of the
+    command, by its name: ``preset="small"``, ``epochs=20``, ``denoising={"groups": 3}``; ``resume=run`` goes on with a
+    run.
 
     Raises ValueError for settings that are wrong, and whatever ends the training. Ctrl-C and a notebook's stop button
     end it after the current step: the run is saved, and Interrupted, a KeyboardInterrupt with the ``run``, is raised.

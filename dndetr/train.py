@@ -146,25 +146,32 @@ def _train(
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
+    from .training.batch_size import with_fitting_batch
     from .training.listeners import all_listeners
+    from .training.time_limit import stopwatch
     from .training.trainer import Trainer
 
+    elapsed, notes = stopwatch(), []
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
     if checkpoint is not None:
         demand_data_there(config)
+    if config.batch_size == "auto":
+        config, note = with_fitting_batch(config, processes)
+        notes.append(note)
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
-    trainer = Trainer(config, data, processes, checkpoint)
+    trainer = Trainer(config, data, processes, checkpoint, elapsed)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
-    notes = [*data.about, _summary(trainer), *chosen, *data.warnings]
+    notes += [*data.about, _summary(trainer), *chosen, *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
         folder = _run_folder(config)
-        rows = read_rows(folder / "metrics.jsonl")
-        if processes.from_first(any(row["event"] == "end" for row in rows)):
+        end = next((row for row in read_rows(folder / "metrics.jsonl") if row["event"] == "end"), None)
+        if processes.from_first(end is not None):
             if processes.first:
-                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
+                why = f" ({end['reason']})" if "reason" in end else ""
+                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done{why}")
             return Outcome(folder, processes.first)
     else:
         if config.init is not None:

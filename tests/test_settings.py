@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dndetr import train
-from dndetr.config import BackboneConfig, Config, DenoisingConfig
+from dndetr.config import Config, DenoisingConfig
+from dndetr.model_config import BackboneConfig
 from dndetr.settings import changed, flat, in_python
 
 

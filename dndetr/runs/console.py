@@ -27,7 +27,7 @@ class Console(Listener):
     """
 
     def __init__(self, quiet: bool = False, interval: float | None = None, file: TextIO | None = None):
-        self._epochs = self._steps_per_epoch = self._step = 0
+        self._steps_per_epoch = self._step = 0
         self._quiet = quiet
         self._notebook = file is None and rich.console.Console().is_jupyter
         # rich would show every line of a notebook by itself, and none of the live ones without ipywidgets.
@@ -48,7 +48,7 @@ class Console(Listener):
         return 1.0 if self._notebook else 0.25 if self._out.is_terminal else 10.0
 
     def run_started(self, run: Run) -> None:
-        self._epochs, self._steps_per_epoch, self._step = run.config.epochs, run.steps_per_epoch, run.step
+        self._planned, self._steps_per_epoch, self._step = run.planned, run.steps_per_epoch, run.step
         self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
         known = [row["AP"] for row in run.rows if row["event"] == "eval" and row.get("AP") is not None]
         self._best = max(known, default=None)
@@ -103,7 +103,7 @@ class Console(Listener):
         window[0] += 1
         window[1] += images
         window[2] += waited
-        if now - self._updated >= self._interval or step == self._epochs * self._steps_per_epoch:
+        if now - self._updated >= self._interval or step == self._planned():
             self._update(now)
 
     def row_logged(self, row: dict) -> None:
@@ -135,13 +135,18 @@ class Console(Listener):
         self.message(line + ("  best" if best else ""), "bold green" if best else None)
 
     def run_ended(self, how: str, reason: str, row: dict) -> None:
-        """Remove the live lines, which a notebook keeps as they are; later messages are plain."""
+        """Remove the live lines, which a notebook keeps as they are; later messages are plain.
+
+        Say why a run is done before its configured end.
+        """
         if self._live is not None:
             self._live.stop()
             self._live = None
         if self._output is not None:
             self._output.update(self._lines())
             self._output = None
+        if how == "finished" and reason:
+            self.message(f"finished after step {self._step}: {reason}")
 
     def eta(self) -> float | None:
         """Seconds to the end of the run, from the recent speed and the last evaluation; None before any step."""
@@ -149,8 +154,13 @@ class Console(Listener):
         if not steps:
             return None
         evaluations = self._epochs - self._step // self._steps_per_epoch
-        left = self._epochs * self._steps_per_epoch - self._step
+        left = self._planned() - self._step
         return left * seconds / steps + evaluations * self._evaluation_seconds
+
+    @property
+    def _epochs(self) -> int:
+        """Those that the run will begin."""
+        return -(-self._planned() // self._steps_per_epoch)
 
     def _update(self, now: float) -> None:
         elapsed = now - self._updated
@@ -182,12 +192,11 @@ class Console(Listener):
 
     def _progress(self) -> list[tuple[str, str]]:
         """How far and how fast, as pieces of (text, style)."""
-        total = self._epochs * self._steps_per_epoch
         epoch = min(self._epochs, (self._step - 1) // self._steps_per_epoch + 1)
         _, images, waited, seconds = self._recent
         speed, share = images / max(seconds, 1e-9), waited / max(seconds, 1e-9)
         return [
-            (f"epoch {epoch}/{self._epochs}  step {self._step}/{total}", "bold"),
+            (f"epoch {epoch}/{self._epochs}  step {self._step}/{self._planned()}", "bold"),
             (f"  ETA {duration(self.eta())}", "magenta"),
             (f"  {speed:,.{0 if speed >= 100 else 1}f} images/s", "green"),
             (f"  data wait {share:.0%}", "yellow" if share > 0.2 else "dim"),
@@ -204,7 +213,7 @@ class Console(Listener):
         return shown if rate is None else [*shown, (f"  lr {rate:.1e}", "dim")]
 
     def _lines(self) -> Text:
-        done = round(_BAR * self._step / max(1, self._epochs * self._steps_per_epoch))
+        done = round(_BAR * self._step / max(1, self._planned()))
         dash, overflow = ("-", "crop") if self._out.options.ascii_only else ("━", "ellipsis")
         bar = [(dash * done, "green"), (dash * (_BAR - done) + " ", "bright_black")]
         lines = Text.assemble(*bar, *self._progress(), no_wrap=True, overflow=overflow)

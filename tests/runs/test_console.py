@@ -1,6 +1,7 @@
 """What is shown of a run while it goes on."""
 
 import io
+import itertools
 import sys
 import time
 import types
@@ -63,6 +64,19 @@ def test_eta_covers_the_steps_and_the_evaluations_to_come(monkeypatch: pytest.Mo
     clock[0] += 1
     console.step_ended(11, images=4, waited=0.5)
     assert console.eta() == pytest.approx(19 + 2 * 7)
+
+
+def test_a_plan_that_shrinks_is_followed(monkeypatch: pytest.MonkeyPatch):
+    planned, (console, file) = [30], shown(interval=0)
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", itertools.count().__next__)
+    console.run_started(a_run(Path(), epochs=3, steps_per_epoch=10, planned=lambda: planned[0]))
+    console.step_ended(1, images=4, waited=0)
+    planned[0] = 15
+    console.step_ended(2, images=4, waited=0)
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("epoch 1/3  step 1/30  ETA 29s") and second.startswith("epoch 1/2  step 2/15  ETA 13s")
+    console.run_ended("finished", "the time is over", {})
+    assert file.getvalue().endswith("\nfinished after step 2: the time is over\n")
 
 
 def test_resumed_run_counts_on():
