@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dndetr.batch import Batch, Targets
-from dndetr.config import ModelConfig
 from dndetr.data.collate import TARGET_BUCKETS
 from dndetr.data.sample import IMAGENET
+from dndetr.model_config import ModelConfig
 from dndetr.models.build import build_model
 from dndetr.ops import _backend, images_of
 from dndetr.presets import PRESETS

@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .detector import Detector, load
+    from .fitting import TrainedRun, fit
     from .hf import accelerate, denoise
     from .runs.listener import Listener
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "Listener", "__version__", "accelerate", "denoise", "load"]
+__all__ = ["Detector", "Listener", "TrainedRun", "__version__", "accelerate", "denoise", "fit", "load"]
 
 _HOMES = {
     "Detector": ".detector",
     "load": ".detector",
+    "fit": ".fitting",
+    "TrainedRun": ".fitting",
     "Listener": ".runs.listener",
     "accelerate": ".hf",
     "denoise": ".hf",

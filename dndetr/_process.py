@@ -17,6 +17,13 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt(3)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _own_choice = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-if os.name == "posix" and not _own_choice and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-    libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+_glibc = libc if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version") else None
+if _glibc is not None and not _own_choice:
+    _glibc.mallopt(_MMAP_MAX, 0)
+    _glibc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back() -> None:
+    """Return to the system what is kept now."""
+    if _glibc is not None:
+        _glibc.malloc_trim(0)

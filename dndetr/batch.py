@@ -75,3 +75,12 @@ class Batch(_Movable):
     def canvas(self) -> tuple[int, int]:
         """(height, width) that all images have room on."""
         return tuple(self.pixels.shape[1:3])
+
+
+def blank_batch(images: int, canvas: tuple[int, int], slots: int) -> Batch:
+    """Black images that fill their canvas (height, width), each with objects, all alike, in all of its slots."""
+    boxes = torch.tensor((0.5, 0.5, 0.25, 0.25)).repeat(images, slots, 1)
+    targets = Targets(torch.zeros(images, slots, dtype=torch.int64), boxes, torch.full((images,), slots).int())
+    sizes = torch.tensor([canvas]).repeat(images, 1)
+    pixels, colours = torch.zeros(images, *canvas, 3, dtype=torch.uint8), torch.zeros(images, 3, 4)
+    return Batch(pixels, colours, sizes, targets, sizes, torch.arange(images))

@@ -195,8 +195,9 @@ def _finish(run: Path, arguments: Sequence[str]) -> None:
     from .runs.run_log import read_rows
 
     config = train.parse(arguments)
-    evaluated = [row.get("epoch") for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval"]
-    if evaluated and evaluated[-1] == config.epochs:
+    rows = read_rows(run / "metrics.jsonl")
+    evaluated = [row.get("epoch") for row in rows if row["event"] == "eval"]
+    if (evaluated and evaluated[-1] == config.epochs) or any(row["event"] == "end" for row in rows):
         return
     if (run / "checkpoint.pt").exists():
         if config.data != "shapes" and not Path(config.data).exists():

@@ -8,146 +8,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tyro
 
 from .demands import demand, demand_counts, demand_finite, demand_val_share
-
-Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """A ResNet."""
-
-    depth: Literal[18, 34, 50, 101] = 50
-    """Published depth: block counts and block kind."""
-    blocks: tuple[int, ...] = ()
-    """Block counts per stage instead of those of the depth."""
-    planes: tuple[int, ...] = (64, 128, 256, 512)
-    """Base width of each stage."""
-    bottleneck: bool | None = None
-    """Three-convolution blocks, four times as wide outside (default: from depth 50 on)."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """7x7 and max-pool, or two 3x3 convolutions for small images."""
-    norm: Literal["frozen", "batch", "group"] = "frozen"
-    """Normalisation: frozen batch norm wants pretrained weights, batch and group norm train from scratch."""
-    dilation: bool = False
-    """Keep the last stage at the stride of the one before it (DC5)."""
-    frozen: int = 2
-    """Parts without gradient: 1 the stem, 2 also layer1, and so on."""
-    outputs: tuple[int, ...] = (4,)
-    """Stages (1 to 4, strides 4 to 32) whose maps are used."""
-
-    def __post_init__(self):
-        stages = min(len(self.planes), len(self.blocks) or 4)
-        wanted = f"ascending numbers of stages from 1 to {stages}"
-        in_range = bool(self.outputs) and set(self.outputs) <= set(range(1, stages + 1))
-        demand(
-            in_range and list(self.outputs) == sorted(set(self.outputs)), "model.backbone.outputs", self.outputs, wanted
-        )
-        demand(all(n >= 1 for n in self.planes), "model.backbone.planes", self.planes, "widths of 1 or more")
-        demand(all(n >= 1 for n in self.blocks), "model.backbone.blocks", self.blocks, "counts of 1 or more")
-        demand(self.frozen >= 0, "model.backbone.frozen", self.frozen, "0 or more")
-
-
-# Settings of the model that dn-deformable-detr alone has.
-_DEFORMABLE_DECODER = ("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale")
-
-
-def _typed(name: str, value: str | bool) -> str:
-    """A setting of the model as it is typed; switches take no value."""
-    flag = name.replace("_", "-")
-    return f"--model.{flag} {value}" if isinstance(value, str) else f"--model.{'' if value else 'no-'}{flag}"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The detector's architecture."""
-
-    variant: Variant = "dn-detr"
-    """Dense attention (dn-detr), deformable attention, or deformable encoder with dense decoder."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    width: int = 256
-    """Width of encoder and decoder."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int = 2048
-    """Hidden width of the feed-forward blocks."""
-    encoder_layers: int = 6
-    """Number of encoder layers."""
-    decoder_layers: int = 6
-    """Number of decoder layers."""
-    queries: int = 300
-    """Number of matching queries (anchors)."""
-    patterns: int = 0
-    """Learned content patterns per anchor (0: none)."""
-    levels: int = 1
-    """Feature levels; those beyond the backbone's outputs are made by strided convolutions."""
-    encoder_points: int = 4
-    """Sampling points per head and level in the encoder."""
-    decoder_points: int = 4
-    """Sampling points per head and level in the decoder."""
-    activation: Literal["relu", "prelu", "gelu"] = "relu"
-    """Activation of the feed-forward blocks."""
-    anchors: Literal["normal", "uniform", "grid"] = "normal"
-    """Initial anchors without proposals: N(0, 1) logits (official), uniform centres, or a grid (best from scratch)."""
-    size_bias: float = -2.0
-    """Initial correction of such anchors' sizes by the first deformable decoder layer's own head, in logits."""
-    temperature: tuple[float, float] = (20.0, 20.0)
-    """Temperature of the pixels' sine encoding, for y and x (of no effect on deformable decoders without encoder)."""
-    checkpointing: bool = False
-    """Keep only the layers' inputs for backward and compute the rest again: a third slower, far less memory."""
-    position_shift: float = 0.0
-    """Shift of the pixels' positions in that encoding (Deformable-DETR: half a pixel)."""
-    proposals: Literal["none", "selected", "objects"] = "none"
-    """Two stages: queries start at the encoder's best boxes, scored by class (selected, DINO) or as objects of any."""
-    proposal_size: float = 0.05
-    """Sides of the boxes that tokens of the finest level start from, as shares of the image; doubled at each next."""
-    proposal_padding: Literal["hidden", "official"] = "hidden"
-    """Tokens outside the image or at its very border: not proposed while there are others, or like any other."""
-    content: Literal["learned", "selected"] = "learned"
-    """With proposals: the queries' content is learned, by rank (DINO's mixed selection), or the selected token's."""
-    look_forward_twice: bool = False
-    """The loss of a layer's boxes also trains the layer before (DINO)."""
-    shared_heads: bool = False
-    """One pair of heads for all layers of a deformable decoder (DINO)."""
-    decoder_norm: bool = False
-    """A norm before the heads of a deformable decoder (DINO)."""
-    query_scale: bool = True
-    """Scale the queries' positions by their content from the second deformable decoder layer on (DINO: not)."""
-    label_indicator: bool = True
-    """One channel of a query's content says whether it is for denoising (DINO: not)."""
-
-    @property
-    def encoder(self) -> str:
-        """The encoder's kind, which follows from the variant."""
-        return "dense" if self.variant == "dn-detr" else "deformable"
-
-    def __post_init__(self):
-        demand_finite(self, "model.")
-        demand_counts(self, "model.", "width", "heads", "hidden", "decoder_layers", "queries", "levels")
-        demand_counts(self, "model.", "encoder_points", "decoder_points")
-        demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
-        demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
-        demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
-        if self.width % (2 * self.heads) or self.width % 4:
-            raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")
-        if self.variant == "dn-detr" and (self.levels != 1 or len(self.backbone.outputs) != 1):
-            raise ValueError("dn-detr works on one level: use --model.levels 1 and one of --model.backbone.outputs")
-        if self.levels < len(self.backbone.outputs):
-            raise ValueError(
-                f"--model.levels {self.levels}: the backbone gives {len(self.backbone.outputs)} maps; "
-                "give as many levels or more, or fewer --model.backbone.outputs"
-            )
-        if self.variant == "dn-deformable-detr":
-            demand(self.patterns == 0, "model.patterns", self.patterns, "0 with dn-deformable-detr, which has none")
-        else:
-            for f in fields(self):
-                if f.name in _DEFORMABLE_DECODER and (value := getattr(self, f.name)) != f.default:
-                    given, wanted = (_typed(f.name, of) for of in (value, f.default))
-                    raise ValueError(f"{given}: give {wanted} with {self.variant}")
-        # Within models/proposals.py's border; else no token of the finest level would propose anything.
-        sound = 0.01 < self.proposal_size < 0.99
-        demand(sound, "model.proposal-size", self.proposal_size, "a share between 0.01 and 0.99")
-        if self.proposals == "none":
-            demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
+from .model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -314,8 +175,12 @@ class Config:
     """Train and evaluate on so many images of the train split, to see whether all works: AP should pass 0.9."""
     epochs: int = 50
     """Passes over the training data."""
-    batch_size: int = 2
-    """Images at once, in each process."""
+    hours: float | None = None
+    """End the run within so many hours, its schedule shortened to fit: fewer steps than --epochs says, if need be."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row without a higher AP."""
+    batch_size: int | Literal["auto"] = 2
+    """Images at once, in each process; auto measures how many fit, and accumulates to the preset's images a step."""
     accumulate: int = 1
     """Batches whose gradients make one step: the effect of a larger batch in the memory of this one."""
     lr: float = 1e-4
@@ -347,7 +212,11 @@ class Config:
     checkpoint_every: int | None = None
     """Also save after every so many steps, not only after every epoch."""
     tensorboard: bool = False
-    """Write the numbers of metrics.jsonl for TensorBoard too (extra tensorboard)."""
+    """The same as --tracker tensorboard (extra tensorboard)."""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "clearml", "comet"], ...] = ()
+    """Show the run in these, several if you like (extra trackers): settings, numbers, pictures, final table."""
+    project: str = "dndetr"
+    """The trackers' name of what the run belongs to: W&B's, Trackio's, ClearML's project, MLflow's experiment."""
     quiet: bool = False
     """Print nothing but errors."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -364,19 +233,24 @@ class Config:
         return self.given.get("data", self.data)
 
     def __post_init__(self):
-        counts = ["epochs", "batch_size", "accumulate", "evaluate_every", "log_every"]
-        counts += ["train_images", "val_images", "detections"]
-        optional = ("overfit", "max_steps_per_epoch", "checkpoint_every")
-        counts += [name for name in optional if getattr(self, name) is not None]
-        demand_counts(self, "", *counts)
+        demand_counts(self, "", "epochs", "accumulate", "evaluate_every", "log_every")
+        demand_counts(self, "", "train_images", "val_images", "detections")
+        demand_counts(self, "", "overfit", "patience", "max_steps_per_epoch", "checkpoint_every")
+        if self.batch_size != "auto":
+            demand_counts(self, "", "batch_size")
+        elif self.accumulate != 1:
+            raise ValueError("--batch-size auto chooses --accumulate too: leave that out, or give a number of images")
         demand_val_share(self.val_share)
         divides = self.resume is None and (self.val_share, self.split_file) != (None, None)
         demand(not (divides and self.data == "shapes"), "data", self.data, "data of yours, since this has a val split")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        demand(self.hours is None or 0 < self.hours < float("inf"), "hours", self.hours, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")
         demand(self.workers >= 0, "workers", self.workers, "0 or more")
         known = self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device)
         demand(bool(known), "device", self.device, "auto, cpu, cuda or cuda:N")
+        named = re.fullmatch(r"\w[\w. -]{0,127}", self.project)  # what every tracker takes
+        demand(bool(named), "project", self.project, "letters, digits, spaces and . _ -, at most 128 of them")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -17,9 +17,10 @@ def demand_val_share(share: float | None) -> None:
 
 
 def demand_counts(config: Any, prefix: str, *names: str) -> None:
-    """The same for fields of ``config`` that count something; prefix: of their flags."""
+    """The same for fields of ``config`` that count something, where they are not None; prefix: of their flags."""
     for name in names:
-        demand(getattr(config, name) >= 1, prefix + name.replace("_", "-"), getattr(config, name), "1 or more")
+        value = getattr(config, name)
+        demand(value is None or value >= 1, prefix + name.replace("_", "-"), value, "1 or more")
 
 
 def demand_finite(config: Any, prefix: str) -> None:

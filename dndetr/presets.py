@@ -3,15 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from .config import (
-    BackboneConfig,
-    Config,
-    DenoisingConfig,
-    ImagesConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-)
+from .config import Config, DenoisingConfig, ImagesConfig, LossConfig, OptimizerConfig
+from .model_config import BackboneConfig, ModelConfig
 
 _MULTI_SCALE = (2, 3, 4)
 

@@ -59,7 +59,7 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
             raise ValueError(f"--{name} {number}: give 1 or more")
     if given.json is not None:
         demand_file(given.json, "give another --json")
-    config = train.parse(rest)
+    config = _settings(rest)
     canvas = _canvas(given.canvas, config)
     objects, classes = given.objects or _OBJECTS, given.classes or _CLASSES
 
@@ -89,6 +89,14 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
     return "\n".join([head, *words(found)])
 
 
+def _settings(rest: Sequence[str]) -> Config:
+    """The training's configuration; ValueError where it leaves the number of images open."""
+    config = train.parse(rest)
+    if config.batch_size == "auto":
+        raise ValueError("--batch-size auto: only training measures what fits; give a number of images")
+    return config
+
+
 def _canvas(given: str | None, config: Config) -> tuple[int, int]:
     """Height and width as the flag has them, or the data's own; ValueError for what is no size."""
     if given is None:
@@ -108,7 +116,7 @@ def profile(arguments: Sequence[str]) -> str:
     if traced < 1:
         raise ValueError(f"--steps {traced}: trace at least one step")
     demand_file(path, "give another --trace")
-    config = train.parse(rest)
+    config = _settings(rest)
     if config.data is None:
         raise ValueError(f"--preset {config.preset} needs data: --data DIR (yours) or --data shapes")
 

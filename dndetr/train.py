@@ -2,10 +2,10 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _process, commandline  # noqa: F401
 from .config import Config, from_dict
@@ -14,23 +14,53 @@ from .presets import preset_named
 from .runs.checkpoint import load_checkpoint
 from .runs.listener import Listener
 from .training.overfit import overfitting, verdict
+from .training.signals import Stopped
 
 if TYPE_CHECKING:
     from .training.distributed import Processes
     from .training.trainer import Trainer
 
 # What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = ("data", "split_file", "device", "mode", "workers", "fast_eval", "tensorboard", "quiet")
+_WITH_RESUME = (
+    "data",
+    "split_file",
+    "device",
+    "mode",
+    "workers",
+    "fast_eval",
+    "tensorboard",
+    "tracker",
+    "project",
+    "quiet",
+)
+
+
+class Outcome(NamedTuple):
+    """How training in this process ended.
+
+    first: whether it is the process that prints and writes; stopped: why the run is not at its end, if it is not;
+    signal: the one that came while it trained, also in its last moments.
+    """
+
+    folder: Path
+    first: bool
+    stopped: Stopped | None = None
+    signal: int | None = None
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """Command-line arguments -> the configuration of ``--preset`` (default tiny), changed by the other flags."""
-    name = _flag(arguments, "--preset")
-    default = preset_named("tiny" if name is None else name)
+    count = None
     with contextlib.suppress(ValueError):  # what is no number is told below, with all other mistakes
         count = int(_flag(arguments, "--overfit") or 0)
-        default = overfitting(default, count) if count > 0 else default
+    default = starting_point(_flag(arguments, "--preset"), count)
     return commandline.parse(Config, list(arguments), "python -m dndetr.train", default=default, description=__doc__)
+
+
+def starting_point(preset: str | None, overfit: int | None) -> Config:
+    """What all other settings change: the preset (None: tiny), also as it learns so many images by heart."""
+    config = preset_named("tiny" if preset is None else preset)
+    return overfitting(config, overfit) if overfit is not None and overfit > 0 else config
 
 
 def _flag(arguments: Sequence[str], flag: str) -> str | None:
@@ -44,20 +74,29 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def resumed_config(config: Config, saved: dict, arguments: Sequence[str]) -> Config:
-    """The saved run's configuration, on this invocation's device; ValueError for flags that would change the run."""
-    given = {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
-    flags = {name: {f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-")} for name in _WITH_RESUME}
-    allowed = {"--resume"}.union(*flags.values())
-    if given - allowed:
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The settings that are given as flags, by their names in the configuration."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    paths = (flag.removeprefix("--").replace("-", "_").rpartition(".") for flag in flags)
+    return {f"{group}{dot}{name.removeprefix('no_')}" for group, dot, name in paths}
+
+
+def resumed_config(config: Config, saved: dict, given: Set[str]) -> Config:
+    """The saved run's configuration, on this invocation's device; ValueError for settings that would change the run.
+
+    given: names of those that were not left to their defaults.
+    """
+    refused = sorted(given - {"resume", *_WITH_RESUME})
+    if refused:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
         raise ValueError(
-            f"--resume continues a run as it was configured; leave out {', '.join(sorted(given - allowed))} "
+            f"--resume continues a run as it was configured; leave out {flags} "
             "(to start from its weights with other settings use --init)"
         )
-    changed = {name: getattr(config, name) for name, either in flags.items() if either & given}
+    changed = {name: getattr(config, name) for name in _WITH_RESUME if name in given}
     run = from_dict(saved)
-    given = {name: path for name, path in run.given.items() if name not in ("resume", *changed)}
-    return replace(run, resume=config.resume, given=given, **changed)
+    typed = {name: path for name, path in run.given.items() if name not in ("resume", *changed)}
+    return replace(run, resume=config.resume, given=typed, **changed)
 
 
 @unfailing()
@@ -66,7 +105,16 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
 
     listeners: are told of the run beside its own, on the first process (docs/listeners.md).
     """
-    config = parse(arguments)
+    folder, first, stopped, _ = train(parse(arguments), _given(arguments), listeners)
+    if stopped is not None:
+        if first:
+            print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number)
+    return folder
+
+
+def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -> Outcome:
+    """Train as configured, or go on with a run; given: names of the settings that were not left to their defaults."""
     # Imported here so that --help and mistakes in the flags answer at once.
     from .context import own_context
     from .runs.folder import hold
@@ -84,7 +132,7 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
                     f"--resume {config.resume}: this file has weights but not the state of the training; give the run "
                     "folder, or start anew from these weights with --init"
                 )
-            config = resumed_config(config, checkpoint["config"], arguments)
+            config = resumed_config(config, checkpoint["config"], given)
         if config.data is None:
             raise ValueError(f"--preset {config.preset} needs data: --data DIR (yours) or --data shapes")
         return _train(config, checkpoint, stack.enter_context(processes), listeners, stack)
@@ -102,34 +150,40 @@ def _train(
     processes: "Processes",
     listeners: Sequence[Listener],
     stack: contextlib.ExitStack,
-) -> Path:
+) -> Outcome:
     from .data.training import TrainingData
     from .models.pretrained import initialise
     from .runs.console import Console
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
+    from .training.batch_size import with_fitting_batch
     from .training.listeners import all_listeners
-    from .training.signals import Stopped
+    from .training.time_limit import stopwatch
     from .training.trainer import Trainer
 
+    elapsed, notes = stopwatch(), []
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
     if checkpoint is not None:
         demand_data_there(config)
+    if config.batch_size == "auto":
+        config, note = with_fitting_batch(config, processes)
+        notes.append(note)
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
-    trainer = Trainer(config, data, processes, checkpoint)
+    trainer = Trainer(config, data, processes, checkpoint, elapsed)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
-    notes = [_summary(trainer), *chosen, *data.warnings]
+    notes += [*data.about, _summary(trainer), *chosen, *data.warnings]
     if checkpoint is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
             raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
         folder = _run_folder(config)
-        rows = read_rows(folder / "metrics.jsonl")
-        if processes.from_first(any(row["event"] == "end" for row in rows)):
+        end = next((row for row in read_rows(folder / "metrics.jsonl") if row["event"] == "end"), None)
+        if processes.from_first(end is not None):
             if processes.first:
-                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done")
-            return folder
+                why = f" ({end['reason']})" if "reason" in end else ""
+                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done{why}")
+            return Outcome(folder, processes.first)
     else:
         if config.init is not None:
             weights = load_checkpoint(config.init, needs=())
@@ -146,16 +200,14 @@ def _train(
     try:
         metrics = trainer.fit(folder, everyone)
     except Stopped as stopped:
-        if processes.first:
-            print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from None
+        return Outcome(folder, processes.first, stopped, trainer.signal)
     if config.overfit and processes.first:
         passed, text = verdict(metrics.get("AP"), config.overfit, config.data)
         if not passed:
             raise RuntimeError(text)
         if not config.quiet:
             print(text)
-    return folder
+    return Outcome(folder, processes.first, signal=trainer.signal)
 
 
 def _summary(trainer: "Trainer") -> str:

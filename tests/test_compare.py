@@ -151,3 +151,11 @@ def test_a_run_without_evaluations_cannot_be_compared(tmp_path, monkeypatch, cap
     run = Path("both/groups-3-seed-42")
     told = f"error: {run}/metrics.jsonl has no evaluation to compare: remove {run} to train it anew\n"
     assert capsys.readouterr().err == told
+
+
+def test_a_run_that_ended_before_its_epochs_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare.train, "run", lambda flags: pytest.fail("it has ended"))
+    (tmp_path / "run").mkdir()
+    written = [{"event": "eval", "step": 4, "epoch": 1}, {"event": "end", "step": 4, "reason": "AP has not risen"}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    compare._finish(tmp_path / "run", [*FEW, "--patience", "1"])

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from dndetr.config import DenoisingConfig, ModelConfig, OptimizerConfig
+from dndetr.config import Config, DenoisingConfig, OptimizerConfig
+from dndetr.model_config import ModelConfig
 from dndetr.presets import PRESETS
 
 
@@ -48,6 +49,20 @@ def test_dino_denoises_crowds_too():
 )
 def test_epochs_after_which_the_rate_drops(settings, epochs, drops):
     assert OptimizerConfig(**settings).drop_epochs(epochs) == drops
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"patience": 0}, "--patience 0: give 1 or more"),
+        ({"hours": 0.0}, "--hours 0.0: give a positive number"),
+        ({"hours": float("nan")}, "--hours nan: give a positive number"),
+        ({"hours": float("inf")}, "--hours inf: give a positive number"),
+    ],
+)
+def test_when_a_run_may_end(settings, told):
+    with pytest.raises(ValueError, match=told):
+        Config(**settings)
 
 
 @pytest.mark.parametrize("variant", ["dn-detr", "dn-deformable-encoder"])

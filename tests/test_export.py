@@ -16,8 +16,9 @@ from PIL import Image
 from short_runs import short_run, write_pictures
 
 from dndetr import export
-from dndetr.config import BackboneConfig, Config, ImagesConfig
+from dndetr.config import Config, ImagesConfig
 from dndetr.detector import Detector
+from dndetr.model_config import BackboneConfig
 from dndetr.models.build import build_model
 from dndetr.ops import _backend, images_of
 from dndetr.scoring.coco import Detections

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..batch import Batch, Targets
+from ..batch import Batch, blank_batch
 from ..config import Config
 from ..data.collate import target_bucket
 from ..models.backbone import FrozenBatchNorm2d
@@ -51,7 +51,7 @@ def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: i
             _bring_there(average.model)
             step.average = average
         _keep_folded(model)
-        batches = [_batch(config.batch_size, canvas, objects)] * config.accumulate
+        batches = [blank_batch(config.batch_size, canvas, target_bucket(objects))] * config.accumulate
         with replaced(step, "run", lambda tensors, batches: step.compute_arrived(_arrived(tensors), batches)):
             with plain_backward(lambda node: contextlib.nullcontext()), Counter():
                 step(*batches)
@@ -97,17 +97,6 @@ class _Made:
         """The innermost part that made it; spans within others ended before them."""
         number = node._sequence_nr()
         return next((name for first, end, name in self._spans if first <= number < end), None)
-
-
-def _batch(images: int, canvas: tuple[int, int], objects: int) -> Batch:
-    """Images that fill their canvas, with room for ``objects``."""
-    slots = target_bucket(objects)
-    targets = Targets(
-        torch.zeros(images, slots, dtype=torch.int64), torch.zeros(images, slots, 4), torch.ones(images).int()
-    )
-    sizes = torch.tensor([canvas]).repeat(images, 1)
-    pixels, colours = torch.empty(images, *canvas, 3, dtype=torch.uint8), torch.empty(images, 3, 4)
-    return Batch(pixels, colours, sizes, targets, sizes, torch.arange(images))
 
 
 def _arrived(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..config import Config
-from .collate import canvas_bucket, target_bucket
+from ..config import Config, DenoisingConfig
+from .collate import TARGET_BUCKETS, canvas_bucket, target_bucket
 from .order import Order, portraits
 
 MOST_SHAPES = 64
@@ -103,18 +103,41 @@ def choose_shapes(dataset: Drawn, config: Config, steps: int) -> BatchShapes:
     )
 
 
-def _draw_batches(dataset: Drawn, batch_size: int, seed: int) -> np.ndarray:
-    """Batches as the loader makes them, of a share of a large data set -> their images' extents [n, batch_size, 3]."""
+def largest_canvas(dataset: Drawn, config: Config) -> tuple[int, int]:
+    """Height and width that hold every image as training draws it; of a data set without a common canvas."""
+    if config.images.recipe == "original":
+        sizes = dataset.sizes
+    else:
+        sizes = np.concatenate(_draw(dataset, _DRAWN, config.seed)[1])[:, :2].tolist()
+    return canvas_bucket(sizes, config.images.multiple)
+
+
+def dearest_slots(objects: int, denoising: DenoisingConfig) -> int:
+    """The slots with the most denoising queries, of all that batches with up to so many objects an image take."""
+    most = min(max(objects, 1), TARGET_BUCKETS[-1])
+    buckets = [bucket for bucket in TARGET_BUCKETS if bucket <= target_bucket(most)]
+    taken = range(1, most + 1) if denoising.slots == "batch" else buckets
+    return max(taken, key=lambda slots: (denoising.groups_for(slots) * slots, slots))
+
+
+def _draw(dataset: Drawn, wanted: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Numbers of some images, of all where they are not more than wanted, and their extents [n, 3] in some epochs."""
     images = np.arange(len(dataset))
-    wanted = max(_DRAWN, 8 * batch_size)
-    if sampled := len(images) > wanted:
+    if len(images) > wanted:
         images = np.sort(np.random.default_rng((seed, len(images))).choice(images, wanted, replace=False))
-    portrait = np.array(portraits(dataset.sizes, None))[images]
-    order = Order(portrait.tolist(), batch_size, training=True, seed=seed)
     drawn = [
         np.array([dataset.extent(image, epoch) for image in images.tolist()])
         for epoch in range(max(1, wanted // len(images)))
     ]
+    return images, drawn
+
+
+def _draw_batches(dataset: Drawn, batch_size: int, seed: int) -> np.ndarray:
+    """Batches as the loader makes them, of a share of a large data set -> their images' extents [n, batch_size, 3]."""
+    images, drawn = _draw(dataset, max(_DRAWN, 8 * batch_size), seed)
+    sampled = len(images) < len(dataset)
+    portrait = np.array(portraits(dataset.sizes, None))[images]
+    order = Order(portrait.tolist(), batch_size, training=True, seed=seed)
     found = []
     for epoch in range(-(-_BATCHES // len(order))):
         batches = np.array(order.batches(epoch))

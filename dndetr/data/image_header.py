@@ -1,9 +1,11 @@
 """The size of an image file from its first bytes, in a fraction of the time that opening it as a picture takes."""
 
 import os
+import stat
 import struct
 from pathlib import Path
 
+from .errors import UnreadableImage
 from .image import read_header
 
 _HEAD = 512  # bytes; what lies further on, behind metadata, is read where it is needed
@@ -22,6 +24,8 @@ def upright_size(path: str) -> tuple[int, int]:
     except OSError:
         return read_header(Path(path))
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UnreadableImage(f"{path}: is no file; put the image there")
         head = os.pread(descriptor, _HEAD, 0)
         size = None
         if head.startswith(b"\xff\xd8"):

@@ -1,4 +1,4 @@
-"""What annotations of any format may hold: sides and boxes that can be, names that can be shown, files of the folder."""
+"""What annotations of any format may hold: sides and boxes that can be, names that can be shown, files inside."""
 
 import os
 import unicodedata

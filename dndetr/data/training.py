@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..batch import Batch
 from ..config import Config
-from .batch_shapes import BatchShapes, choose_shapes
+from .batch_shapes import BatchShape, BatchShapes, choose_shapes, dearest_slots, largest_canvas
 from .checks import check_files
 from .errors import DataError
 from .folder_dataset import FolderDataset
@@ -27,9 +27,9 @@ class TrainingData:
     """Training and validation batches, the classes, and the ground truth to score against.
 
     Of ``world`` processes, ``neighbours`` of them on this machine, the one of this ``rank`` reads its share of both.
-    ``about`` says in one line what was recognised on the disk, None for built-in data; ``warnings`` are sentences to
-    show once. Raises DataError for whatever is wrong with the folder, ValueError where
-    its workers lack shared memory, before anything is written.
+    ``about`` is the line that says what was recognised on the disk, if it lies there; ``warnings`` are sentences to
+    show once. Raises DataError for whatever is wrong with the folder, ValueError where its workers lack shared memory,
+    before anything is written.
     """
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1, neighbours: int = 1):
@@ -38,10 +38,10 @@ class TrainingData:
             train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
             val = train if config.overfit else ShapesDataset("val", config.val_images)
             self.warnings = shapes_or_folder(config.data)
-            self.about = None
+            self.about = []
         else:
             source = source_of(config)
-            self.about = f"{config.data_name}: {source.about}"
+            self.about = [f"{config.data_name}: {source.about}"]
             train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
             records = source.read("train")
@@ -91,6 +91,12 @@ class TrainingData:
         shapes = choose_shapes(self._train_images, self._config, steps)
         self._train.take(shapes)
         return shapes
+
+    def largest_shape(self) -> BatchShape:
+        """A canvas that holds every training image, and the slots that cost the most."""
+        images, config = self._train_images, self._config
+        canvas = largest_canvas(images, config) if images.canvas is None else images.canvas
+        return BatchShape(*canvas, dearest_slots(max(images.counts), config.denoising))
 
     def training(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch, from number ``first`` on."""

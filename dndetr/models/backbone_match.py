@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import BackboneConfig
+from ..model_config import BackboneConfig
 from .backbone import BLOCKS
 from .build import build_backbone
 

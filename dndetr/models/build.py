@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..config import BackboneConfig, ModelConfig
+from ..model_config import BackboneConfig, ModelConfig
 from .backbone import BLOCKS, ResNet
 from .dab_decoder import DABDecoder
 from .deformable_decoder import DeformableDecoder

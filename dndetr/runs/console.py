@@ -1,9 +1,9 @@
-"""What a training run shows: two live lines on a terminal, a plain line now and then in a log file."""
+"""What a training run shows: two live lines on a terminal or in a notebook, now and then a plain one in a log file."""
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import rich.console
 import rich.live
@@ -12,6 +12,9 @@ from rich.text import Text
 
 from .listener import Listener, Run
 
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
 _MEMORY = 10.0  # seconds after which a measured speed counts half
 _BAR = 12  # characters: with it the live lines fit a terminal 80 wide
 
@@ -19,16 +22,20 @@ _BAR = 12  # characters: with it the live lines fit a terminal 80 wide
 class Console(Listener):
     """What is printed of a training run: its classes, its progress, its evaluations, its warnings.
 
-    quiet: nothing at all (``--quiet``); interval: seconds between updates (default 0.25 on a terminal, 10 in a file). A
-    step costs about a microsecond between updates.
+    quiet: nothing at all (``--quiet``); interval: seconds between updates (default 0.25 on a terminal, 1 in a notebook,
+    10 in a file). A step costs about a microsecond between updates.
     """
 
     def __init__(self, quiet: bool = False, interval: float | None = None, file: TextIO | None = None):
-        self._epochs = self._steps_per_epoch = self._step = 0
+        self._steps_per_epoch = self._step = 0
         self._quiet = quiet
-        self._out = rich.console.Console(file=file or sys.stdout, highlight=False, quiet=quiet)
-        self._interval = interval if interval is not None else 0.25 if self._out.is_terminal else 10.0
+        self._notebook = file is None and rich.console.Console().is_jupyter
+        # rich would show every line of a notebook by itself, and none of the live ones without ipywidgets.
+        plain = {"force_jupyter": False, "force_terminal": False} if self._notebook else {}
+        self._out = rich.console.Console(file=file or sys.stdout, highlight=False, quiet=quiet, **plain)
+        self._interval = interval if interval is not None else self._usual_interval()
         self._live: rich.live.Live | None = None
+        self._output: DisplayHandle | None = None  # where a notebook shows the live lines
         self._losses: dict[str, float] = {}  # of the newest row
         self._header_shown = False
         self._best: float | None = None
@@ -37,8 +44,11 @@ class Console(Listener):
         self._recent = [0.0, 0.0, 0.0, 0.0]  # the same and seconds in all, older ones fading
         self._evaluation_seconds = 0.0
 
+    def _usual_interval(self) -> float:
+        return 1.0 if self._notebook else 0.25 if self._out.is_terminal else 10.0
+
     def run_started(self, run: Run) -> None:
-        self._epochs, self._steps_per_epoch, self._step = run.config.epochs, run.steps_per_epoch, run.step
+        self._planned, self._steps_per_epoch, self._step = run.planned, run.steps_per_epoch, run.step
         self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
         known = [row["AP"] for row in run.rows if row["event"] == "eval" and row.get("AP") is not None]
         self._best = max(known, default=None)
@@ -93,7 +103,7 @@ class Console(Listener):
         window[0] += 1
         window[1] += images
         window[2] += waited
-        if now - self._updated >= self._interval or step == self._epochs * self._steps_per_epoch:
+        if now - self._updated >= self._interval or step == self._planned():
             self._update(now)
 
     def row_logged(self, row: dict) -> None:
@@ -125,10 +135,18 @@ class Console(Listener):
         self.message(line + ("  best" if best else ""), "bold green" if best else None)
 
     def run_ended(self, how: str, reason: str, row: dict) -> None:
-        """Remove the live lines; later messages are plain."""
+        """Remove the live lines, which a notebook keeps as they are; later messages are plain.
+
+        Say why a run is done before its configured end.
+        """
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._output is not None:
+            self._output.update(self._lines())
+            self._output = None
+        if how == "finished" and reason:
+            self.message(f"finished after step {self._step}: {reason}")
 
     def eta(self) -> float | None:
         """Seconds to the end of the run, from the recent speed and the last evaluation; None before any step."""
@@ -136,8 +154,13 @@ class Console(Listener):
         if not steps:
             return None
         evaluations = self._epochs - self._step // self._steps_per_epoch
-        left = self._epochs * self._steps_per_epoch - self._step
+        left = self._planned() - self._step
         return left * seconds / steps + evaluations * self._evaluation_seconds
+
+    @property
+    def _epochs(self) -> int:
+        """Those that the run will begin."""
+        return -(-self._planned() // self._steps_per_epoch)
 
     def _update(self, now: float) -> None:
         elapsed = now - self._updated
@@ -147,6 +170,9 @@ class Console(Listener):
         self._updated = now
         if self._quiet:
             return
+        if self._notebook:
+            self._show_in_notebook()
+            return
         if not self._out.is_terminal:
             self.message("".join(text for text, _ in (*self._progress(), *self._numbers())))
             return
@@ -155,14 +181,22 @@ class Console(Listener):
             self._live.start()
         self._live.update(self._lines(), refresh=True)
 
+    def _show_in_notebook(self) -> None:
+        """The live lines in an output of their own, above all that is printed later, whose content is replaced."""
+        from IPython.display import display
+
+        if self._output is None:
+            self._output = display(self._lines(), display_id=True)
+        else:
+            self._output.update(self._lines())
+
     def _progress(self) -> list[tuple[str, str]]:
         """How far and how fast, as pieces of (text, style)."""
-        total = self._epochs * self._steps_per_epoch
         epoch = min(self._epochs, (self._step - 1) // self._steps_per_epoch + 1)
         _, images, waited, seconds = self._recent
         speed, share = images / max(seconds, 1e-9), waited / max(seconds, 1e-9)
         return [
-            (f"epoch {epoch}/{self._epochs}  step {self._step}/{total}", "bold"),
+            (f"epoch {epoch}/{self._epochs}  step {self._step}/{self._planned()}", "bold"),
             (f"  ETA {duration(self.eta())}", "magenta"),
             (f"  {speed:,.{0 if speed >= 100 else 1}f} images/s", "green"),
             (f"  data wait {share:.0%}", "yellow" if share > 0.2 else "dim"),
@@ -179,7 +213,7 @@ class Console(Listener):
         return shown if rate is None else [*shown, (f"  lr {rate:.1e}", "dim")]
 
     def _lines(self) -> Text:
-        done = round(_BAR * self._step / max(1, self._epochs * self._steps_per_epoch))
+        done = round(_BAR * self._step / max(1, self._planned()))
         dash, overflow = ("-", "crop") if self._out.options.ascii_only else ("━", "ellipsis")
         bar = [(dash * done, "green"), (dash * (_BAR - done) + " ", "bright_black")]
         lines = Text.assemble(*bar, *self._progress(), no_wrap=True, overflow=overflow)

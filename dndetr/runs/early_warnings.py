@@ -15,11 +15,12 @@ class EarlyWarnings(Listener):
     """Warns, while there is time, of a run that gets nowhere."""
 
     def run_started(self, run: Run) -> None:
-        self._warn, self._standstill = run.warn, Standstill(run.config, run.steps)
+        self._warn, self._planned, self._standstill = run.warn, run.planned, Standstill(run.config, run.planned())
         for row in run.rows:
             self._standstill.see(row)  # what there was to say about these was said
 
     def row_logged(self, row: dict) -> None:
+        self._standstill.steps = self._planned()
         if (warning := self._standstill.see(row)) is not None:
             self._warn(warning)
 
@@ -27,14 +28,12 @@ class EarlyWarnings(Listener):
 class Standstill:
     """Reads rows of ``metrics.jsonl`` as they are written, and says when the loss or the AP stands still.
 
-    steps: of the whole run. Nothing is said of runs too short to tell, nor of the end of a run, when it is too late.
+    steps: of the whole run, as far as known. Nothing is said of runs too short to tell, nor of the end of a run, when
+    it is too late.
     """
 
     def __init__(self, config: Config, steps: int):
         self.config, self.steps = config, steps
-        warmup = round(config.optimizer.warmup * steps)
-        self._loss_from = warmup + min(max(steps // 10, 100), 2000)
-        self._ap_from = max(steps // 5, 200)
         self._first: float | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._best: float | None = None
@@ -57,7 +56,9 @@ class Standstill:
         # Weights from a file may start with a loss that has little left to lose; their AP tells.
         unknown = self._best is None and self.config.init is not None
         detects = self._best is not None and self._best >= _SOMETHING
-        if row["step"] < self._loss_from or self._fallen or unknown or detects or "zero" in self._said:
+        warmup = round(self.config.optimizer.warmup * self.steps)
+        early = row["step"] < warmup + min(max(self.steps // 10, 100), 2000)
+        if early or self._fallen or unknown or detects or "zero" in self._said:
             return None
         return self._once(
             "loss",
@@ -70,7 +71,7 @@ class Standstill:
             self._best, self._best_row, self._since = row["AP"], row, 0
         else:
             self._since += 1
-        if row["step"] >= self._ap_from and self._best < _NOTHING:
+        if row["step"] >= max(self.steps // 5, 200) and self._best < _NOTHING:
             falls = self._first is not None and self._fallen
             why = "though the loss falls, so the val split may differ in its class ids or boxes; " if falls else ""
             return self._once("zero", f"AP is {self._best:.3f} after {row['step']} steps, {why}{self._look}")

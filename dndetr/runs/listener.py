@@ -4,7 +4,7 @@
         def evaluated(self, row, results, best):
             post(f"epoch {row['epoch']}: AP {row['AP']:.3f}")
 
-    train.run(["--preset", "small", "--data", "my_data"], listeners=[Slack()])
+    dndetr.fit("my_data", preset="small", listeners=[Slack()])
 
 docs/listeners.md has the moments, and what a listener may rely on.
 """
@@ -37,7 +37,8 @@ class Run:
 
     classes: (category id, name) in label order; step: how many of its ``steps`` were done before; rows: of the log
     until then. validation: the validation images (of several processes, this one's share); ground_truth: of all of
-    them, in COCO's format. infer: batch, and noised queries or None -> predictions of the weights that are evaluated,
+    them, in COCO's format. planned: the steps that it will have as far as is known now, fewer than ``steps`` where its
+    time is limited. infer: batch, and noised queries or None -> predictions of the weights that are evaluated,
     in float32, on the device; weights: a copy of what ``dndetr.load`` needs, to be saved as a checkpoint. warn: shows a
     sentence and keeps it in the log; stop: asks the run to end after this step, as a signal does.
     """
@@ -54,6 +55,7 @@ class Run:
     ground_truth: dict
     infer: "Callable[[Batch, NoisedQueries | None], Predictions]"
     weights: Callable[[], dict]
+    planned: Callable[[], int]
     warn: Callable[[str], None]
     stop: Callable[[], None]
 
@@ -90,7 +92,8 @@ class Listener:
     def run_ended(self, how: str, reason: str, row: dict) -> None:
         """It is over: "finished", "stopped" by a signal, or "failed".
 
-        reason: in words, where it did not finish; row: of the last evaluation, {} where there was none.
+        reason: in words, where it did not get to its configured end; row: of the last evaluation, {} where there was
+        none.
         """
 
 

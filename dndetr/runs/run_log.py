@@ -26,8 +26,9 @@ class RunLog(Listener):
     def run_ended(self, how: str, reason: str, row: dict) -> None:
         if how == "finished":
             run, seconds = self._run, round(time.perf_counter() - self._started, 1)
-            end = {"event": "end", "step": run.steps, "epoch": run.config.epochs, "seconds": seconds}
-            self.row_logged(end | {"AP": row.get("AP")})
+            step, epoch = row.get("step", run.steps), row.get("epoch", run.config.epochs)
+            end = {"event": "end", "step": step, "epoch": epoch, "seconds": seconds, "AP": row.get("AP")}
+            self.row_logged(end | ({"reason": reason} if reason else {}))
 
 
 def plain(value):

@@ -57,7 +57,7 @@ def _criterion(config: Config) -> Criterion:
     )
 
 
-def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
+def _factor(config: Config, steps_per_epoch: int) -> Callable[[float], float]:
     optimizer, total_steps = config.optimizer, config.epochs * steps_per_epoch
     return schedule_factor(
         optimizer.schedule,

@@ -10,11 +10,10 @@ from ..runs.early_warnings import EarlyWarnings
 from ..runs.listener import Listener, Listeners
 from ..runs.results import DetectionsFile
 from ..runs.run_log import RunLog
-from ..runs.tensorboard import TensorBoard
+from ..runs.trackers import chosen_trackers
 
 
 def all_listeners(config: Config, console: Console, others: Sequence[Listener] = ()) -> Listeners:
     """Those of every run, and others of the user's."""
     files = [Pictures(), RunLog(), DetectionsFile(), BestCheckpoint()]
-    tensorboard = [TensorBoard()] if config.tensorboard else []
-    return Listeners(files, [console, *tensorboard, *others, EarlyWarnings()])
+    return Listeners(files, [console, *chosen_trackers(config), *others, EarlyWarnings()])

@@ -32,14 +32,14 @@ def build_optimizer(
 
 def schedule_factor(
     kind: str, total_steps: int, warmup_steps: int, drop_steps: tuple[int, ...], gamma: float, floor: float
-) -> Callable[[int], float]:
-    """The factor on the learning rate as a function of the step.
+) -> Callable[[float], float]:
+    """The factor on the learning rate as a function of the step, or of a place between two.
 
     Linear warm-up, then "constant"; "step" and "multistep": times ``gamma`` at each of ``drop_steps``; "cosine": from
     1 to ``floor`` at the last step.
     """
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if kind == "cosine":
@@ -53,15 +53,22 @@ def schedule_factor(
 
 
 class Schedule:
-    """The learning rates of an optimiser's groups: those it was made with, times a factor of the steps done."""
+    """The learning rates of an optimiser's groups: those it was made with, times a factor of the steps done.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
-        self.optimizer, self.factor, self.done = optimizer, factor, 0
+    A run that must end sooner moves through the same factors at another ``pace`` than 1, its steps being so many each.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[float], float]):
+        self.optimizer, self.factor, self.done, self.pace = optimizer, factor, 0, 1
         self._base = [group["lr"] for group in optimizer.param_groups]
 
     def rates(self) -> list[float]:
         """Of the step that comes next, one per group."""
         return [base * self.factor(self.done) for base in self._base]
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.done += self.pace
 
     def set(self, rates: Sequence[float | Tensor]) -> None:
         """What the optimiser uses; tensors on the device are read there at each step."""

@@ -17,12 +17,14 @@ class Stopped(Exception):
 class StopSignal:
     """Within, ``number`` is the signal that asks the run to end, once there is one; a second one does not wait.
 
-    A SIGHUP that is ignored, as under nohup, stays so. Python lets the main thread alone handle signals. In another one
-    they are left to the caller, and ``ask`` remains.
+    ``received`` is a signal that really came: there is none where only ``ask`` was called. A SIGHUP that is ignored, as
+    under nohup, stays so. Python lets the main thread alone handle signals. In another one they are left to the caller,
+    and ``ask`` remains.
     """
 
     def __init__(self):
         self.number: int | None = None
+        self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
         main = threading.current_thread() is threading.main_thread()
@@ -41,6 +43,6 @@ class StopSignal:
 
     def _note(self, number: int, _frame) -> None:
         if self.number is None:
-            self.number = number
+            self.number = self.received = number
         elif number != signal.SIGHUP:  # of a terminal that closes, kernel and shell each send one
             raise KeyboardInterrupt

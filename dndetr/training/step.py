@@ -119,7 +119,7 @@ class TrainStep:
         else:
             self.schedule.set(numbers[:-1])
             result = self.compute(batches, noise, numbers[-1])
-        self.schedule.done += 1
+        self.schedule.advance()
         if self.average is not None:
             self.average.updates += 1
         return result

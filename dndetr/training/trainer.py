@@ -3,7 +3,7 @@
 import copy
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,15 +28,25 @@ from .loss_rows import LossRows
 from .memory import explain_memory
 from .run_ahead import RunAhead
 from .signals import Stopped, StopSignal
+from .time_limit import TimeLimit, stopwatch
 
 
 class Trainer:
     """One run from its configuration, or continued from a checkpoint's content, as one of ``processes``.
 
+    elapsed: seconds since this process took up the run, for what its time is limited to (default: from here on).
+
     Everything that can be wrong with the configuration or the data is found here, before the run's folder is touched.
     """
 
-    def __init__(self, config: Config, data: TrainingData, processes: Processes, checkpoint: dict | None = None):
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingData,
+        processes: Processes,
+        checkpoint: dict | None = None,
+        elapsed: Callable[[], float] | None = None,
+    ):
         self.config, self.data, self.processes = config, data, processes
         self._remembered = to_dict(remembered(config))
         _backend.check_environment()
@@ -59,8 +69,10 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.done = 0
         self.best: float | None = None
+        self._since_best = 0  # evaluations
+        self._limit = None if config.hours is None else self._time_limit(elapsed or stopwatch())
         self._checkpoint = checkpoint
-        self._listeners = Listeners()
+        self._listeners, self._stop = Listeners(), StopSignal()
         if checkpoint is not None:
             demand_continuable(checkpoint, processes.world, self.steps_per_epoch, config.data, data.images["train"])
         self.batch_shapes = data.choose_shapes(self.total_steps) if self.mode == "graph" else None
@@ -83,23 +95,28 @@ class Trainer:
             self._restore(self._checkpoint)
 
     def fit(self, folder: Path, listeners: Listeners) -> dict:
-        """Train to the configured end, writing into ``folder`` -> the row of the last evaluation.
+        """Train to the end, writing into ``folder`` -> the row of the last evaluation.
 
         listeners: are told of it, on the first process. Raises Diverged, with the last good checkpoint left as it is,
         and Stopped after SIGINT, SIGTERM or SIGHUP, with all steps so far saved.
         """
         self._folder, self._listeners = folder, listeners if self.processes.first else Listeners()
         self._last_evaluation: dict = {}
-        with StopSignal() as self._stop:
+        with self._stop:
             try:
                 self._start()
-                self._train()
+                reason = self._train()
             except BaseException as error:
                 how, reason = ("stopped", str(error)) if isinstance(error, Stopped) else ("failed", described(error))
                 self._listeners.end(how, reason, self._last_evaluation)
                 raise
-            self._listeners.end("finished", "", self._last_evaluation)
+            self._listeners.end("finished", reason, self._last_evaluation)
         return self._last_evaluation
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that came while it trained, whether or not there was still something to stop."""
+        return self._stop.received
 
     def _start(self) -> None:
         """Bring the folder to where the run begins, or goes on."""
@@ -128,26 +145,72 @@ class Trainer:
             ground_truth=self.data.ground_truth,
             infer=self.evaluator.infer,
             weights=lambda: copied(self._weights()),
+            planned=lambda: self.planned_steps,
             warn=self._warn,
             stop=self._stop.ask,
         )
         self._listeners.tell("run_started", run)
 
-    def _train(self) -> None:
-        for epoch in range(self.done // self.steps_per_epoch, self.config.epochs):
-            stop = self._train_epoch(epoch)
-            last = epoch + 1 == self.config.epochs
-            if last or (epoch + 1) % self.config.evaluate_every == 0:
-                self._evaluate(epoch + 1)
+    def _train(self) -> str:
+        """-> why the run is over, where it is not for its configured end."""
+        epochs = self.done // self.steps_per_epoch  # that were begun
+        while (reason := self._over()) is None:
+            stop = self._train_epoch(epochs)
+            epochs += 1
+            if self.done == self.planned_steps or epochs % self.config.evaluate_every == 0:
+                self._evaluate(epochs)
+                self._lap("evaluation")
+                if self.config.patience is not None:
+                    self._since_best = self.processes.from_first(self._since_best)
             self._save()
-            if stop is not None and not last:
+            self._plan()
+            if stop is not None and self._over() is None:
                 raise Stopped(stop, self.done)
+        return reason
+
+    @property
+    def planned_steps(self) -> int:
+        """The steps that the run will have, as far as is known now."""
+        return self.total_steps if self._limit is None else self._limit.end
+
+    def _over(self) -> str | None:
+        """Why the run is over, "" at its configured end; None: it is not."""
+        if self.done == self.total_steps:
+            return ""
+        if self.config.patience is not None and self._since_best >= self.config.patience:
+            return f"AP has not risen for {self._since_best} evaluation{'s' * (self._since_best > 1)}"
+        return f"the time of --hours {self.config.hours:g} is over" if self.done == self.planned_steps else None
+
+    def _time_limit(self, elapsed: Callable[[], float]) -> TimeLimit:
+        config, world = self.config, self.processes.world
+        # An image of an evaluation takes less than one that is trained on.
+        evaluation = self.data.images["val"] / (config.batch_size * config.accumulate * world)
+        return TimeLimit(
+            3600 * config.hours,
+            self.total_steps,
+            self.steps_per_epoch,
+            config.evaluate_every,
+            config.checkpoint_every,
+            evaluation,
+            elapsed,
+        )
+
+    def _lap(self, part: str | None = None) -> None:
+        if self._limit is not None:
+            self._limit.lap(part)
+
+    def _plan(self) -> None:
+        """Plan the rest of the run; all processes do so at the same step, and as the first one does."""
+        if self._limit is not None:
+            self._limit.plan(self.done)
+            self._limit.end = self.processes.from_first(self._limit.end)
 
     def _train_epoch(self, epoch: int) -> int | None:
         """One epoch, or what is left of it -> the signal that asks the run to end after it, if any."""
         self.model.train()
         window, config = self._losses.window, self.config
         window.restart_clock()
+        self._lap()
         first = self.done - epoch * self.steps_per_epoch
         batches = iter(self.data.training(epoch, first * config.accumulate))
         lead = RunAhead(self.device)
@@ -161,15 +224,21 @@ class Trainer:
                 self._save()  # the signal was sent to the workers, too
                 raise Stopped(self._stop.number, self.done) from None
             waited = time.perf_counter() - waiting
+            if self._limit is not None:
+                self.step.schedule.pace = self._limit.pace(self.step.schedule.done, self.done)
             with explain_memory(step_batches, config, config.denoising.groups_for):
                 self.step(*step_batches)
             lead.step()
             self.done += 1
             ids = [number for batch in step_batches for number in batch.ids.tolist()]
             window.add(ids, waited)
-            ended = self.done % self.steps_per_epoch == 0
+            self._lap("step")
+            row_is_due, epoch_ended = self.done % config.log_every == 0, self.done % self.steps_per_epoch == 0
+            if not epoch_ended and (row_is_due or self.processes.world == 1):
+                self._plan()
+            ended = epoch_ended or self.done == self.planned_steps
             stop = None
-            if ended or self.done % config.log_every == 0:
+            if ended or row_is_due:
                 rates = self.step.schedule.rates()
                 signals = self._losses.close(self.done, epoch + 1, rates, self._stop.number)
                 stop = next((number for number in signals if number is not None), None)
@@ -183,6 +252,8 @@ class Trainer:
                     self._save()
                 if stop is not None:
                     raise Stopped(stop, self.done)
+            if ended:
+                break
         self._log_losses(wait=True)
         self.step.epoch_ended()
         return stop
@@ -206,7 +277,9 @@ class Trainer:
         row = plain({"event": "eval", "step": self.done, "epoch": epoch, "seconds": seconds, **metrics})
         best = row["AP"] is not None and (self.best is None or row["AP"] > self.best)
         if best:
-            self.best = row["AP"]
+            self.best, self._since_best = row["AP"], 0
+        elif row["AP"] is not None:
+            self._since_best += 1
         self._last_evaluation = row
         self._listeners.tell("row_logged", row)
         self._listeners.tell("evaluated", row, evaluation.results, best)
@@ -229,6 +302,7 @@ class Trainer:
         }
 
     def _save(self, tell: bool = True) -> None:
+        self._lap()
         self._log_losses(wait=True)
         window = self._losses.state(self.done)
         noise = self.processes.gather(self.step.noise_generator.get_state())
@@ -238,13 +312,17 @@ class Trainer:
                 **self.step.state(),
                 "rng": {"noise": noise, "torch": torch.get_rng_state()},
                 "best": self.best,
+                "since_best": self._since_best,
                 "window": window,
                 "matching": self.evaluator.matching.state(),
                 "noise_sums": self.step.noise_meter.sums,
             }
+            if self._limit is not None:
+                state["time_limit"] = self._limit.state()
             save_checkpoint(path, self._weights() | state)
         if tell:
             self._listeners.tell("checkpoint_saved", path, self.done)
+        self._lap("saving")
 
     def _restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model"])
@@ -254,6 +332,9 @@ class Trainer:
         self.step.noise_generator.set_state(checkpoint["rng"]["noise"][self.processes.rank])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
+        self._since_best = checkpoint.get("since_best", 0)  # version 0.1.0 had no patience
+        if self._limit is not None:
+            self._limit.restore(checkpoint["time_limit"])
         self._losses.window.restore(checkpoint["window"])
         self.evaluator.matching.restore(checkpoint["matching"])
         self.step.noise_meter.sums.copy_(checkpoint["noise_sums"])

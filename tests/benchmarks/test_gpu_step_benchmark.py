@@ -13,8 +13,9 @@ import pytest
 import torch
 from recording import Recording
 
-from dndetr.config import BackboneConfig, Config, DenoisingConfig, ModelConfig
+from dndetr.config import Config, DenoisingConfig
 from dndetr.counting.stages import STAGES
+from dndetr.model_config import BackboneConfig, ModelConfig
 from dndetr.ops import _backend
 
 PRESET = "dn-deformable-detr-r50"

@@ -1,7 +1,10 @@
 """What is shown of a run while it goes on."""
 
 import io
+import itertools
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,19 @@ def test_eta_covers_the_steps_and_the_evaluations_to_come(monkeypatch: pytest.Mo
     clock[0] += 1
     console.step_ended(11, images=4, waited=0.5)
     assert console.eta() == pytest.approx(19 + 2 * 7)
+
+
+def test_a_plan_that_shrinks_is_followed(monkeypatch: pytest.MonkeyPatch):
+    planned, (console, file) = [30], shown(interval=0)
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", itertools.count().__next__)
+    console.run_started(a_run(Path(), epochs=3, steps_per_epoch=10, planned=lambda: planned[0]))
+    console.step_ended(1, images=4, waited=0)
+    planned[0] = 15
+    console.step_ended(2, images=4, waited=0)
+    first, second = file.getvalue().splitlines()
+    assert first.startswith("epoch 1/3  step 1/30  ETA 29s") and second.startswith("epoch 1/2  step 2/15  ETA 13s")
+    console.run_ended("finished", "the time is over", {})
+    assert file.getvalue().endswith("\nfinished after step 2: the time is over\n")
 
 
 def test_resumed_run_counts_on():
@@ -130,3 +146,33 @@ def test_a_step_costs_microseconds():
 )
 def test_durations(seconds: float | None, text: str):
     assert duration(seconds) == text
+
+
+def test_a_notebook_has_one_output_that_changes_and_a_table_below(monkeypatch: pytest.MonkeyPatch, capsys):
+    shown = []
+
+    class Output:
+        def __init__(self, content):
+            shown.append([str(content)])
+
+        def update(self, content):
+            shown[-1].append(str(content))
+
+    library = types.SimpleNamespace(display=lambda content, display_id: Output(content))
+    monkeypatch.setitem(sys.modules, "IPython.display", library)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as its kernel has it
+    clock = [100.0]
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", lambda: clock[0])
+    console = Console()
+    console.run_started(a_run(Path(), epochs=2, steps_per_epoch=50))
+    console.message("a note")
+    for step in range(1, 101):
+        clock[0] += 0.1
+        console.step_ended(step, images=8, waited=0.0)
+    console.row_logged(row(2, 1.0, AP=0.5))
+    console.run_ended("finished", "", {})
+    (lines,) = shown
+    assert 10 <= len(lines) <= 12 and "step 11/100" in lines[0] and "step 100/100" in lines[-1]
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == "a note" and len(printed.splitlines()) == 3 and "\x1b" not in printed

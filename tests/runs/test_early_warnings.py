@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from short_runs import short_run
+from watched_runs import a_run
 
 from dndetr.presets import PRESETS
-from dndetr.runs.early_warnings import Standstill
+from dndetr.runs.early_warnings import EarlyWarnings, Standstill
 from dndetr.runs.run_log import read_rows
 
 TINY = PRESETS["tiny"]()
@@ -74,6 +75,15 @@ def test_precision_that_stands_still_is_said_while_there_is_time():
     (message,) = warnings(TINY, 1000, falling(20, 6, 100), rising_then_flat)
     assert message.startswith("AP has not risen since epoch 3 (0.300 then, 0.290 now)")
     assert warnings(TINY, 1000, falling(20, 6, 100), [0.1, 0.2, 0.3, 0.35, 0.4, 0.41] + [0.4] * 4) == []
+
+
+def test_a_run_whose_time_is_limited_is_warned_by_its_plan(tmp_path):
+    """AP is still 0 after a fifth of the steps that there will be."""
+    for planned, times in ((10_000, 0), (1000, 1)):
+        watch, said = EarlyWarnings(), []
+        watch.run_started(a_run(tmp_path, 100, 100, planned=lambda planned=planned: planned, warn=said.append))
+        watch.row_logged({"event": "eval", "step": 250, "epoch": 3, "AP": 0.0})
+        assert len(said) == times
 
 
 def test_nothing_is_said_of_what_was_not_measured():

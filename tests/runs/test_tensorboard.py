@@ -9,7 +9,7 @@ from watched_runs import a_run
 
 from dndetr import train
 from dndetr.runs.run_log import read_rows
-from dndetr.runs.tensorboard import TensorBoard
+from dndetr.runs.trackers import TensorBoard
 
 ROW = {"event": "train", "step": 20, "loss": 3.5, "lr": 1e-3}
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from dndetr.batch import Batch, Targets
-from dndetr.config import BackboneConfig, DenoisingConfig, ModelConfig
+from dndetr.config import DenoisingConfig
 from dndetr.data.sample import IMAGENET
+from dndetr.model_config import BackboneConfig, ModelConfig
 from dndetr.models.build import build_model
 from dndetr.presets import preset_named
 from dndetr.training.criterion import Criterion

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dndetr.batch import Targets
-from dndetr.config import BackboneConfig, ModelConfig
 from dndetr.denoising import Noise, NoisedQueries, noised_queries
+from dndetr.model_config import BackboneConfig, ModelConfig
 from dndetr.models.build import build_model
 from dndetr.models.head_sharing import fit_heads
 from dndetr.models.official import from_official, official_names

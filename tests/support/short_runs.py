@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from unittest import mock
 
+import goldens
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,12 +17,19 @@ from dndetr import train
 from dndetr.runs.console import Console
 from dndetr.runs.listener import Listener
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 _SIZES = ((90, 140), (140, 90), (100, 100), (64, 180), (120, 90), (33, 61))
 
 
 def without_pictures():
     """Runs of training within draw nothing."""
     return mock.patch("dndetr.training.listeners.Pictures", Listener)
+
+
+def environment() -> dict:
+    """That of programs that import this package and the tests' support, one thread each."""
+    tests = str(goldens.ROOT / "tests" / "support")
+    return {**os.environ, "PYTHONPATH": f"{goldens.ROOT}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
 
 def short_run(folder: Path, *flags: str, pictures: bool = False) -> Path:

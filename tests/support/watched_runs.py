@@ -23,5 +23,5 @@ def a_run(
         steps_per_epoch=steps_per_epoch,
         step=step,
         rows=rows or [],
-        **unused | about,
+        **unused | {"planned": lambda: epochs * steps_per_epoch} | about,
     )

@@ -1,7 +1,6 @@
 """Several processes under torchrun (gloo, on the CPU): the same training as in one."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,21 +10,16 @@ import time
 import goldens
 import pytest
 import torch
+from short_runs import TORCHRUN, environment
 
 from dndetr import compare, train
 from dndetr.device import make_current, pick_device, pick_mode
 from dndetr.ops import _backend
 from dndetr.training.distributed import Processes
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FEW = ["--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
 # Statistics of a batch are those of a process: with them, two processes are not one with twice the images.
 NO_BATCH_STATISTICS = ["--model.backbone.norm", "group"]
-
-
-def environment() -> dict:
-    tests = str(goldens.ROOT / "tests" / "support")
-    return {**os.environ, "PYTHONPATH": f"{goldens.ROOT}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:

@@ -27,7 +27,8 @@ class Known(NamedTuple):
 
 def stamps(images: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """What changes with the files of each image and its labels [n, 6] int64; zeros for a file that is not there."""
-    return np.array([(*_stamp(image), *_stamp(label)) for image, label in zip(images, labels, strict=True)], np.int64)
+    found = [(*_stamp(image), *_stamp(label)) for image, label in zip(images, labels, strict=True)]
+    return np.array(found, np.int64).reshape(-1, 2 * len(_NO_FILE))
 
 
 def _stamp(path: str) -> tuple[int, int, int]:
@@ -46,7 +47,7 @@ class LabelsCache:
         self._key = f"{_VERSION} {key}"
         self._names: list[str] = []
         self._stamps = np.zeros((0, 6), np.int64)
-        self._known = Known(*(np.zeros(shape) for shape in ((0, 2), 0, 0, (0, 4))))
+        self._known = Known(*(np.zeros(shape, np.int64) for shape in ((0, 2), 0, 0)), np.zeros((0, 4)))
         self._load()
 
     def recall(self, names: Sequence[str], now: np.ndarray) -> tuple[np.ndarray, Known]:
@@ -70,7 +71,7 @@ class LabelsCache:
 
     def keep(self, names: Sequence[str], now: np.ndarray, known: Known) -> None:
         """Remember these images; a cache that cannot be written only costs the time to read again."""
-        if self._names == names and np.array_equal(self._stamps, now):
+        if not names or (self._names == names and np.array_equal(self._stamps, now)):
             return
         content = io.BytesIO()
         listed = np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)

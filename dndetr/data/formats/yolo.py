@@ -55,6 +55,8 @@ class YoloSource:
             raise DataError(f"{file}:{self._description.splits[split][0].line}: {split} has no images; put them there")
         names = _relative(images.files, self._start)
         known, problems = rows_of(images, names, f"{file.resolve()}\n{split}", self._description.keypoints)
+        strange = self._strange_classes(images, known)
+        objects = make_objects(np.repeat(np.arange(len(names)), known.counts), known.classes, known.boxes)
         return Records(
             name=split,
             root=self.root,
@@ -64,9 +66,9 @@ class YoloSource:
             names=names,
             ids=np.arange(1, len(names) + 1),
             sizes=known.sizes.astype(np.int64),
-            objects=make_objects(np.repeat(np.arange(len(names)), known.counts), known.classes, known.boxes),
+            objects=objects.where(objects.label < len(self._description.names)),
             remarks=images.remarks(),
-            problems=[*images.problems, *problems, *self._strange_classes(images, known), *_no_labels(images, split)],
+            problems=[*images.problems, *problems, *strange, *_no_labels(images, split)],
         )
 
     def _strange_classes(self, images: Images, known: Known) -> list[Problem]:

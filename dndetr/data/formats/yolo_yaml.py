@@ -1,13 +1,13 @@
 """YOLO's data.yaml: names, splits and where they are; every mistake with its line."""
 
 import re
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from ..errors import DataError
+from ..limits import is_plain
 
 _KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -136,7 +136,7 @@ def _text(file: Path, key: str, node: yaml.Node) -> str:
     text = node.value.strip()
     if not text:
         raise DataError(f"{_at(file, node)}: {key} has an empty entry; give it a text")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+    if not is_plain(text):
         raise DataError(f"{_at(file, node)}: {key} has {text!r}; take its control characters out")
     return text
 

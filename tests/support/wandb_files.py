@@ -1,0 +1,36 @@
+"""What W&B keeps of an offline run, read from its file: a log in LevelDB's format, of protocol buffers."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+_BLOCK = 32768
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def offline_records(run: Path) -> list:
+    """The records of all offline runs in a run's folder, in the order of their start."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    return [Record.FromString(content) for file in files for content in _contents(file.read_bytes())]
+
+
+def items(entries) -> dict:
+    """Names and values of a record's entries, such as those of a row of the history."""
+    return {entry.key or "/".join(entry.nested_key): json.loads(entry.value_json) for entry in entries}
+
+
+def _contents(log: bytes) -> Iterator[bytes]:
+    place, parts = 7, b""  # after W&B's own header
+    while place + 7 <= len(log):
+        left = _BLOCK - place % _BLOCK
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, place)
+        parts = (b"" if kind in (_FULL, _FIRST) else parts) + log[place + 7 : place + 7 + length]
+        if kind in (_FULL, _LAST):
+            yield parts
+        place += 7 + length
