@@ -133,25 +133,18 @@ class FolderDataset:
         self.ids, self.sizes = records.ids.tolist(), [tuple(size) for size in records.sizes.tolist()]
         # Pillow stores four bytes for a pixel of RGB.
         self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
-        clipped = self._corners()[1]
-        kept = ~records.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        clipped = records.corners()[1]
+        kept = records.usable()
         objects = records.objects.where(kept)
         self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}
         self._labels = np.array([place[number] for number, _ in records.classes], np.int64)[objects.label]
         self._starts = np.concatenate(([0], np.bincount(objects.image, minlength=len(records)).cumsum()))
 
-    def _corners(self) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes [m, 4] xyxy pixels of all objects, as given, and clipped to their images."""
-        boxes, sizes = self.records.objects.boxes, self.records.sizes[self.records.objects.image]
-        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-        return corners, corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
-
     def _remarks(self) -> list[str]:
         """What is not used, counted."""
-        objects, (corners, clipped) = self.records.objects, self._corners()
-        single = ~objects.crowd
-        kept = single & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        objects, (corners, clipped) = self.records.objects, self.records.corners()
+        single, kept = ~objects.crowd, self.records.usable()
         flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
         # Annotation tools round to a pixel; less is not worth a word.
         moved = (np.abs(clipped - corners) > 1).any(axis=1)
