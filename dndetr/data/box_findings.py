@@ -39,7 +39,7 @@ def box_findings(records: Records, evaluation: Transform, config: Config) -> Ite
 
 
 def same_boxes(image: np.ndarray, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of boxes of one image that are nearly equal -> their places, the smaller one first, two arrays [p].
+    """Pairs of boxes of one image that are nearly equal -> their places, ascending, in two arrays [p].
 
     image [k] ascending, boxes_xyxy [k, 4]. Sorted by their left sides, such boxes are near each other: a box that
     shares so much with another begins within (1 - IoU) of its width.
@@ -56,16 +56,17 @@ def same_boxes(image: np.ndarray, boxes_xyxy: np.ndarray) -> tuple[np.ndarray, n
             break
         one, other = order[first], order[first + step]
         iou, _ = iou_and_union(torch.from_numpy(boxes_xyxy[one]), torch.from_numpy(boxes_xyxy[other]))
-        found = iou.numpy() >= _SAME
-        pairs.append(np.sort((one[found], other[found]), axis=0))
-    return tuple(np.concatenate(pairs, axis=1))
+        equal = iou.numpy() >= _SAME
+        pairs.append(np.sort((one[equal], other[equal]), axis=0))
+    found = np.concatenate(pairs, axis=1)
+    return tuple(found[:, np.lexsort(found[::-1])])
 
 
 def _doubled(records: Records, boxes: _Boxes) -> Iterator[Finding]:
     one, other = same_boxes(boxes.image, boxes.boxes_xyxy)
     equal = boxes.label[one] == boxes.label[other]
     for kind, chosen, message in (
-        ("doubled box", equal, "on another of the same class, so that one detection of the two is always wrong"),
+        ("doubled box", equal, "on another of the same class, where one of two detections is always wrong; keep one"),
         ("box of two classes", ~equal, "on another of a different class; if one object is meant, keep the right class"),
     ):
         # Of three equal boxes two are too many, not three pairs.
@@ -83,7 +84,7 @@ def _seen(records: Records, boxes: _Boxes, evaluation: Transform, config: Config
     """Boxes that are tiny, and images that are out of shape, once they are resized."""
     sizes, which = np.unique(records.sizes, axis=0, return_inverse=True)
     rng = np.random.default_rng(0)  # mirroring changes no size
-    shown = np.array([evaluation.view(tuple(size), rng).size for size in sizes.tolist()])
+    shown = np.array([evaluation.view(tuple(size), rng).size for size in sizes.tolist()]).reshape(-1, 2)
     scale = (shown / sizes)[which.reshape(-1)]  # [n, 2] of height and width
     spans = (boxes.boxes_xyxy[:, 2:] - boxes.boxes_xyxy[:, :2]) * scale[boxes.image][:, ::-1]
     tiny = spans.min(axis=1) < _SMALLEST
@@ -95,8 +96,8 @@ def _seen(records: Records, boxes: _Boxes, evaluation: Transform, config: Config
     if count := int(tiny.sum()):
         share = count / len(tiny)
         message = (
-            f"{counted(count, 'box', 'boxes')} of {len(tiny):,} ({share:.1%}) under {_SMALLEST} pixels wide or high with "
-            f"--preset {config.preset}, which is hardly anything to learn from; {larger}, or cut the images into tiles"
+            f"{counted(count, 'box', 'boxes')} of {len(tiny):,} ({share:.1%}) under {_SMALLEST} pixels wide or high "
+            f"with --preset {config.preset}, hardly anything to learn from; {larger}, or cut the images into tiles"
         )
         cases = _by_image(records, boxes.image[tiny], boxes.place[tiny])
         yield Finding(WARNING if share >= _MANY_TINY else NOTE, "tiny box", records.name, message, cases)
@@ -104,8 +105,8 @@ def _seen(records: Records, boxes: _Boxes, evaluation: Transform, config: Config
     odd = np.flatnonzero(stretch >= _STRETCHED)
     if config.images.recipe == "fixed" and len(odd):
         message = (
-            f"{counted(len(odd), 'image')} of {len(records):,} stretched {_STRETCHED} times or more in one direction, on a "
-            f"canvas of {shown[0][0]}x{shown[0][1]}; give --images.canvas the shape of most images"
+            f"{counted(len(odd), 'image')} of {len(records):,} stretched {_STRETCHED} times or more in one direction "
+            f"on a canvas of {shown[0][0]}x{shown[0][1]}; give --images.canvas the shape of most images"
         )
         yield Finding(NOTE, "stretched image", records.name, message, [(Place(records, at),) for at in odd.tolist()])
 

@@ -124,6 +124,39 @@ def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(spl
     assert names == []
 
 
+def test_pictures_of_the_same_pixels_have_the_same_hash_and_it_is_remembered(split, monkeypatch):
+    tags = Image.Exif()
+    tags[0x0112] = 3
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    picture.save(split.folder / "a.png")
+    picture.save(split.folder / "b.png", compress_level=1, dpi=(72, 72))
+    picture.save(split.folder / "c.bmp")
+    picture.transpose(Image.Transpose.ROTATE_180).save(split.folder / "d.png", exif=tags)
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(split.folder / "e.png")
+    (split.folder / "f.png").write_text("hello")
+    listed = listing(split, ["a.png", "b.png", "c.bmp", "d.png", "e.png", "f.png"])
+    names = opened(monkeypatch)
+    for expected in (listed.names, ["f.png"]):
+        pixels = {}
+        file_problems(listed, decode=True, pixels=pixels)
+        assert list(pixels) == [0, 1, 2, 3, 4]
+        assert len(set(pixels.values())) == 2 and pixels[0] == pixels[1] == pixels[2] == pixels[3]
+        assert names == expected
+        names.clear()
+    file_problems(listed, pixels=(undecoded := {}))
+    assert undecoded == {}
+
+
+def test_a_hash_knows_the_shape_of_a_picture(split):
+    for name, size in (("a.png", (60, 40)), ("b.png", (40, 60))):
+        Image.new("RGB", size).save(split.folder / name)
+    pixels = [{}, {}]
+    file_problems(listing(split, ["a.png"]), decode=True, pixels=pixels[0])
+    file_problems(listing(split, ["b.png"], height=60, width=40), decode=True, pixels=pixels[1])
+    assert pixels[0][0] != pixels[1][0]
+
+
 def test_problems_come_in_order_and_name_image_and_file(split):
     (split.folder / "text.png").write_text("hello")
     found = file_problems(listing(split, ("none.png", "0.png", "text.png")))
