@@ -23,12 +23,12 @@ def picture_findings(splits: Sequence[tuple[Records, Mapping[int, bytes]]]) -> I
             message = (
                 f"{counted(len(cases), 'picture')} in both, pixel by pixel, which flatters AP; take them out of one"
             )
-            yield Finding(WARNING, "same picture in two splits", f"{one} and {other}", message, cases)
+            yield Finding(WARNING, "shared picture", f"{one} and {other}", message, cases)
     for name in names:
         cases = [case for group in groups if len(case := _within(group, name)) > 1]
         if cases:
             message = f"{counted(len(cases), 'picture')} more than once, pixel by pixel; keep one, with all its boxes"
-            yield Finding(NOTE, "same picture twice", name, message, cases)
+            yield Finding(NOTE, "repeated picture", name, message, cases)
 
 
 def _within(group: Sequence[Place], *splits: str) -> tuple[Place, ...]:

@@ -1,6 +1,6 @@
 """Samples of a data set with their boxes: all classes among them, and some of the images with warnings."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _SUSPICIOUS = 0.25  # share of them for images with warnings, where there are su
 
 
 def draw_data(path: Path, datasets: Sequence[FolderDataset], findings: Sequence[Finding], title: str) -> int:
-    """Images of every split with their boxes; captions say what was found in them -> how many were drawn."""
+    """Images of every split with their boxes; a caption also names the rarest finding -> how many were drawn."""
     samples, names = [], []
     for dataset in datasets:
         names = names or distinct_names(dataset.classes)
@@ -23,23 +23,25 @@ def draw_data(path: Path, datasets: Sequence[FolderDataset], findings: Sequence[
             sample = dataset.sample(index)
             caption = f"{split} image {sample.image_id}: {len(sample.labels)} objects"
             boxes, labels = sample.boxes_xyxy.tolist(), sample.labels.tolist()
-            samples.append((dataset.picture(index), boxes, labels, ", ".join([caption, *kinds.get(index, ())])))
+            samples.append(
+                (dataset.picture(index), boxes, labels, ", ".join(filter(None, (caption, kinds.get(index)))))
+            )
     if samples:
         draw_samples(path, samples, names, title)
     return len(samples)
 
 
-def _kinds(dataset: FolderDataset, findings: Sequence[Finding]) -> dict[int, list[str]]:
-    """What was found in which image of a split, of what is worth a warning; rare kinds first."""
+def _kinds(dataset: FolderDataset, findings: Sequence[Finding]) -> dict[int, str]:
+    """The rarest kind of warning about an image of a split, for each with any, the rarest first."""
+    # By their ids: unreadable images have left the data set, and the others have moved up.
     split, place = dataset.records.name, {number: index for index, number in enumerate(dataset.ids)}
-    kinds = defaultdict(list)
+    kinds: dict[int, str] = {}
     for finding in sorted(findings, key=lambda finding: len(finding.cases)):
-        for where in (where for case in finding.cases for where in case):
-            # By its id: unreadable images have left the data set, and the others have moved up.
+        for where in (where for case in finding.cases for where in case if finding.severity == WARNING):
             number = int(where.records.ids[where.image])
-            if finding.severity == WARNING and where.records.name == split and number in place:
-                kinds[place[number]].append(finding.kind)
-    return {index: list(dict.fromkeys(found)) for index, found in kinds.items()}
+            if where.records.name == split and number in place:
+                kinds.setdefault(place[number], finding.kind)
+    return kinds
 
 
 def _choose(dataset: FolderDataset, count: int, suspicious: Sequence[int]) -> list[int]:
