@@ -131,7 +131,8 @@ def run(arguments: Arguments) -> None:
 
 def _config(arguments: Arguments) -> Config:
     """The run that is checked for."""
-    config = preset_named(arguments.preset)
+    # By its whole path, since "shapes" alone would be the built-in data.
+    config = replace(preset_named(arguments.preset), data=str(arguments.folder.absolute()))
     if arguments.canvas is None:
         return config
     height, width = arguments.canvas

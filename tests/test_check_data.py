@@ -158,9 +158,38 @@ def test_the_verdict_says_what_training_would_stop_at(folder, tmp_path, capsys):
 
 
 def test_boxes_are_tiny_on_the_canvas_that_is_asked_for(folder, capsys):
-    for flags, tiny in ((["--preset", "small"], False), (["--preset", "small", "--images.canvas", "20", "20"], True)):
-        assert check_data.main([str(folder), *flags]) == 0
-        assert ("under 4 pixels wide or high" in capsys.readouterr().out) == tiny
+    for preset in ("small", "tiny"):
+        for flags, tiny in (([], False), (["--images.canvas", "20", "20"], True)):
+            assert check_data.main([str(folder), "--preset", preset, *flags]) == 0
+            assert ("under 4 pixels wide or high" in capsys.readouterr().out) == tiny
+
+
+def test_a_set_that_cannot_be_divided_is_told_of_once(folder, capsys):
+    (folder / "annotations" / "instances_val.json").unlink()
+    path = folder / "annotations" / "instances_train.json"
+    content = document(folder, "train")
+    assert check_data.main([str(folder), "--val-share", "0.4"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 3 images" in out and "val: 2 images" in out and "training would start" in out
+    content["annotations"][0]["bbox"] = None
+    path.write_text(json.dumps(content))
+    assert check_data.main([str(folder), "--val-share", "0.4"]) == 1
+    out, error = capsys.readouterr()
+    assert "1 problem (box 1)" in error and "pixel by pixel" not in out
+
+
+def test_classes_of_another_data_set_are_not_compared(folder, capsys):
+    path = folder / "annotations" / "instances_val.json"
+    content = document(folder, "val")
+    for category in content["categories"]:
+        category["id"] += 100
+    for entry in content["annotations"]:
+        entry["category_id"] += 100
+    path.write_text(json.dumps(content))
+    assert check_data.main([str(folder)]) == 1
+    out, error = capsys.readouterr()
+    assert "6 problems (classes 6)" in error
+    assert "without objects here" not in out and "training would stop: " in out
 
 
 @pytest.mark.parametrize("name", ["a[/x]b", "[red]"])

@@ -15,7 +15,7 @@ from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.image import KEPT, TURNED, UNDECIDED
 from dndetr.data.records import make_objects
-from dndetr.data.source import read_split
+from dndetr.data.source import open_source, read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
 from dndetr.presets import small
@@ -184,6 +184,16 @@ def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, c
     assert problems(split, ["0.png"], width=61) == [(0, SIZE)]
     assert all(cache in path.parents for path in cache.rglob("*"))
     assert sorted(path.name for path in split.folder.iterdir()) == ["0.png", "1.png"]
+
+
+def test_both_sides_of_a_divided_set_are_remembered(split, monkeypatch):
+    names = opened(monkeypatch)
+    for expected in (["0.png", "1.png"], []):
+        source = open_source(split.root, val_share=0.5)
+        for side in ("train", "val"):
+            assert file_problems(source.read(side), decode=True) == []
+        assert sorted(names) == expected
+        names.clear()
 
 
 def test_decoding_counts_for_less_but_not_the_other_way(split, monkeypatch):
