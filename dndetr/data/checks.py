@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from ..files import cache_folder, write_atomic
 from .errors import DataError, UnreadableImage
 from .file_names import MissingFiles
+from .fingerprints import LENGTH, fingerprint
 from .folder_dataset import FolderDataset
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 from .records import Problem, Records, raise_problems
@@ -33,9 +32,7 @@ _HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its 
 _DECODED_PIXELS = 200_000_000
 _PNG_END = b"IEND\xaeB`\x82"
 _TURNS = (None, TURNED, KEPT, UNDECIDED)
-# Bytes of what is remembered of a good file: a mark of the file, which of these became of it, and a hash of its pixels.
-_MARK, _PIXELS = 11, 8
-_ENTRY = _MARK + 1 + _PIXELS
+_MARK = 11  # bytes that stand for a good file in what is remembered; one follows that says which of these became of it
 
 
 class FileProblem(NamedTuple):
@@ -47,10 +44,10 @@ class FileProblem(NamedTuple):
 
 
 class _Good(NamedTuple):
-    """A file that is as it should be: what became of its orientation, and a hash of its pixels, where decoded."""
+    """A file that is as it should be: where it was decoded, what became of its orientation, and its fingerprint."""
 
     turn: str | None = None
-    pixels: bytes = bytes(_PIXELS)
+    fingerprint: bytes = b""
 
 
 def check_files(dataset: FolderDataset, skip_unreadable: bool = False) -> list[str]:
@@ -102,13 +99,13 @@ def file_problems(
     decode: bool = False,
     progress: Callable[[int], None] = lambda files: None,
     turns: Counter[str] | None = None,
-    pixels: dict[int, bytes] | None = None,
+    fingerprints: dict[int, bytes] | None = None,
 ) -> list[FileProblem]:
     """What is wrong with the files of a split's images, in their order.
 
     decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
     turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
-    pixels: where files are decoded, takes a hash of the upright picture of each good one, by its place in the list.
+    fingerprints: where files are decoded, takes those of the good ones, by their places in the list.
     """
     memory, missing = _Memory(records, decode), MissingFiles(records)
     problems, waiting, good = [], [], {}
@@ -148,8 +145,8 @@ def file_problems(
     memory.write()
     if turns is not None:
         turns.update(file.turn for file in good.values() if file.turn is not None)
-    if pixels is not None and decode:
-        pixels.update((index, good[index].pixels) for index in sorted(good))
+    if fingerprints is not None and decode:
+        fingerprints.update((index, good[index].fingerprint) for index in sorted(good))
     return sorted(problems)
 
 
@@ -159,7 +156,7 @@ def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | _Goo
         found = _examine(path)
         if decode:
             picture, turn = read_turned(Path(path), size)
-            return _Good(turn, _hash_pixels(picture))
+            return _Good(turn, fingerprint(picture))
         if found != size:
             # Another size, turned by its metadata, or a kind of file that is not known here.
             read_header(Path(path), size)
@@ -168,14 +165,6 @@ def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | _Goo
     except OSError as error:
         return UnreadableImage(f"{path}: cannot be read ({error.strerror or error}); replace it")
     return _Good()
-
-
-def _hash_pixels(picture: Image.Image) -> bytes:
-    """The same for two pictures only where they have the same size and the same pixels."""
-    # Processors have instructions for SHA-1, and nobody forges pictures to get past this.
-    made = hashlib.sha1(repr(picture.size).encode(), usedforsecurity=False)
-    made.update(picture.tobytes())
-    return made.digest()[:_PIXELS]
 
 
 def _examine(path: str) -> tuple[int, int] | None:
@@ -235,7 +224,7 @@ class _Memory:
         """Changes with the file, and with what the annotations say of it."""
         # The time of the last change of any kind, which cannot be set back like that of the content.
         times = status.st_mtime_ns, status.st_ctime_ns
-        about = (_ENTRY, name, *size, status.st_size, *times)
+        about = (LENGTH, name, *size, status.st_size, *times)
         return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
 
     def recall(self, mark: bytes) -> _Good | None:
@@ -253,11 +242,12 @@ class _Memory:
         """Keep what is known to be good; a cache folder that cannot be written only costs the time to look again."""
         if self._good.items() <= self._known.items():
             return
-        entries = (mark + bytes([_TURNS.index(turn)]) + pixels for mark, (turn, pixels) in sorted(self._good.items()))
+        length = _entry_length(self._decode)
+        entries = (mark + bytes([_TURNS.index(turn)]) + seen for mark, (turn, seen) in sorted(self._good.items()))
         try:
             path = self._path(self._decode)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, b"".join(entries))
+            write_atomic(path, b"".join(entry[:length] for entry in entries))
         except (OSError, RuntimeError):
             pass
 
@@ -266,7 +256,8 @@ class _Memory:
             content = self._path(decode).read_bytes()
         except (OSError, RuntimeError):  # the latter where there is no home
             return {}
-        entries = (content[at : at + _ENTRY] for at in range(0, len(content) - _ENTRY + 1, _ENTRY))
+        length = _entry_length(decode)
+        entries = (content[at : at + length] for at in range(0, len(content) - length + 1, length))
         return {
             entry[:_MARK]: _Good(_TURNS[entry[_MARK]], entry[_MARK + 1 :])
             for entry in entries
@@ -278,3 +269,8 @@ class _Memory:
         split = os.fsencode(self._records.file.resolve()) + b"\0" + os.fsencode(self._records.name)
         name = hashlib.blake2b(split, digest_size=8).hexdigest()
         return cache_folder() / "checked" / f"{name}.{'decoded' if decode else 'headers'}"
+
+
+def _entry_length(decode: bool) -> int:
+    """Bytes that are remembered of a file."""
+    return _MARK + 1 + (LENGTH if decode else 0)

@@ -30,14 +30,14 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class Report(NamedTuple):
     """One split: what is in it, what is wrong, and the data set as far as it can be used.
 
-    counts: objects of each class, in label order; pixels: hashes of the pictures that can be decoded, by their places.
+    counts: objects of each class, in label order; fingerprints: of the pictures that can be decoded, by place.
     """
 
     records: Records
     counts: list[int]
     remarks: list[str]
     problems: list[Finding]
-    pixels: dict[int, bytes]
+    fingerprints: dict[int, bytes]
     dataset: FolderDataset | None
 
     @property
@@ -105,7 +105,7 @@ def review_source(source: Source, config: Config, progress: Progress, splits: Se
         reports.append(_report(records, training or None, progress))
     sound = [report for report in reports if not report.records.problems]
     found = [finding for report in reports for finding in report.problems]
-    found += picture_findings([(report.records, report.pixels) for report in reports])
+    found += picture_findings([(report.records, report.fingerprints) for report in reports])
     for report in sound:
         found += box_findings(report.records, evaluation_transform(config), config)
     found += class_findings([report.records for report in sound if not report.of_other_classes])
@@ -123,9 +123,9 @@ def _report(records: Records, training: Classes | None, progress: Progress) -> R
     problems = list(records.problems)
     if training is not None:
         problems += class_problems(records.classes, training)
-    turns, pixels = Counter(), {}
+    turns, fingerprints = Counter(), {}
     with progress(f"decoding {records.folder}", len(records)) as advance:
-        files = file_problems(records, decode=True, progress=advance, turns=turns, pixels=pixels)
+        files = file_problems(records, decode=True, progress=advance, turns=turns, fingerprints=fingerprints)
     dataset, remarks = None, [*records.remarks, *turn_remarks(turns)]
     if not problems and len(files) < len(records) and not any(problem.kind == MISSING for problem in files):
         dataset = FolderDataset(records, Unresized(), training or records.classes, cache_bytes=0)
@@ -140,4 +140,4 @@ def _report(records: Records, training: Classes | None, progress: Progress) -> R
     ]
     single = records.objects.label[~records.objects.crowd]
     counts = np.bincount(single, minlength=len(records.classes)).tolist()
-    return Report(records, counts, remarks, findings, pixels, dataset)
+    return Report(records, counts, remarks, findings, fingerprints, dataset)

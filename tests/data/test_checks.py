@@ -124,7 +124,7 @@ def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(spl
     assert names == []
 
 
-def test_pictures_of_the_same_pixels_have_the_same_hash_and_it_is_remembered(split, monkeypatch):
+def test_fingerprints_are_those_of_the_pixels_and_remembered(split, monkeypatch):
     tags = Image.Exif()
     tags[0x0112] = 3
     rng = np.random.default_rng(0)
@@ -139,22 +139,13 @@ def test_pictures_of_the_same_pixels_have_the_same_hash_and_it_is_remembered(spl
     names = opened(monkeypatch)
     for expected in (listed.names, ["f.png"]):
         pixels = {}
-        file_problems(listed, decode=True, pixels=pixels)
+        file_problems(listed, decode=True, fingerprints=pixels)
         assert list(pixels) == [0, 1, 2, 3, 4]
         assert len(set(pixels.values())) == 2 and pixels[0] == pixels[1] == pixels[2] == pixels[3]
         assert names == expected
         names.clear()
-    file_problems(listed, pixels=(undecoded := {}))
+    file_problems(listed, fingerprints=(undecoded := {}))
     assert undecoded == {}
-
-
-def test_a_hash_knows_the_shape_of_a_picture(split):
-    for name, size in (("a.png", (60, 40)), ("b.png", (40, 60))):
-        Image.new("RGB", size).save(split.folder / name)
-    pixels = [{}, {}]
-    file_problems(listing(split, ["a.png"]), decode=True, pixels=pixels[0])
-    file_problems(listing(split, ["b.png"], height=60, width=40), decode=True, pixels=pixels[1])
-    assert pixels[0][0] != pixels[1][0]
 
 
 def test_problems_come_in_order_and_name_image_and_file(split):

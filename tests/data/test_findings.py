@@ -1,16 +1,21 @@
 """What is found in the columns of a data set: each finding where it is, and none where it is not."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dndetr.data.box_findings import box_findings, same_boxes
 from dndetr.data.class_findings import class_findings
 from dndetr.data.findings import Finding, Place
+from dndetr.data.fingerprints import fingerprint
+from dndetr.data.image import read_image
 from dndetr.data.picture_findings import picture_findings
 from dndetr.data.records import Records, make_objects
+from dndetr.data.source import read_split
 from dndetr.data.training import evaluation_transform
 from dndetr.presets import preset_named
 
@@ -190,15 +195,52 @@ def test_names_that_look_alike(one, other, alike):
 
 def test_pictures_in_two_splits_and_twice_in_one():
     train, val = (split([], [], [], name=name, sizes=[(9, 9)] * 4) for name in ("train", "val"))
-    ways = {0: b"a", 1: b"b", 2: b"b", 3: b"c"}, {0: b"d", 1: b"e", 2: b"a", 3: b"b"}
-    shared, twice = picture_findings([(train, ways[0]), (val, ways[1])])
+    a, b, c, d, e = (noise(seed) for seed in range(5))
+    shared, twice = picture_findings([(train, {0: a, 1: b, 2: b, 3: c}), (val, {0: d, 1: e, 2: a, 3: b})])
     assert (shared.severity, shared.split) == ("warning", "train and val") and "2 pictures in both" in shared.message
     first, second = (" = ".join(f"{place.records.name} {place.image}" for place in case) for case in shared.cases)
     assert (first, second) == ("train 0 = val 2", "train 1 = train 2 = val 3")
     assert "train image 100 (0.jpg) = val image 102 (2.jpg); train image 101 (1.jpg) = " in shared.line()
     assert (twice.severity, twice.split) == ("note", "train") and "1 picture more than once" in twice.message
     assert twice.line().endswith(": image 101 (1.jpg) = image 102 (2.jpg)")
-    assert list(picture_findings([(train, {0: b"a", 1: b"b"}), (val, {0: b"c", 3: b"d"})])) == []
+    assert list(picture_findings([(train, {0: a, 1: b}), (val, {0: c, 3: d})])) == []
+    assert list(picture_findings([(train, {0: a, 1: b}), (val, {})])) == []
+
+
+def noise(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return fingerprint(Image.fromarray(pixels).resize((64, 64)))
+
+
+def test_pictures_that_were_compressed_or_resized_anew_look_alike(real_data):
+    train = read_split(real_data("coco_tiny"), "train").take(range(12))
+    val = replace(train, name="val")
+    pictures = [read_image(train.path(index)) for index in range(len(train))]
+    kept, other = dict(enumerate(map(fingerprint, pictures))), {}
+    for index, picture in enumerate(pictures[:6]):
+        changed = io.BytesIO()
+        small = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS)
+        (small if index % 2 else picture).save(changed, "JPEG", quality=60)
+        other[11 - index] = fingerprint(read_image(changed))
+    (found,) = picture_findings([(train, kept), (val, other)])
+    assert (found.severity, found.kind, found.split) == ("note", "picture alike", "train and val")
+    pairs = sorted((one.image, another.image) for one, another in found.cases)
+    assert pairs == [(index, 11 - index) for index in range(6)]
+
+
+def test_frames_of_one_scene_are_not_all_searched():
+    train, val = (split([], [], [], name=name, sizes=[(9, 9)] * 600) for name in ("train", "val"))
+    frames = [
+        bytes([at % 256, at // 256, 7, 7, 7, 7, 7, side]) + bytes(range(64)) for side in (0, 1) for at in range(600)
+    ]
+    (found,) = picture_findings([(train, dict(enumerate(frames[:600]))), (val, dict(enumerate(frames[600:])))])
+    assert "128 pictures or more almost the same" in found.message and len(found.cases) == 128
+
+
+def test_flat_pictures_look_like_nothing():
+    train, val = (split([], [], [], name=name, sizes=[(9, 9)]) for name in ("train", "val"))
+    grey = [{0: fingerprint(Image.new("RGB", (9, 9), (level,) * 3))} for level in (100, 101)]
+    assert list(picture_findings([(train, grey[0]), (val, grey[1])])) == []
 
 
 def test_a_line_names_the_first_and_counts_the_others_and_json_has_all():
