@@ -30,9 +30,9 @@ class _Boxes(NamedTuple):
 
 def box_findings(records: Records, evaluation: Transform, config: Config) -> Iterator[Finding]:
     """Findings on the boxes of a split without problems; evaluation: how that configuration shows images."""
-    used = records.usable()
+    _, clipped, used = records.clipped()
     objects = records.objects.where(used)
-    boxes = _Boxes(objects.image, objects.label, np.flatnonzero(used), records.corners()[1][used])
+    boxes = _Boxes(objects.image, objects.label, np.flatnonzero(used), clipped[used])
     yield from _doubled(records, boxes)
     yield from _seen(records, boxes, evaluation, config)
     yield from _crowded(records, boxes, config)

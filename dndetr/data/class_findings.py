@@ -84,7 +84,8 @@ def _alike(records: Records) -> Iterator[Finding]:
 
 def _counts(records: Records) -> dict[int, int]:
     """Objects that training or evaluation would use, by the id of their class."""
-    found = np.bincount(records.objects.label[records.usable()], minlength=len(records.classes)).tolist()
+    _, _, used = records.clipped()
+    found = np.bincount(records.objects.label[used], minlength=len(records.classes)).tolist()
     return dict(zip((number for number, _ in records.classes), found, strict=True))
 
 

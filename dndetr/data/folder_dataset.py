@@ -133,8 +133,7 @@ class FolderDataset:
         self.ids, self.sizes = records.ids.tolist(), [tuple(size) for size in records.sizes.tolist()]
         # Pillow stores four bytes for a pixel of RGB.
         self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
-        clipped = records.corners()[1]
-        kept = records.usable()
+        _, clipped, kept = records.clipped()
         objects = records.objects.where(kept)
         self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}
@@ -143,8 +142,8 @@ class FolderDataset:
 
     def _remarks(self) -> list[str]:
         """What is not used, counted."""
-        objects, (corners, clipped) = self.records.objects, self.records.corners()
-        single, kept = ~objects.crowd, self.records.usable()
+        objects, (corners, clipped, kept) = self.records.objects, self.records.clipped()
+        single = ~objects.crowd
         flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
         # Annotation tools round to a pixel; less is not worth a word.
         moved = (np.abs(clipped - corners) > 1).any(axis=1)
