@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -51,7 +52,14 @@ def test_shapes_of_batches_are_told_for_training_on_a_gpu(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(["--preset", "huge"], "--preset huge: choose one"), (["--batch-size", "0"], "1 or more")]
+    ("flags", "message"),
+    [
+        (["--preset", "huge"], "--preset huge: choose one"),
+        (["--batch-size", "0"], "1 or more"),
+        (["--images.canvas", "64", "64"], "--images.canvas 64 64: give none with --preset dn-detr-r50"),
+        (["--preset", "small", "--images.canvas", "0", "64"], "--images.canvas (0, 64): give height and width"),
+        (["--json", "none/findings.json"], "none/findings.json cannot be made"),
+    ],
 )
 def test_wrong_flags_are_told_before_anything_is_decoded(folder, capsys, flags, message):
     assert check_data.main([str(folder), *flags]) == 1
@@ -78,6 +86,110 @@ def test_all_problems_are_listed_and_the_rest_is_still_drawn(folder, tmp_path, c
     assert sum("leads out" in line for line in listed) == 1 and sum("is missing" in line for line in listed) == 1
     assert error.startswith(f"error: {folder}: 6 problems (") and error.count("\n") == 1
     assert "3 images drawn" in out
+
+
+def document(folder, split):
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+
+
+def test_the_same_picture_in_two_splits_is_found_again_and_again(folder, tmp_path, capsys):
+    train, val = (document(folder, split)["images"] for split in ("train", "val"))
+    for source, (split, image) in zip(train, (("val", val[1]), ("train", train[4])), strict=False):
+        with Image.open(folder / "train" / source["file_name"]) as picture:
+            # The same pixels in another file.
+            picture.save(folder / split / image["file_name"], format="PNG", compress_level=1, dpi=(72, 72))
+    told = (
+        f"warning: train and val: 1 picture in both, .*: train image {train[0]['id']} .* = val image {val[1]['id']} .*"
+    )
+    twice = f"note: train: 1 picture more than once, .*: image {train[1]['id']} .* = image {train[4]['id']} .*"
+    for _ in range(2):  # the second time nothing is decoded
+        assert check_data.main([str(folder)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(bool(re.fullmatch(told, line)) for line in lines) == 1
+        assert sum(bool(re.fullmatch(twice, line)) for line in lines) == 1
+    assert check_data.main([str(folder), "--splits", "val"]) == 0
+    assert "pixel by pixel" not in capsys.readouterr().out
+
+
+def test_findings_are_counted_and_written_in_full(folder, tmp_path, capsys):
+    path = folder / "annotations" / "instances_train.json"
+    content = document(folder, "train")
+    entries = content["annotations"]
+    repeats = [entry | {"id": 10**6 + entry["id"]} for entry in entries[:7]]
+    content["annotations"] = [*entries, *repeats]
+    path.write_text(json.dumps(content))
+    report, sheet = tmp_path / "findings.json", tmp_path / "sheet.png"
+    assert check_data.main([str(folder), "--json", str(report), "--output", str(sheet)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (doubled,) = (line for line in lines if line.startswith("warning: train: 7 boxes lie on another of the same class"))
+    assert doubled.endswith("; and 2 more") and lines[-1] == "no problems"
+    written = json.loads(report.read_text())
+    kinds = [finding["severity"] for finding in written["findings"]]
+    warnings, notes = kinds.count("warning"), kinds.count("note")
+    assert lines[-2].startswith(f"training would start; {warnings} warning") and warnings >= 1
+    assert ("note" in lines[-2]) == bool(notes) and kinds == sorted(kinds, reverse=True)
+    assert written["verdict"] == "training would start"
+    assert written["splits"]["train"]["objects"] == len(entries) + 7
+    (found,) = (finding for finding in written["findings"] if finding["kind"] == "doubled box")
+    pairs = sorted(place["annotation_ids"] for case in found["cases"] for place in case)
+    assert pairs == sorted([entry["id"], 10**6 + entry["id"]] for entry in entries[:7])
+    assert sheet.is_file()
+
+
+def test_the_verdict_says_what_training_would_stop_at(folder, tmp_path, capsys):
+    shutil.copytree(folder / "val", folder / "test")
+    shutil.copy(folder / "annotations" / "instances_val.json", folder / "annotations" / "instances_test.json")
+    first = document(folder, "val")["images"][0]["file_name"]
+    (folder / "test" / first).write_text("hello")
+    report = tmp_path / "findings.json"
+    assert check_data.main([str(folder), "--json", str(report)]) == 1  # training does not read test
+    assert "\ntraining would start; " in capsys.readouterr().out
+    (problem,) = (one for one in json.loads(report.read_text())["findings"] if one["severity"] == "error")
+    assert problem["cases"][0][0]["file"] == first and problem["kind"] == "unreadable file"
+    (folder / "val" / first).write_text("hello")
+    assert check_data.main([str(folder)]) == 1
+    stops = r"training would stop, unless with --images.skip-unreadable: \S+/instances_val.json: .* not an image .*"
+    assert re.search(stops, capsys.readouterr().out)
+    (folder / "val" / first).unlink()
+    assert check_data.main([str(folder)]) == 1
+    assert re.search(r"training would stop: \S+/instances_val.json: .* is missing", capsys.readouterr().out)
+    assert check_data.main([str(folder), "--splits", "train"]) == 0
+    assert "nothing here would stop training; val not checked" in capsys.readouterr().out
+
+
+def test_boxes_are_tiny_on_the_canvas_that_is_asked_for(folder, capsys):
+    for preset in ("small", "tiny"):
+        for flags, tiny in (([], False), (["--images.canvas", "20", "20"], True)):
+            assert check_data.main([str(folder), "--preset", preset, *flags]) == 0
+            assert ("under 4 pixels wide or high" in capsys.readouterr().out) == tiny
+
+
+def test_a_set_that_cannot_be_divided_is_told_of_once(folder, capsys):
+    (folder / "annotations" / "instances_val.json").unlink()
+    path = folder / "annotations" / "instances_train.json"
+    content = document(folder, "train")
+    assert check_data.main([str(folder), "--val-share", "0.4"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 3 images" in out and "val: 2 images" in out and "training would start" in out
+    content["annotations"][0]["bbox"] = None
+    path.write_text(json.dumps(content))
+    assert check_data.main([str(folder), "--val-share", "0.4"]) == 1
+    out, error = capsys.readouterr()
+    assert "1 problem (box 1)" in error and "pixel by pixel" not in out
+
+
+def test_classes_of_another_data_set_are_not_compared(folder, capsys):
+    path = folder / "annotations" / "instances_val.json"
+    content = document(folder, "val")
+    for category in content["categories"]:
+        category["id"] += 100
+    for entry in content["annotations"]:
+        entry["category_id"] += 100
+    path.write_text(json.dumps(content))
+    assert check_data.main([str(folder)]) == 1
+    out, error = capsys.readouterr()
+    assert "6 problems (classes 6)" in error
+    assert "without objects here" not in out and "training would stop: " in out
 
 
 @pytest.mark.parametrize("name", ["a[/x]b", "[red]"])
@@ -124,14 +236,32 @@ def test_what_a_split_lacks_is_said_and_a_test_split_may_be_absent(folder, capsy
     assert check_data.main([str(folder), "--splits", "test"]) == 1
 
 
-@pytest.mark.parametrize(("name", "objects"), [("bccd", "2,805"), ("coco_tiny", "577")])
-def test_real_data_is_sound(name, objects, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "objects", "findings"),
+    [
+        ("bccd", "2,805", {("note", "imbalance", "train")}),
+        (
+            "coco_tiny",
+            "577",
+            {
+                ("warning", "few objects", "train"),
+                ("warning", "class not in train", "val"),
+                ("note", "class not in val", "val"),
+                ("note", "imbalance", "train"),
+                ("note", "class without objects", "train and val"),
+            },
+        ),
+    ],
+)
+def test_real_data_is_sound(name, objects, findings, tmp_path, monkeypatch, capsys):
     data = SHARED / "data" / name
     if not data.is_dir():
         pytest.skip(f"no data at {data} (set DNDETR_SHARED)")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert check_data.main([str(data)]) == 0
+    assert check_data.main([str(data), "--json", str(tmp_path / "findings.json")]) == 0
     out = capsys.readouterr().out
     assert f"{objects} objects" in out
     remark = "1 box without area left out" if name == "bccd" else "6 crowd regions left out of training"
     assert remark in out
+    written = json.loads((tmp_path / "findings.json").read_text())["findings"]
+    assert {(finding["severity"], finding["kind"], finding["split"]) for finding in written} == findings

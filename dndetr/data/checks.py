@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..files import cache_folder, write_atomic
 from .errors import DataError, UnreadableImage
 from .file_names import MissingFiles
+from .fingerprints import LENGTH, fingerprint
 from .folder_dataset import FolderDataset
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 from .image_header import jpeg_frame
@@ -31,8 +32,8 @@ _HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its 
 # A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
 _DECODED_PIXELS = 200_000_000
 _PNG_END = b"IEND\xaeB`\x82"
-_MARK = 12  # bytes of a fingerprint; the last says which of these became of the file
 _TURNS = (None, TURNED, KEPT, UNDECIDED)
+_MARK = 11  # bytes that stand for a good file in what is remembered; one follows that says which of these became of it
 
 
 class FileProblem(NamedTuple):
@@ -41,6 +42,13 @@ class FileProblem(NamedTuple):
     index: int
     kind: str
     message: str
+
+
+class _Good(NamedTuple):
+    """A file that is as it should be: where it was decoded, what became of its orientation, and its fingerprint."""
+
+    turn: str | None = None
+    fingerprint: bytes = b""
 
 
 def check_files(dataset: FolderDataset, skip_unreadable: bool = False) -> list[str]:
@@ -92,14 +100,16 @@ def file_problems(
     decode: bool = False,
     progress: Callable[[int], None] = lambda files: None,
     turns: Counter[str] | None = None,
+    fingerprints: dict[int, bytes] | None = None,
 ) -> list[FileProblem]:
     """What is wrong with the files of a split's images, in their order.
 
     decode: also decode every file that is not known to be good. progress: called with the numbers of files done.
     turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
+    fingerprints: where files are decoded, takes those of the good ones, by their places in the list.
     """
     memory, missing = _Memory(records, decode), MissingFiles(records)
-    problems, waiting = [], []
+    problems, waiting, good = [], [], {}
     sizes, folder = pairs(records.sizes), str(records.folder)
     for index, (name, size) in enumerate(zip(records.names, sizes, strict=True)):
         path = os.path.join(folder, name)
@@ -113,11 +123,13 @@ def file_problems(
             problems.append(FileProblem(index, UNREADABLE, what))
             continue
         mark = memory.mark(name, size, status)
-        if not memory.recalls(mark):
+        if known := memory.recall(mark):
+            good[index] = known
+        else:
             waiting.append((index, path, mark))
     progress(len(records) - len(waiting))
 
-    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | str | None]:
+    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | _Good]:
         return [_verdict(path, sizes[index], decode) for index, path, _ in chunk]
 
     chunks = [waiting[at : at + _CHUNK] for at in range(0, len(waiting), _CHUNK)]
@@ -129,19 +141,23 @@ def file_problems(
                     problems.append(FileProblem(index, kind, f"{records.called(index)}{verdict}"))
                 else:
                     memory.keep(mark, verdict)
+                    good[index] = verdict
             progress(len(chunk))
     memory.write()
     if turns is not None:
-        turns.update(memory.turns)
+        turns.update(file.turn for file in good.values() if file.turn is not None)
+    if fingerprints is not None and decode:
+        fingerprints.update((index, good[index].fingerprint) for index in sorted(good))
     return sorted(problems)
 
 
-def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | str | None:
-    """What is wrong with a file whose annotation states this (height, width), or what became of its orientation."""
+def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | _Good:
+    """What is wrong with a file whose annotation states this (height, width), or what there is to know of it."""
     try:
         found = _examine(path)
         if decode:
-            return read_turned(Path(path), size)[1]
+            picture, turn = read_turned(Path(path), size)
+            return _Good(turn, fingerprint(picture))
         if found != size:
             # Another size, turned by its metadata, or a kind of file that is not known here.
             read_header(Path(path), size)
@@ -149,7 +165,7 @@ def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | str 
         return error
     except OSError as error:
         return UnreadableImage(f"{path}: cannot be read ({error.strerror or error}); replace it")
-    return None
+    return _Good()
 
 
 def _examine(path: str) -> tuple[int, int] | None:
@@ -179,54 +195,65 @@ def _examine(path: str) -> tuple[int, int] | None:
 
 
 class _Memory:
-    """Fingerprints of the files of a split that were found good, kept between runs where that is possible."""
+    """What is known of the files of a split that were found good, kept between runs where that is possible."""
 
     def __init__(self, records: Records, decode: bool):
         self._records = records
-        self._known = self._read(decode=True) | (set() if decode else self._read(decode=False))
-        self.turns: Counter[str] = Counter()
-        self._good: set[bytes] = set()
+        self._known = self._read(decode=True) if decode else self._read(decode=False) | self._read(decode=True)
+        self._good: dict[bytes, _Good] = {}
         self._decode = decode
 
     def mark(self, name: str, size: tuple[int, int], status: os.stat_result) -> bytes:
         """Changes with the file, and with what the annotations say of it."""
         # The time of the last change of any kind, which cannot be set back like that of the content.
         times = status.st_mtime_ns, status.st_ctime_ns
-        about = (name, *size, status.st_size, *times)
-        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK - 1).digest()
+        about = (LENGTH, name, *size, status.st_size, *times)
+        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
 
-    def recalls(self, mark: bytes) -> bool:
-        """Whether a file is known to be good; it is kept then."""
-        for place, turn in enumerate(_TURNS):
-            if mark + bytes([place]) in self._known:
-                self.keep(mark, turn)
-                return True
-        return False
+    def recall(self, mark: bytes) -> _Good | None:
+        """What is known of a file, if that is good; it is kept then."""
+        known = self._known.get(mark)
+        if known is not None:
+            self._good[mark] = known
+        return known
 
-    def keep(self, mark: bytes, turn: str | None) -> None:
-        """A file is good; turn: what became of its orientation."""
-        self._good.add(mark + bytes([_TURNS.index(turn)]))
-        if turn is not None:
-            self.turns[turn] += 1
+    def keep(self, mark: bytes, file: _Good) -> None:
+        """A file is good."""
+        self._good[mark] = file
 
     def write(self) -> None:
         """Keep what is known to be good; a cache folder that cannot be written only costs the time to look again."""
-        if self._good <= self._known:
+        if self._good.items() <= self._known.items():
             return
+        length = _entry_length(self._decode)
+        entries = (mark + bytes([_TURNS.index(turn)]) + seen for mark, (turn, seen) in sorted(self._good.items()))
         try:
             path = self._path(self._decode)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, b"".join(sorted(self._good)))
+            write_atomic(path, b"".join(entry[:length] for entry in entries))
         except (OSError, RuntimeError):
             pass
 
-    def _read(self, decode: bool) -> set[bytes]:
+    def _read(self, decode: bool) -> dict[bytes, _Good]:
         try:
             content = self._path(decode).read_bytes()
         except (OSError, RuntimeError):  # the latter where there is no home
-            return set()
-        return {content[at : at + _MARK] for at in range(0, len(content) - _MARK + 1, _MARK)}
+            return {}
+        length = _entry_length(decode)
+        entries = (content[at : at + length] for at in range(0, len(content) - length + 1, length))
+        return {
+            entry[:_MARK]: _Good(_TURNS[entry[_MARK]], entry[_MARK + 1 :])
+            for entry in entries
+            if entry[_MARK] < len(_TURNS)
+        }
 
     def _path(self, decode: bool) -> Path:
-        name = hashlib.blake2b(os.fsencode(self._records.file.resolve()), digest_size=8).hexdigest()
+        # Two splits may be read from one file.
+        split = os.fsencode(self._records.file.resolve()) + b"\0" + os.fsencode(self._records.name)
+        name = hashlib.blake2b(split, digest_size=8).hexdigest()
         return cache_folder() / "checked" / f"{name}.{'decoded' if decode else 'headers'}"
+
+
+def _entry_length(decode: bool) -> int:
+    """Bytes that are remembered of a file."""
+    return _MARK + 1 + (LENGTH if decode else 0)

@@ -132,10 +132,7 @@ class FolderDataset:
         self.ids, self.sizes = records.ids.tolist(), pairs(records.sizes)
         # Pillow stores four bytes for a pixel of RGB.
         self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
-        boxes, sizes = records.objects.boxes, records.sizes[records.objects.image]
-        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-        clipped = corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
-        kept = ~records.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        corners, clipped, kept = records.clipped()
         image, label = records.objects.image[kept], records.objects.label[kept]
         self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}

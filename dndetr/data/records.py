@@ -126,6 +126,16 @@ class Records:
             objects=objects._replace(image=place[objects.image]),
         )
 
+    def clipped(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes of all objects [m, 4] xyxy pixels, as given and clipped to their images, and which training uses.
+
+        The latter [m] bool: no crowds, and nothing without an area within its image.
+        """
+        boxes, sizes = self.objects.boxes, self.sizes[self.objects.image]
+        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+        clipped = corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
+        return corners, clipped, ~self.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+
     def coco_dict(self) -> dict:
         """The split as a COCO document."""
         objects = self.objects

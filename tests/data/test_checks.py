@@ -15,7 +15,7 @@ from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.image import KEPT, TURNED, UNDECIDED
 from dndetr.data.records import make_objects
-from dndetr.data.source import read_split
+from dndetr.data.source import open_source, read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
 from dndetr.presets import small
@@ -124,6 +124,30 @@ def test_files_that_are_turned_kept_and_undecided_are_counted_and_remembered(spl
     assert names == []
 
 
+def test_fingerprints_are_those_of_the_pixels_and_remembered(split, monkeypatch):
+    tags = Image.Exif()
+    tags[0x0112] = 3
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    picture.save(split.folder / "a.png")
+    picture.save(split.folder / "b.png", compress_level=1, dpi=(72, 72))
+    picture.save(split.folder / "c.bmp")
+    picture.transpose(Image.Transpose.ROTATE_180).save(split.folder / "d.png", exif=tags)
+    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(split.folder / "e.png")
+    (split.folder / "f.png").write_text("hello")
+    listed = listing(split, ["a.png", "b.png", "c.bmp", "d.png", "e.png", "f.png"])
+    names = opened(monkeypatch)
+    for expected in (listed.names, ["f.png"]):
+        pixels = {}
+        file_problems(listed, decode=True, fingerprints=pixels)
+        assert list(pixels) == [0, 1, 2, 3, 4]
+        assert len(set(pixels.values())) == 2 and pixels[0] == pixels[1] == pixels[2] == pixels[3]
+        assert names == expected
+        names.clear()
+    file_problems(listed, fingerprints=(undecoded := {}))
+    assert undecoded == {}
+
+
 def test_problems_come_in_order_and_name_image_and_file(split):
     (split.folder / "text.png").write_text("hello")
     found = file_problems(listing(split, ("none.png", "0.png", "text.png")))
@@ -151,6 +175,16 @@ def test_good_files_are_not_opened_again_until_they_change(split, monkeypatch, c
     assert problems(split, ["0.png"], width=61) == [(0, SIZE)]
     assert all(cache in path.parents for path in cache.rglob("*"))
     assert sorted(path.name for path in split.folder.iterdir()) == ["0.png", "1.png"]
+
+
+def test_both_sides_of_a_divided_set_are_remembered(split, monkeypatch):
+    names = opened(monkeypatch)
+    for expected in (["0.png", "1.png"], []):
+        source = open_source(split.root, val_share=0.5)
+        for side in ("train", "val"):
+            assert file_problems(source.read(side), decode=True) == []
+        assert sorted(names) == expected
+        names.clear()
 
 
 def test_decoding_counts_for_less_but_not_the_other_way(split, monkeypatch):
