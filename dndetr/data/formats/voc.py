@@ -90,7 +90,7 @@ class VocSource:
         if file is None:
             folder = next(iter(self._lists.values()), self._home / "ImageSets" / "Main" / "any").parent
             tried = [str((folder / f"{name}.txt").relative_to(self.root)) for name in names_of(split)]
-            found = [str(path.relative_to(self.root)) for path in self._lists.values()]
+            found = [str(path.relative_to(self.root)) for path in self._lists.values() or [self._annotations]]
             raise no_split(self.root, split, tried, found)
         return file
 

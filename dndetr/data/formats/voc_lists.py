@@ -9,13 +9,14 @@ from ..split_names import NAMES, names_of
 
 _CLASS_FILES = ("labelmap.txt", "classes.txt", "labels.txt", "predefined_classes.txt")
 _WHOLE = ("trainval", "default")  # lists of all images that are not for testing; the latter is CVAT's
+_COMMON = {*_WHOLE, *(name for names in NAMES.values() for name in names)}
 
 
 def find_lists(home: Path) -> dict[str, Path]:
     """The lists of images of a folder by their names, without those of a single class ("dog_train")."""
     for folder in (home / "ImageSets" / "Main", home / "ImageSets"):
         if files := {path.stem: path for path in sorted(folder.glob("*.txt"))}:
-            return {name: path for name, path in files.items() if name.rpartition("_")[2] not in files.keys() - {name}}
+            return {name: path for name, path in files.items() if not _is_of_a_class(name)}
     return {}
 
 
@@ -24,6 +25,11 @@ def lists_of_splits(lists: dict[str, Path]) -> dict[str, Path]:
     found = {split: lists[name] for split in NAMES for name in reversed(names_of(split)) if name in lists}
     whole = next((lists[name] for name in _WHOLE if name in lists), None)
     return found if whole is None or {"train", "val"} & found.keys() else {"train": whole, **found}
+
+
+def _is_of_a_class(name: str) -> bool:
+    first, _, last = name.rpartition("_")
+    return bool(first) and last in _COMMON
 
 
 def read_rows(file: Path) -> list[tuple[int, str]]:

@@ -53,7 +53,7 @@ def read_annotation(path: Path, classes: Collection[str] | None = None) -> Annot
     except (LookupError, ValueError) as error:
         return _unusable(f"not XML that can be read ({error}); save it in UTF-8", path)
     if root.tag != "annotation":
-        return _unusable(f"begins with <{_short(root.tag)}>, not <annotation>; is this a file of Pascal VOC?", path)
+        return _unusable(f"begins with <{root.tag[:80]}>, not <annotation>; is this a file of Pascal VOC?", path)
     wrong, size, objects = [], None, []
     try:
         size = _size(root)
