@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..classes import listed
 from ..errors import DataError
-from ..image import read_header
+from ..image import is_image_name
+from ..image_header import upright_size
 from ..limits import is_plain, leads_out
 from ..natural_order import natural_key
 from ..records import Objects, Problem, Records, make_objects
@@ -143,14 +143,15 @@ class VocSource:
         if not own:
             if named in self._image_names and os.path.splitext(named)[0] not in self._stems:
                 return named
-            return stem + (os.path.splitext(named)[1] if _is_image(named) else ".jpg")
+            return stem + (os.path.splitext(named)[1] if is_image_name(named) else ".jpg")
         return own[0] if len(own) == 1 else named if named in own else None
 
     def _size(self, name: str) -> tuple[int, int]:
         """The (height, width) of an image file; none where it has none, of which the check of the files has to say."""
+        path = os.path.join(self._images, name)
         with suppress(DataError):
-            if (self._images / name).is_file():  # to open a pipe would wait for its other end
-                return read_header(self._images / name)
+            if os.path.isfile(path):  # to open a pipe would wait for its other end
+                return upright_size(path)
         return 0, 0
 
     def _annotation(self, stem: str) -> Annotation:
@@ -161,7 +162,7 @@ class VocSource:
     def _stem(self, row: str) -> str | None:
         """The annotation that a line of a list names, maybe in quotes or with the ending of the image."""
         bare = row.strip('"')
-        names = (bare, os.path.splitext(bare)[0]) if _is_image(bare) else (bare,)
+        names = (bare, os.path.splitext(bare)[0]) if is_image_name(bare) else (bare,)
         return next((name for name in names if name in self._stems), None)
 
     def _is_annotated(self, split: str) -> bool:
@@ -202,7 +203,7 @@ class VocSource:
 
     @cached_property
     def _image_names(self) -> set[str]:
-        return {name for name in _files_in(self._images) if _is_image(name)}
+        return {name for name in _files_in(self._images) if is_image_name(name)}
 
     @cached_property
     def _images_by_stem(self) -> dict[str, list[str]]:
@@ -232,10 +233,6 @@ def _files_in(folder: Path) -> Iterator[str]:
         for name in files:
             if not name.startswith("."):
                 yield name if within == os.curdir else os.path.join(within, name)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
 def _objects(annotations: Sequence[Annotation], corners: np.ndarray, classes: Sequence[str]) -> Objects:
