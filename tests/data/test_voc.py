@@ -1,4 +1,4 @@
-"""Pascal VOC folders: where their parts may be, and what is read of them."""
+"""What is read of a Pascal VOC folder, and that it is the same as from COCO."""
 
 import json
 import shutil
@@ -7,34 +7,20 @@ import numpy as np
 import pytest
 from broken_sets import FLAGS
 from PIL import Image
-from voc_files import annotation_xml, object_xml, write_voc
+from voc_files import CAT, DOG, SPLITS, annotation_xml, object_xml, put, write_voc
 
 from dndetr import evaluate
 from dndetr import train as training
-from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.natural_order import natural_key
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 
-DOG, CAT = ("dog", (11, 6, 30, 15)), ("cat", (1, 1, 64, 48))
 TIMES = {"seconds", "images_per_second", "data_wait"}  # of a row of metrics.jsonl
-SPLITS = {"train": {"b": [DOG, CAT], "a": [DOG]}, "val": {"c": [CAT]}}
 
 
 @pytest.fixture
 def home(tmp_path):
     return write_voc(tmp_path / "set", SPLITS)
-
-
-def put(home, stem, objects, size=(48, 64), file_name=None):
-    """Other annotations for an image."""
-    (home / "Annotations" / f"{stem}.xml").write_text(annotation_xml(file_name or f"{stem}.jpg", size, objects))
-
-
-def listing(home, name, text, folder="ImageSets/Main"):
-    (home / folder).mkdir(parents=True, exist_ok=True)
-    (home / folder / f"{name}.txt").write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def only_problem(records):
@@ -66,136 +52,6 @@ def test_fractions_and_padding_are_read(home):
     records = read_split(home, "train")
     assert records.objects.boxes[-1].tolist() == [0.5, 1.25, 10.25, 18.75]
     assert records.classes[-1] == (2, "dog")
-
-
-@pytest.mark.parametrize(
-    ("place", "about"),
-    [
-        (".", "ImageSets/Main"),
-        ("VOC2012", "VOC2012/ImageSets/Main"),
-        ("VOCdevkit/VOC2007", "VOCdevkit/VOC2007/ImageSets/Main"),
-    ],
-)
-def test_a_folder_above_may_be_given(tmp_path, place, about):
-    write_voc(tmp_path / place, SPLITS)
-    source = open_source(tmp_path)
-    assert (source.root, source.about, source.splits) == (tmp_path, f"Pascal VOC, {about}", ("train", "val"))
-    assert len(source.read("train")) == 2
-
-
-def test_of_several_below_one_is_to_be_given(tmp_path):
-    for name in ("VOC2007", "VOC2012"):
-        write_voc(tmp_path / name, SPLITS)
-    with pytest.raises(DataError, match="several Pascal VOC folders, VOC2007, VOC2012; give one of them"):
-        open_source(tmp_path)
-
-
-def test_what_lies_deeper_is_not_looked_for(tmp_path):
-    write_voc(tmp_path / "one/two/three", SPLITS)
-    with pytest.raises(DataError, match="no annotations here"):
-        open_source(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("lists", "splits"),
-    [
-        ({"train": "a\n", "val": "c\n", "trainval": "a\nc\n", "test": "b\n"}, {"train": "a", "val": "c", "test": "b"}),
-        ({"train": "a\n", "valid": "c\n"}, {"train": "a", "val": "c"}),
-        ({"training": "a\n", "validation": "c\n"}, {"train": "a", "val": "c"}),
-        ({"trainval": "a\nc\n", "test": "b\n"}, {"train": "ac", "test": "b"}),
-        ({"default": "b\nc\na\n"}, {"train": "bca"}),
-        ({"trainval": "a\nc\n", "val": "c\n"}, {"val": "c"}),  # training on all would be training on what is tested
-        ({"train": "a\n", "dog_train": "a  1\nb -1\n", "dog_val": "c 0\n", "val": "b\n"}, {"train": "a", "val": "b"}),
-        ({"train": "a\n", "val": "b\n", "test": "000001\n"}, {"train": "a", "val": "b"}),  # of a competition
-        ({"train": "a\n", "val": "b\n", "test": ""}, {"train": "a", "val": "b"}),
-        ({}, {"train": "abc"}),
-    ],
-    ids=lambda value: " ".join(value) or "none",
-)
-@pytest.mark.parametrize("folder", ["ImageSets/Main", "ImageSets"])
-def test_splits_are_found(tmp_path, folder, lists, splits):
-    home = write_voc(tmp_path, SPLITS, lists="")
-    for name, text in lists.items():
-        listing(home, name, text, folder)
-    source = open_source(home)
-    assert source.splits == tuple(splits)
-    for split, images in splits.items():
-        records = source.read(split)
-        assert records.names == [f"{name}.jpg" for name in images] and records.problems == []
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xef\xbb\xbfb\r\n\r\na.jpg\r\n",
-        b'"b"\n a \n\n',
-        b"b.JPG\na",
-        b"b\ra\r",
-    ],
-    ids=["windows", "quoted", "endings", "old-mac"],
-)
-def test_lists_are_read_as_tools_write_them(home, content):
-    listing(home, "train", content)
-    assert read_split(home, "train").names == ["b.jpg", "a.jpg"]
-
-
-def test_a_set_without_lists_is_in_natural_order_and_can_be_divided(tmp_path):
-    names = [f"img{number}" for number in (1, 2, 9, 10, 11, 100)]
-    home = write_voc(tmp_path, {"train": {name: [DOG] for name in reversed(names)}}, lists="")
-    source = open_source(home)
-    assert (source.about, source.splits) == ("Pascal VOC, Annotations", ("train",))
-    assert source.read("train").names == [f"{name}.jpg" for name in names]
-    with pytest.raises(DataError, match=r"no 'val' split; .*val.txt.*; there is Annotations.*--val-share 0.2"):
-        source.read("val")
-    divided = open_source(home, val_share=0.5)
-    assert {*divided.read("train").names, *divided.read("val").names} == {f"{name}.jpg" for name in names}
-    assert len(divided.read("val")) == 3
-
-
-def test_natural_order():
-    names = ["b", "a10", "a2", "a", "2", "10", "a02", "a2b", "1a"]
-    assert sorted(names, key=natural_key) == ["1a", "2", "10", "a", "a02", "a2", "a2b", "a10", "b"]
-
-
-def test_what_no_list_has_is_left_out_and_said_once(home):
-    listing(home, "train", "a\n")
-    assert read_split(home, "train").remarks == ["1 annotated image in no list of ImageSets left out"]
-    assert read_split(home, "val").remarks == []
-
-
-def test_subfolders(home):
-    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
-        (home / folder / "day").mkdir()
-        (home / folder / f"a.{ending}").rename(home / folder / "day" / f"a.{ending}")
-    listing(home, "train", "day/a\nb\n")
-    assert read_split(home, "train").names == ["day/a.jpg", "b.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("on_disk", "written", "found"),
-    [
-        (["a.png"], "a.jpg", "a.png"),
-        (["a.jpg"], "b.jpg", "a.jpg"),  # copied from another file's annotations
-        (["a.JPEG"], "a", "a.JPEG"),
-        (["photo.png"], "photo.png", "photo.png"),
-        (["a.png", "a.jpg"], "a.png", "a.png"),
-    ],
-)
-def test_the_image_of_an_annotation_is_found(home, on_disk, written, found):
-    (home / "JPEGImages/a.jpg").unlink()
-    for name in on_disk:
-        Image.new("RGB", (64, 48)).save(home / "JPEGImages" / name)
-    put(home, "a", object_xml(*DOG), file_name=written)
-    records = read_split(home, "train")
-    assert records.names == ["b.jpg", found] and FolderDataset(records, Unresized())[1].pixels.shape == (48, 64, 3)
-
-
-def test_images_may_be_called_images(home):
-    (home / "JPEGImages").rename(home / "images")
-    (home / "Annotations").rename(home / "annotations")
-    shutil.rmtree(home / "ImageSets")
-    records = FolderDataset(read_split(home, "train"), Unresized()).records
-    assert records.names == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>", "<size><width/></size>"])
@@ -281,12 +137,6 @@ def test_an_image_without_objects_is_background(home):
     put(home, "a", "")
     dataset = FolderDataset(read_split(home, "train"), Unresized())
     assert dataset.counts == [2, 0] and dataset.remarks == ["1 image without objects"]
-
-
-def test_files_that_systems_hide_are_passed_over(home):
-    shutil.rmtree(home / "ImageSets")
-    (home / "Annotations/._a.xml").write_bytes(b"\0\1")
-    assert len(read_split(home, "train")) == 3 and read_split(home, "train").problems == []
 
 
 def test_lines_are_those_of_the_elements(home):

@@ -9,6 +9,11 @@ from PIL import Image
 Objects = Iterable[tuple[str, Sequence[float]]]
 """Classes and corners xmin, ymin, xmax, ymax, counted from 1."""
 
+DOG, CAT = ("dog", (11, 6, 30, 15)), ("cat", (1, 1, 64, 48))
+SPLITS = {"train": {"b": [DOG, CAT], "a": [DOG]}, "val": {"c": [CAT]}}
+
+_TAGS = ("xmin", "ymin", "xmax", "ymax")
+
 
 def object_xml(name: str, corners: Sequence[float], more: str = "") -> str:
     """An object as the development kit writes it; more: further elements."""
@@ -41,4 +46,12 @@ def write_voc(home: Path, splits: Mapping[str, Mapping[str, Objects]], size=(48,
     return home
 
 
-_TAGS = ("xmin", "ymin", "xmax", "ymax")
+def put(home: Path, stem: str, objects: str, size=(48, 64), file_name: str | None = None) -> None:
+    """Writes other annotations for an image."""
+    (home / "Annotations" / f"{stem}.xml").write_text(annotation_xml(file_name or f"{stem}.jpg", size, objects))
+
+
+def put_list(home: Path, name: str, content: str | bytes, folder="ImageSets/Main") -> None:
+    """Writes a list of images."""
+    (home / folder).mkdir(parents=True, exist_ok=True)
+    (home / folder / f"{name}.txt").write_bytes(content.encode() if isinstance(content, str) else content)

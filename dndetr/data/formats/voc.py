@@ -1,7 +1,8 @@
 """Pascal VOC folders: where their parts are, and what their files become.
 
 Layout: ``JPEGImages/``, ``Annotations/<image>.xml`` and ``ImageSets/Main/<split>.txt``, in the folder itself or in the
-only such folder within (``VOCdevkit/VOC2012``). Without lists in ``ImageSets`` nobody has divided the images.
+only such folder within (``VOCdevkit/VOC2012``). Without lists in ``ImageSets`` nobody has divided the images. Or each
+XML file beside its image, in a folder per split, as Roboflow writes it, or in one folder, as LabelImg does.
 """
 
 import os
@@ -19,7 +20,7 @@ from ..image_header import upright_size
 from ..limits import is_plain, leads_out
 from ..natural_order import natural_key
 from ..records import Objects, Problem, Records, make_objects
-from ..split_names import names_of, no_split
+from ..split_names import NAMES, names_of, no_split
 from ..units import are_shares
 from .voc_lists import find_class_file, find_lists, lists_of_splits, read_classes, read_rows
 from .voc_xml import Annotation, read_annotation
@@ -46,13 +47,18 @@ class VocSource:
 
     def __init__(self, root: Path, home: Path):
         self.root, self._home = root, home
-        self._images, self._annotations = _part(home, _IMAGES), _part(home, _ANNOTATIONS)
         self._lists = find_lists(home)
-        self._files = lists_of_splits(self._lists) or {"train": self._annotations}
+        if _has_parts(home):
+            self._images, self._annotations = _part(home, _IMAGES), _part(home, _ANNOTATIONS)
+            self._files = lists_of_splits(self._lists) or {"train": self._annotations}
+        else:
+            self._images = self._annotations = home
+            self._files = _folders_of_splits(home) or {"train": home}
         self._read: dict[str, Annotation] = {}
         self.splits = tuple(split for split in self._files if split != "test" or self._is_annotated(split))
         file = next(iter(self._files.values()))
-        self.about = f"Pascal VOC, {(file if len(self._files) == 1 else file.parent).relative_to(root)}"
+        where = str((file if len(self._files) == 1 else file.parent).relative_to(root))
+        self.about = f"Pascal VOC, {'XML files beside the images' if self._images == self._annotations else where}"
 
     def read(self, split: str) -> Records:
         """A split by the name of its list, of which ``val`` may also be called valid, and the like."""
@@ -85,21 +91,23 @@ class VocSource:
         )
 
     def _file(self, split: str) -> Path:
-        """What a split is read from: a list, or the folder of annotations."""
+        """What a split is read from: a list, or a folder of annotations."""
         file = self._files.get(split) or self._lists.get(split)
         if file is None:
-            folder = next(iter(self._lists.values()), self._home / "ImageSets" / "Main" / "any").parent
-            tried = [str((folder / f"{name}.txt").relative_to(self.root)) for name in names_of(split)]
-            found = [str(path.relative_to(self.root)) for path in self._lists.values() or [self._annotations]]
+            pattern = os.path.join(self._home, "{}" if self._images == self._annotations else "ImageSets/Main/{}.txt")
+            tried = [os.path.relpath(pattern.format(name), self.root) for name in names_of(split)]
+            found = [os.path.relpath(path, self.root) for path in self._lists.values() or self._files.values()]
             raise no_split(self.root, split, tried, found)
         return file
 
     def _members(self, file: Path) -> tuple[list[str], list[Problem]]:
         """The annotations of a split, in its order, and what is wrong with its list."""
-        if file == self._annotations:
-            if not self._stems:
+        if file not in self._lists.values():
+            within = "" if file == self._annotations else f"{file.relative_to(self._annotations)}{os.sep}"
+            stems = [stem for stem in self._stems if stem.startswith(within)]
+            if not stems:
                 raise DataError(f"{file}: there are no XML files; put them there")
-            return sorted(self._stems, key=natural_key), []
+            return sorted(stems, key=natural_key), []
         first, problems = {}, []
         rows = read_rows(file)
         if not rows:
@@ -140,6 +148,7 @@ class VocSource:
     def _image(self, stem: str) -> str | None:
         """The image of an annotation, by its own name before <filename>, which many a tool leaves wrong."""
         own, named = self._images_by_stem.get(stem, []), self._annotation(stem).file_name
+        named = os.path.join(os.path.dirname(stem), os.path.basename(named))
         if not own:
             if named in self._image_names and os.path.splitext(named)[0] not in self._stems:
                 return named
@@ -166,7 +175,7 @@ class VocSource:
         return next((name for name in names if name in self._stems), None)
 
     def _is_annotated(self, split: str) -> bool:
-        """Whether a list has any image with annotations, which those of competitions keep to themselves for testing."""
+        """Whether a list has any image with annotations: competitions keep those for testing to themselves."""
         try:
             return any(self._stem(row) is not None for _, row in read_rows(self._files[split]))
         except DataError:
@@ -214,11 +223,31 @@ class VocSource:
 
 
 def _is_home(folder: Path) -> bool:
+    """Whether a folder holds the parts of a data set, or images with XML files of their names beside them."""
+    return _has_parts(folder) or bool(_folders_of_splits(folder)) or _has_pairs(folder)
+
+
+def _has_parts(folder: Path) -> bool:
     """Whether two of the three parts are there, or the annotations alone."""
     parts = ("JPEGImages", "Annotations", "ImageSets")
     if sum((folder / part).is_dir() for part in parts) > 1:
         return True
     return any(name.endswith(".xml") for part in _ANNOTATIONS for name in _files_in(folder / part))
+
+
+def _has_pairs(folder: Path) -> bool:
+    names = next(os.walk(folder), ("", [], []))[2]
+    stems = {os.path.splitext(name)[0] for name in names if name.endswith(".xml")}
+    return any(os.path.splitext(name)[0] in stems for name in names if is_image_name(name))
+
+
+def _folders_of_splits(home: Path) -> dict[str, Path]:
+    """The folder of each split that has one with images and XML files."""
+    found = {}
+    for split in NAMES:
+        if folder := next((home / name for name in names_of(split) if _has_pairs(home / name)), None):
+            found[split] = folder
+    return found
 
 
 def _part(home: Path, names: Sequence[str]) -> Path:

@@ -64,7 +64,7 @@ def read_annotation(path: Path, classes: Collection[str] | None = None) -> Annot
             objects.append(_object(element, number, classes))
         except _Wrong as error:
             wrong.append(error)
-    file_name = (root.findtext("filename") or "").strip()
+    file_name = (root.findtext("filename") or "").strip().replace("\\", "/")  # some write a path of Windows
     names, corners, difficult = zip(*objects, strict=True) if objects else ((), (), ())
     return Annotation(file_name, size, names, corners, difficult, _with_lines(wrong, root, content, path))
 
