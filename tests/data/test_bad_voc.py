@@ -192,6 +192,11 @@ BROKEN = {
     ),
     "two-images": (second_image, "img1.xml: ", "img1.jpg and img1.png are both there for it"),
     "image-pipe": (pipe("JPEGImages/img1.jpg"), "JPEGImages/img1.jpg: is no file", ""),
+    "image-pipe-without-size": (
+        several(pipe("JPEGImages/img1.jpg"), change("<width>64</width>", "")),
+        "JPEGImages/img1.jpg: is no file",
+        "",
+    ),
     "unreadable-without-size": (
         several(become(b"hi", "JPEGImages/img1.jpg"), change("<width>64</width>", "")),
         "train.txt: ",

@@ -87,6 +87,7 @@ def test_what_lies_deeper_is_not_looked_for(tmp_path):
         ({"train": "a\n", "val": "c\n", "trainval": "a\nc\n", "test": "b\n"}, {"train": "a", "val": "c", "test": "b"}),
         ({"train": "a\n", "valid": "c\n"}, {"train": "a", "val": "c"}),
         ({"training": "a\n", "validation": "c\n"}, {"train": "a", "val": "c"}),
+        ({"train": "a\n", "training": "b\n", "val": "c\n", "val2017": "b\n"}, {"train": "a", "val": "c"}),
         ({"trainval": "a\nc\n", "test": "b\n"}, {"train": "ac", "test": "b"}),
         ({"default": "b\nc\na\n"}, {"train": "bca"}),
         ({"trainval": "a\nc\n", "val": "c\n"}, {"val": "c"}),  # training on all would be training on what is tested
@@ -144,6 +145,8 @@ def test_natural_order():
 
 def test_what_no_list_has_is_left_out_and_said_once(home):
     put_list(home, "train", "a\n")
+    put(home, "b", object_xml("wolf", (1, 1, 5, 5)))
+    assert read_split(home, "train").classes == [(1, "cat"), (2, "dog")]
     assert read_split(home, "train").remarks == ["1 annotated image in no list of ImageSets left out"]
     assert read_split(home, "val").remarks == []
 

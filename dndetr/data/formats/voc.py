@@ -8,7 +8,7 @@ XML file beside its image, in a folder per split, as Roboflow writes it, or in o
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +94,11 @@ class VocSource:
         """What a split is read from: a list, or a folder of annotations."""
         file = self._files.get(split) or self._lists.get(split)
         if file is None:
-            pattern = os.path.join(self._home, "{}" if self._images == self._annotations else "ImageSets/Main/{}.txt")
-            tried = [os.path.relpath(pattern.format(name), self.root) for name in names_of(split)]
-            found = [os.path.relpath(path, self.root) for path in self._lists.values() or self._files.values()]
-            raise no_split(self.root, split, tried, found)
+            beside = self._images == self._annotations
+            tried = [self._home / (name if beside else f"ImageSets/Main/{name}.txt") for name in names_of(split)]
+            found = self._lists.values() or self._files.values()
+            relative = partial(os.path.relpath, start=self.root)
+            raise no_split(self.root, split, map(relative, tried), map(relative, found))
         return file
 
     def _members(self, file: Path) -> tuple[list[str], list[Problem]]:
