@@ -8,6 +8,9 @@ from pathlib import Path
 from .errors import UnreadableImage
 from .image import read_header
 
+UNKNOWN = (1, 1)
+"""(height, width) of an image whose file cannot be read: whoever checks the files says so, or leaves it out."""
+
 _HEAD = 512  # bytes; what lies further on, behind metadata, is read where it is needed
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Texts of a PNG that may hold an orientation.

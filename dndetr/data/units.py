@@ -20,5 +20,5 @@ def unit_doubt(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
         return None
     said = f"{far.sum():,} of {len(boxes):,} boxes reach far beyond their image: "
     if (boxes[:, 2:] >= boxes[:, :2]).all() and (boxes[:, 2:] <= sides + 1).all():
-        return said + "they seem to be x0, y0, x1, y1, but COCO's are x, y, width, height"
+        return said + "they seem to be x0, y0, x1, y1, but x, y, width, height are read"
     return said + "are they in pixels, and of images of this size?"

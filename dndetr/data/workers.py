@@ -144,6 +144,11 @@ def _in_words(error: Exception) -> str:
     number = getattr(error, "errno", None)
     if number == errno.EMFILE or "Too many open files" in text:  # torch says so of shared memory, too
         return f"a data worker may open no more files ({text}): use fewer --workers, or first type ulimit -n 65536"
+    if isinstance(error, EOFError):  # it was about to send the batch's files
+        return (
+            "a data worker did not hand over its batch, since it was ended, or may open no more files: use fewer "
+            "--workers, or first type ulimit -n 65536"
+        )
     if "shared memory" in text or number == errno.ENOSPC:
         return f"a data worker found no room in shared memory ({text}): use fewer --workers (0: none), or {_MORE}"
     if isinstance(error, MemoryError) or "allocate memory" in text or number == errno.ENOMEM:

@@ -225,13 +225,12 @@ def test_each_tracker_is_chosen_once(made):
 
 def test_trackers_may_change_when_a_run_goes_on():
     saved = to_dict(Config(tracker=("wandb",), project="cells"))
-    for flags, wanted in (
-        ([], ("wandb",)),
-        (["--tracker"], ()),
-        (["--tracker", "mlflow", "comet"], ("mlflow", "comet")),
+    for flags, given, wanted in (
+        ([], {"resume"}, ("wandb",)),
+        (["--tracker"], {"resume", "tracker"}, ()),
+        (["--tracker", "mlflow", "comet"], {"resume", "tracker"}, ("mlflow", "comet")),
     ):
-        arguments = ["--resume", "run", *flags]
-        resumed = train.resumed_config(train.parse(arguments), saved, arguments)
+        resumed = train.resumed_config(train.parse(["--resume", "run", *flags]), saved, given)
         assert resumed.tracker == wanted and resumed.project == "cells"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ..classes import listed
 from ..errors import DataError
 from ..image import is_image_name
-from ..image_header import upright_size
+from ..image_header import UNKNOWN, upright_size
 from ..limits import is_plain, leads_out
 from ..natural_order import natural_key
 from ..records import Objects, Problem, Records, make_objects
@@ -162,7 +162,7 @@ class VocSource:
         with suppress(DataError):
             if os.path.isfile(path):  # to open a pipe would wait for its other end
                 return upright_size(path)
-        return 0, 0
+        return UNKNOWN
 
     def _annotation(self, stem: str) -> Annotation:
         if stem not in self._read:

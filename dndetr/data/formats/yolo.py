@@ -120,7 +120,7 @@ def _relative(files: list[str], folder: Path) -> list[str]:
 def _label_studio(folder: Path) -> Description | None:
     """Names in classes.txt, and all images in one folder."""
     file = folder / "classes.txt"
-    if not file.is_file() or not (folder / "images").is_dir():
+    if not file.is_file() or not all((folder / name).is_dir() for name in ("images", "labels")):
         return None
     return Description(file, None, _names(file), {"train": [Entry("images", 1)]}, None)
 

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from ..errors import DataError, UnreadableImage
-from ..image_header import upright_size
+from ..image_header import UNKNOWN, upright_size
 from ..records import Problem
 from .labels_cache import Known, LabelsCache, stamps
 from .yolo_files import Images
@@ -79,11 +79,8 @@ class _Fresh:
         self.unreadable = 0
 
     def read(self, image: str, label: str) -> None:
-        """Read an image's size and its labels.
-
-        One that cannot be read has no objects here: whoever checks the files says so, or leaves it out.
-        """
-        size, rows = (1, 1), None
+        """Read an image's size and its labels; one that cannot be read has no objects here."""
+        size, rows = UNKNOWN, None
         try:
             size = upright_size(image)
         except UnreadableImage:
