@@ -102,16 +102,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Errors are those of ``demand_new_folder``, and OSErrors that name ``path``.
     """
     demand_new_folder(path)
-    path = Path(os.path.realpath(path))  # an empty folder may be replaced, but not a link to one
-    above = [folder for folder in path.parents if not folder.exists()]
+    real = Path(os.path.realpath(path))  # an empty folder may be replaced, but not a link to one
+    above = [folder for folder in real.parents if not os.path.exists(folder)]
     with making(path, "give another folder"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        real.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{real.name}-", dir=real.parent))
     try:
         with writing(path):
             yield unfinished
             unfinished.chmod(0o755)
-            unfinished.replace(path)
+            unfinished.replace(real)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         for folder in above:
