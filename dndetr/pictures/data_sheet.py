@@ -18,10 +18,11 @@ def draw_data(path: Path, datasets: Sequence[FolderDataset], findings: Sequence[
     samples, names = [], []
     for dataset in datasets:
         names = names or distinct_names(dataset.classes)
-        split, kinds = dataset.records.name, _kinds(dataset, findings)
+        records, kinds = dataset.records, _kinds(dataset, findings)
         for index in _choose(dataset, _SAMPLES // len(datasets), list(kinds)):
             sample = dataset.sample(index)
-            caption = f"{split} image {sample.image_id}: {len(sample.labels)} objects"
+            called = f"image {sample.image_id}" if records.numbered else Path(records.names[index]).name
+            caption = f"{records.name} {called}: {len(sample.labels)} objects"
             boxes, labels = sample.boxes_xyxy.tolist(), sample.labels.tolist()
             samples.append(
                 (dataset.picture(index), boxes, labels, ", ".join(filter(None, (caption, kinds.get(index)))))
