@@ -2,8 +2,11 @@
 
 import re
 
+_NUMBERS = re.compile("([0-9]+)")
+
 
 def natural_key(name: str) -> tuple:
     """To sort names by: digits count as numbers, so that img2 comes before img10."""
-    parts = re.split(r"([0-9]+)", name)
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+    parts = _NUMBERS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name

@@ -151,6 +151,41 @@ def test_what_no_list_has_is_left_out_and_said_once(home):
     assert read_split(home, "val").remarks == []
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(home, tmp_path):
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (tmp_path / folder).mkdir()
+        (home / folder / f"a.{ending}").rename(tmp_path / folder / f"a.{ending}")
+        (home / folder / "day").symlink_to(tmp_path / folder)
+        (tmp_path / folder / "up").symlink_to(home / folder)
+    put_list(home, "train", "day/a\nb\n")
+    assert read_split(home, "train").names == ["day/a.jpg", "b.jpg"]
+
+
+def test_a_folder_per_split_may_be_a_link(tmp_path):
+    home = tmp_path / "beside"
+    for split in SPLITS:
+        write_voc(tmp_path / split, {split: SPLITS[split]}, lists="")
+        for part in ("JPEGImages", "Annotations"):
+            for path in (tmp_path / split / part).iterdir():
+                path.rename(tmp_path / split / path.name)
+            (tmp_path / split / part).rmdir()
+        home.mkdir(exist_ok=True)
+        (home / split).symlink_to(tmp_path / split)
+    assert open_source(home).splits == ("train", "val")
+    assert read_split(home, "train").names == ["train/a.jpg", "train/b.jpg"]
+
+
+@pytest.mark.parametrize("lists", ["ImageSets/Main", ""])
+def test_endings_may_be_in_upper_case(tmp_path, lists):
+    home = write_voc(tmp_path, SPLITS, lists=lists)
+    before = read_split(home, "train")
+    (home / "Annotations/a.xml").rename(home / "Annotations/a.XML")
+    (home / "JPEGImages/b.jpg").rename(home / "JPEGImages/b.JPG")
+    records = read_split(home, "train")
+    assert records.problems == [] and [name.lower() for name in records.names] == before.names
+    assert records.objects.boxes.tolist() == before.objects.boxes.tolist()
+
+
 def test_subfolders(home):
     for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
         (home / folder / "day").mkdir()

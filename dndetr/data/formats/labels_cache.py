@@ -11,7 +11,7 @@ import numpy as np
 
 from ...files import cache_folder, write_atomic
 
-_VERSION = 1  # of how rows are read
+_VERSION = 2  # of how rows are read
 _NO_FILE = (0, 0, 0)
 
 
