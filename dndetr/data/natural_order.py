@@ -2,11 +2,15 @@
 
 import re
 
-_NUMBERS = re.compile("([0-9]+)")
+_NUMBER = re.compile("[0-9]+")
 
 
-def natural_key(name: str) -> tuple:
+def natural_key(name: str) -> tuple[str, str]:
     """To sort names by: digits count as numbers, so that img2 comes before img10."""
-    parts = _NUMBERS.split(name)
-    parts[1::2] = map(int, parts[1::2])
-    return parts, name
+    return _NUMBER.sub(_sortable, name), name
+
+
+def _sortable(number: re.Match) -> str:
+    """Texts that sort as the numbers do: the longer, the larger; all before any letter, as where the name ends."""
+    digits = number[0].lstrip("0")
+    return f"\0{chr(len(digits))}{digits}"
