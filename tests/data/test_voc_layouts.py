@@ -141,6 +141,9 @@ def test_a_set_without_lists_is_in_natural_order_and_can_be_divided(tmp_path):
 def test_natural_order():
     names = ["b", "a10", "a2", "a", "2", "10", "a02", "a2b", "1a"]
     assert sorted(names, key=natural_key) == ["1a", "2", "10", "a", "a02", "a2", "a2b", "a10", "b"]
+    names = ["a/b10.jpg", "a-1", "a 1", "a1-2", "a1", "a0", "a" + "9" * 40, "a1" + "0" * 40, "a00"]
+    numbers_as_such = ["a0", "a00", "a1", "a1-2", "a" + "9" * 40, "a1" + "0" * 40, "a 1", "a-1", "a/b10.jpg"]
+    assert sorted(names, key=natural_key) == numbers_as_such
 
 
 def test_what_no_list_has_is_left_out_and_said_once(home):
