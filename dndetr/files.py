@@ -69,7 +69,8 @@ def write_json_atomic(path: str | Path, value, indent: int | None = None) -> Non
     """``write_atomic`` for a JSON value; NaN and infinities are refused, since JSON has none."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
-    write_atomic(path, (text + "\n").encode())
+    # Bytes in a file's name that are no UTF-8 are escaped, as JSON has it.
+    write_atomic(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager

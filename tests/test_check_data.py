@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -265,3 +266,12 @@ def test_real_data_is_sound(name, objects, findings, tmp_path, monkeypatch, caps
     assert remark in out
     written = json.loads((tmp_path / "findings.json").read_text())["findings"]
     assert {(finding["severity"], finding["kind"], finding["split"]) for finding in written} == findings
+
+
+def test_findings_on_files_whose_names_are_no_text(folder, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    shutil.move(folder, odd)
+    shutil.rmtree(os.path.join(odd, "val"))
+    assert check_data.main([odd, "--json", str(tmp_path / "findings.json")]) == 1
+    findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
+    assert any(odd in finding["message"] for finding in findings)

@@ -6,7 +6,6 @@ they change; what was wrong is always looked at anew. Whatever can be said of th
 ``formats``.
 """
 
-import hashlib
 import os
 import stat
 import struct
@@ -16,14 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import cache_folder, write_atomic
+import numpy as np
+
 from .errors import DataError, UnreadableImage
 from .file_names import MissingFiles
 from .fingerprints import LENGTH, fingerprint
 from .folder_dataset import FolderDataset
 from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 from .image_header import jpeg_frame
-from .records import Problem, Records, pairs, raise_problems
+from .records import Problem, Records, raise_problems
+from .remembered import STAMP, Remembered, stamp
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 
@@ -33,7 +34,6 @@ _HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its 
 _DECODED_PIXELS = 200_000_000
 _PNG_END = b"IEND\xaeB`\x82"
 _TURNS = (None, TURNED, KEPT, UNDECIDED)
-_MARK = 11  # bytes that stand for a good file in what is remembered; one follows that says which of these became of it
 
 
 class FileProblem(NamedTuple):
@@ -108,47 +108,71 @@ def file_problems(
     turns: where files are decoded, counts the good ones that are TURNED, KEPT or UNDECIDED (``image.read_turned``).
     fingerprints: where files are decoded, takes those of the good ones, by their places in the list.
     """
-    memory, missing = _Memory(records, decode), MissingFiles(records)
-    problems, waiting, good = [], [], {}
-    sizes, folder = pairs(records.sizes), str(records.folder)
-    for index, (name, size) in enumerate(zip(records.names, sizes, strict=True)):
-        path = os.path.join(folder, name)
-        try:
-            status = os.stat(path)
-        except OSError:
-            problems.append(FileProblem(index, MISSING, missing.sentence(index)))
-            continue
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
-            what = f"{records.called(index)}{path}: is no file; put the image there"
-            problems.append(FileProblem(index, UNREADABLE, what))
-            continue
-        mark = memory.mark(name, size, status)
-        if known := memory.recall(mark):
-            good[index] = known
-        else:
-            waiting.append((index, path, mark))
+    stamps, problems = _stamps(records)
+    names, there = records.names, stamps[:, -STAMP:].any(axis=1)
+    memory = _memory(records, decode)
+    places = memory.places(names, stamps)
+    columns = {"turns": np.zeros(len(names), np.uint8), "fingerprints": np.zeros((len(names), LENGTH), np.uint8)}
+    good = places >= 0
+    if not decode:
+        columns = {}
+        good |= _memory(records, decoded=True).places(names, stamps) >= 0
+    elif good.any():
+        for name, column in columns.items():
+            column[good] = memory.columns[name][places[good]]
+    waiting = np.flatnonzero(there & ~good).tolist()
     progress(len(records) - len(waiting))
 
-    def judge(chunk: list[tuple[int, str, bytes]]) -> list[DataError | _Good]:
-        return [_verdict(path, sizes[index], decode) for index, path, _ in chunk]
+    def judge(chunk: list[int]) -> list[DataError | _Good]:
+        return [_verdict(str(records.path(index)), tuple(records.sizes[index].tolist()), decode) for index in chunk]
 
     chunks = [waiting[at : at + _CHUNK] for at in range(0, len(waiting), _CHUNK)]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for chunk, verdicts in zip(chunks, threads.map(judge, chunks), strict=True):
-            for (index, _, mark), verdict in zip(chunk, verdicts, strict=True):
+            for index, verdict in zip(chunk, verdicts, strict=True):
                 if isinstance(verdict, DataError):
                     kind = UNREADABLE if isinstance(verdict, UnreadableImage) else SIZE
                     problems.append(FileProblem(index, kind, f"{records.called(index)}{verdict}"))
-                else:
-                    memory.keep(mark, verdict)
-                    good[index] = verdict
+                    continue
+                good[index] = True
+                if decode:
+                    columns["turns"][index] = _TURNS.index(verdict.turn)
+                    columns["fingerprints"][index] = np.frombuffer(verdict.fingerprint, np.uint8)
             progress(len(chunk))
-    memory.write()
-    if turns is not None:
-        turns.update(file.turn for file in good.values() if file.turn is not None)
+    if good[waiting].any():
+        kept = [names[index] for index in np.flatnonzero(good).tolist()]
+        memory.keep(kept, stamps[good], {name: column[good] for name, column in columns.items()})
+    if turns is not None and decode:
+        turns.update(filter(None, (_TURNS[turn] for turn in columns["turns"][good].tolist())))
     if fingerprints is not None and decode:
-        fingerprints.update((index, good[index].fingerprint) for index in sorted(good))
+        fingerprints.update(
+            (index, columns["fingerprints"][index].tobytes()) for index in np.flatnonzero(good).tolist()
+        )
     return sorted(problems)
+
+
+def _stamps(records: Records) -> tuple[np.ndarray, list[FileProblem]]:
+    """What changes with each file, and with what the annotations say of it [n, 2 + STAMP]; and those that are no files.
+
+    The stamp of these is zero.
+    """
+    missing, folder = MissingFiles(records), str(records.folder)
+    found: list[int] = []
+    problems = []
+    for index, name in enumerate(records.names):
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path)
+        except OSError:
+            status = None
+            problems.append(FileProblem(index, MISSING, missing.sentence(index)))
+        else:
+            if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+                what = f"{records.called(index)}{path}: is no file; put the image there"
+                problems.append(FileProblem(index, UNREADABLE, what))
+                status = None
+        found += stamp(status)
+    return np.concatenate((records.sizes, np.array(found, np.int64).reshape(-1, STAMP)), axis=1), problems
 
 
 def _verdict(path: str, size: tuple[int, int], decode: bool) -> DataError | _Good:
@@ -194,66 +218,8 @@ def _examine(path: str) -> tuple[int, int] | None:
     return size
 
 
-class _Memory:
-    """What is known of the files of a split that were found good, kept between runs where that is possible."""
-
-    def __init__(self, records: Records, decode: bool):
-        self._records = records
-        self._known = self._read(decode=True) if decode else self._read(decode=False) | self._read(decode=True)
-        self._good: dict[bytes, _Good] = {}
-        self._decode = decode
-
-    def mark(self, name: str, size: tuple[int, int], status: os.stat_result) -> bytes:
-        """Changes with the file, and with what the annotations say of it."""
-        # The time of the last change of any kind, which cannot be set back like that of the content.
-        times = status.st_mtime_ns, status.st_ctime_ns
-        about = (LENGTH, name, *size, status.st_size, *times)
-        return hashlib.blake2b(repr(about).encode("utf-8", "surrogatepass"), digest_size=_MARK).digest()
-
-    def recall(self, mark: bytes) -> _Good | None:
-        """What is known of a file, if that is good; it is kept then."""
-        known = self._known.get(mark)
-        if known is not None:
-            self._good[mark] = known
-        return known
-
-    def keep(self, mark: bytes, file: _Good) -> None:
-        """A file is good."""
-        self._good[mark] = file
-
-    def write(self) -> None:
-        """Keep what is known to be good; a cache folder that cannot be written only costs the time to look again."""
-        if self._good.items() <= self._known.items():
-            return
-        length = _entry_length(self._decode)
-        entries = (mark + bytes([_TURNS.index(turn)]) + seen for mark, (turn, seen) in sorted(self._good.items()))
-        try:
-            path = self._path(self._decode)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, b"".join(entry[:length] for entry in entries))
-        except (OSError, RuntimeError):
-            pass
-
-    def _read(self, decode: bool) -> dict[bytes, _Good]:
-        try:
-            content = self._path(decode).read_bytes()
-        except (OSError, RuntimeError):  # the latter where there is no home
-            return {}
-        length = _entry_length(decode)
-        entries = (content[at : at + length] for at in range(0, len(content) - length + 1, length))
-        return {
-            entry[:_MARK]: _Good(_TURNS[entry[_MARK]], entry[_MARK + 1 :])
-            for entry in entries
-            if entry[_MARK] < len(_TURNS)
-        }
-
-    def _path(self, decode: bool) -> Path:
-        # Two splits may be read from one file.
-        split = os.fsencode(self._records.file.resolve()) + b"\0" + os.fsencode(self._records.name)
-        name = hashlib.blake2b(split, digest_size=8).hexdigest()
-        return cache_folder() / "checked" / f"{name}.{'decoded' if decode else 'headers'}"
-
-
-def _entry_length(decode: bool) -> int:
-    """Bytes that are remembered of a file."""
-    return _MARK + 1 + (LENGTH if decode else 0)
+def _memory(records: Records, decoded: bool) -> Remembered:
+    """What is known of files of a split that were found good, decoded or by their first and last bytes."""
+    # Two splits may be read from one file.
+    key = f"{LENGTH} {records.file.resolve()}\n{records.name}"
+    return Remembered("checked", f"{'decoded' if decoded else 'headers'} {key}")

@@ -84,7 +84,7 @@ def is_image_name(name: str) -> bool:
     """Whether a file's name says that it is an image."""
     _, point, ending = name.rpartition(".")
     # macOS keeps what other disks cannot hold of a.jpg in ._a.jpg.
-    return point + ending.lower() in image_endings() and not os.path.basename(name).startswith("._")
+    return point + ending.lower() in image_endings() and not name.rpartition(os.sep)[2].startswith("._")
 
 
 class _Frame(NamedTuple):

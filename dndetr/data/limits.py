@@ -10,7 +10,8 @@ FARTHEST = 1e9  # pixels
 
 def is_plain(text: str) -> bool:
     """Whether a name can be written to a terminal, a file and a picture without doing anything to them."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+    # isprintable is quicker, and says no to some that can be shown.
+    return text.isprintable() or not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def leads_out(name: str) -> bool:

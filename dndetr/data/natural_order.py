@@ -2,8 +2,15 @@
 
 import re
 
+_NUMBER = re.compile("[0-9]+")
 
-def natural_key(name: str) -> tuple:
+
+def natural_key(name: str) -> tuple[str, str]:
     """To sort names by: digits count as numbers, so that img2 comes before img10."""
-    parts = re.split(r"([0-9]+)", name)
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+    return _NUMBER.sub(_sortable, name), name
+
+
+def _sortable(number: re.Match) -> str:
+    """Texts that sort as the numbers do: the longer, the larger; all before any letter, as where the name ends."""
+    digits = number[0].lstrip("0")
+    return f"\0{chr(len(digits))}{digits}"

@@ -20,8 +20,11 @@ def names_of(split: str) -> tuple[str, ...]:
 
 def no_split(root: Path, split: str, tried: Iterable[str], found: Iterable[str]) -> DataError:
     """The error of a data set without that split: where it was looked for, what there is, and the way out."""
-    advice = ""
-    if split == "val":
-        advice = "; to set a fifth of the training images apart give --val-share 0.2"
+    advice = "; to set a fifth of the training images apart give --val-share 0.2" if split == "val" else ""
     there_is = ", ".join(found) or "nothing else"
     return DataError(f"{root}: no {split!r} split; looked for {', '.join(tried)}; there is {there_is}{advice}")
+
+
+def way_without(split: str, remove: str) -> str:
+    """What else can be done about a split that is named and not there, after "do this"; remove: what names it."""
+    return {"train": "", "val": f", or {remove} and give --val-share 0.2"}.get(split, f", or {remove}")

@@ -67,12 +67,27 @@ def test_splits_are_found(tmp_path, make_document, asked, layout):
     assert (read.name, read.file, read.folder) == (asked, tmp_path / path, tmp_path / images)
 
 
+def test_the_folder_within_an_unpacked_archive_is_named(make_document, make_folder, tmp_path):
+    make_folder(make_document()).rename(tmp_path / "my set")
+    (tmp_path / "archive" / "export").mkdir(parents=True)
+    (tmp_path / "archive" / "__MACOSX").mkdir()
+    (tmp_path / "my set").rename(tmp_path / "archive" / "export" / "my set")
+    for given in ("archive", "archive/export"):
+        with pytest.raises(DataError, match=rf"{given}: no annotations here; give the folder within, .*export/my set$"):
+            read_split(tmp_path / given, "train")
+    (tmp_path / "archive" / "another").mkdir()
+    with pytest.raises(DataError, match=r"archive: no annotations here; a COCO-format folder"):
+        read_split(tmp_path / "archive", "train")
+
+
 def test_missing_parts_of_a_folder_are_named(tmp_path, make_document, make_folder):
     with pytest.raises(DataError, match=r"nowhere: no such folder"):
         read_split(tmp_path / "nowhere", "train")
     with pytest.raises(DataError, match=r"no annotations here.*annotations/instances_train.json.*dndetr.shapes"):
         read_split(tmp_path, "train")
     root = make_folder(make_document())
+    with pytest.raises(DataError, match=r"instances_train.json: is no data set; give the folder of one"):
+        read_split(root / "annotations" / "instances_train.json", "train")
     with pytest.raises(DataError, match=r"no 'val' split; looked for .*val2017.json.*; there is .*train.json"):
         read_split(root, "val")
     (root / "train" / "1.png").unlink()

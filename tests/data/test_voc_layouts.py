@@ -141,6 +141,9 @@ def test_a_set_without_lists_is_in_natural_order_and_can_be_divided(tmp_path):
 def test_natural_order():
     names = ["b", "a10", "a2", "a", "2", "10", "a02", "a2b", "1a"]
     assert sorted(names, key=natural_key) == ["1a", "2", "10", "a", "a02", "a2", "a2b", "a10", "b"]
+    names = ["a/b10.jpg", "a-1", "a 1", "a1-2", "a1", "a0", "a" + "9" * 40, "a1" + "0" * 40, "a00"]
+    numbers_as_such = ["a0", "a00", "a1", "a1-2", "a" + "9" * 40, "a1" + "0" * 40, "a 1", "a-1", "a/b10.jpg"]
+    assert sorted(names, key=natural_key) == numbers_as_such
 
 
 def test_what_no_list_has_is_left_out_and_said_once(home):
@@ -149,6 +152,41 @@ def test_what_no_list_has_is_left_out_and_said_once(home):
     assert read_split(home, "train").classes == [(1, "cat"), (2, "dog")]
     assert read_split(home, "train").remarks == ["1 annotated image in no list of ImageSets left out"]
     assert read_split(home, "val").remarks == []
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(home, tmp_path):
+    for folder, ending in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (tmp_path / folder).mkdir()
+        (home / folder / f"a.{ending}").rename(tmp_path / folder / f"a.{ending}")
+        (home / folder / "day").symlink_to(tmp_path / folder)
+        (tmp_path / folder / "up").symlink_to(home / folder)
+    put_list(home, "train", "day/a\nb\n")
+    assert read_split(home, "train").names == ["day/a.jpg", "b.jpg"]
+
+
+def test_a_folder_per_split_may_be_a_link(tmp_path):
+    home = tmp_path / "beside"
+    for split in SPLITS:
+        write_voc(tmp_path / split, {split: SPLITS[split]}, lists="")
+        for part in ("JPEGImages", "Annotations"):
+            for path in (tmp_path / split / part).iterdir():
+                path.rename(tmp_path / split / path.name)
+            (tmp_path / split / part).rmdir()
+        home.mkdir(exist_ok=True)
+        (home / split).symlink_to(tmp_path / split)
+    assert open_source(home).splits == ("train", "val")
+    assert read_split(home, "train").names == ["train/a.jpg", "train/b.jpg"]
+
+
+@pytest.mark.parametrize("lists", ["ImageSets/Main", ""])
+def test_endings_may_be_in_upper_case(tmp_path, lists):
+    home = write_voc(tmp_path, SPLITS, lists=lists)
+    before = read_split(home, "train")
+    (home / "Annotations/a.xml").rename(home / "Annotations/a.XML")
+    (home / "JPEGImages/b.jpg").rename(home / "JPEGImages/b.JPG")
+    records = read_split(home, "train")
+    assert records.problems == [] and [name.lower() for name in records.names] == before.names
+    assert records.objects.boxes.tolist() == before.objects.boxes.tolist()
 
 
 def test_subfolders(home):

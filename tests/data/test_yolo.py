@@ -146,6 +146,15 @@ def test_lists_of_images_keep_their_order(folder, row, where):
     assert bases(source.read("val")) == ["val_1.jpg", "val_0.png"]
 
 
+def test_lists_in_the_working_directory_with_everything_beside_them(tmp_path, monkeypatch):
+    write_yolo(tmp_path, "train: train.txt\nval: val.txt\nnames: [dog, cat]\n", "", "")
+    for split, count in (("train", 4), ("val", 2)):
+        rows = "".join(f"{split}_{i}.{'jpg' if i % 2 else 'png'}\n" for i in range(count))
+        (tmp_path / f"{split}.txt").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    check(".")
+
+
 def test_several_folders_one_image_and_a_list_together(folder):
     (folder / "more").mkdir()
     (folder / "images/train/train_0.png").rename(folder / "more" / "x.png")

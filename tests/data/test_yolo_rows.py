@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dndetr.data.formats.yolo_labels import text_of
 from dndetr.data.formats.yolo_rows import parse_labels, pixel_boxes
 
 ROWS = {
@@ -26,6 +27,13 @@ def test_rows(row, box):
     assert found.mistakes == [] and found.classes == [1]
     boxes = pixel_boxes(np.array([found.shares]), np.array(found.decimals), np.array([[48, 64]]))
     assert boxes.tolist() == [pytest.approx(box, abs=1e-9)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends(tmp_path, end):
+    rows = ["0 0.5 0.5 0.5 0.5", "1 0.5 0.5 0.25 0.25", "1 0.25 0.25 0.125 0.125", ""]
+    (tmp_path / "a.txt").write_bytes(end.join(rows).encode())
+    assert text_of(str(tmp_path / "a.txt")) == "\n".join(rows)
 
 
 def test_keypoints_are_known_by_their_shape():

@@ -15,12 +15,13 @@ import numpy as np
 
 from ..classes import listed
 from ..errors import DataError
+from ..folders import walk
 from ..image import is_image_name
 from ..image_header import UNKNOWN, upright_size
 from ..limits import is_plain, leads_out
 from ..natural_order import natural_key
 from ..records import Objects, Problem, Records, make_objects
-from ..split_names import NAMES, names_of, no_split
+from ..split_names import NAMES, names_of, no_split, way_without
 from ..units import are_shares
 from .voc_lists import find_class_file, find_lists, lists_of_splits, read_classes, read_rows
 from .voc_xml import Annotation, read_annotation
@@ -66,7 +67,7 @@ class VocSource:
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; put the {what} there")
         file = self._file(split)
-        members, problems = self._members(file)
+        members, problems = self._members(file, split)
         stems, names, more = self._with_images(members)
         problems += [problem for stem in members for problem in self._annotation(stem).problems] + more
         annotations = [self._annotation(stem) for stem in stems]
@@ -101,18 +102,19 @@ class VocSource:
             raise no_split(self.root, split, map(relative, tried), map(relative, found))
         return file
 
-    def _members(self, file: Path) -> tuple[list[str], list[Problem]]:
+    def _members(self, file: Path, split: str) -> tuple[list[str], list[Problem]]:
         """The annotations of a split, in its order, and what is wrong with its list."""
         if file not in self._lists.values():
             within = "" if file == self._annotations else f"{file.relative_to(self._annotations)}{os.sep}"
-            stems = [stem for stem in self._stems if stem.startswith(within)]
+            stems = [stem for stem in self._xml if stem.startswith(within)]
             if not stems:
                 raise DataError(f"{file}: there are no XML files; put them there")
             return sorted(stems, key=natural_key), []
         first, problems = {}, []
         rows = read_rows(file)
         if not rows:
-            raise DataError(f"{file}: the list is empty; write the name of one image a line")
+            way = way_without(split, "remove the file")
+            raise DataError(f"{file}: the list is empty; write the name of one image a line{way}")
         for line, row in rows:
             stem = self._stem(row)
             if stem is not None and stem not in first:
@@ -139,11 +141,12 @@ class VocSource:
             elif name in stem_of:
                 what = f"<filename> is {name!r}, as that of {stem_of[name]}.xml; correct one"
             elif not is_plain(name):
-                what = f"the image's name is {name!r}; take its control characters out"
+                problems.append(Problem("image file name", f"{name!r} has control characters; rename the file"))
+                continue
             else:
                 stem_of[name] = stem
                 continue
-            problems.append(Problem("image file name", what, str(self._annotations / f"{stem}.xml")))
+            problems.append(Problem("image file name", what, str(self._annotations / self._xml[stem])))
         return list(stem_of.values()), list(stem_of), problems
 
     def _image(self, stem: str) -> str | None:
@@ -151,7 +154,7 @@ class VocSource:
         own, named = self._images_by_stem.get(stem, []), self._annotation(stem).file_name
         named = os.path.join(os.path.dirname(stem), os.path.basename(named))
         if not own:
-            if named in self._image_names and os.path.splitext(named)[0] not in self._stems:
+            if named in self._image_names and os.path.splitext(named)[0] not in self._xml:
                 return named
             return stem + (os.path.splitext(named)[1] if is_image_name(named) else ".jpg")
         return own[0] if len(own) == 1 else named if named in own else None
@@ -166,14 +169,14 @@ class VocSource:
 
     def _annotation(self, stem: str) -> Annotation:
         if stem not in self._read:
-            self._read[stem] = read_annotation(self._annotations / f"{stem}.xml", self._given_classes)
+            self._read[stem] = read_annotation(self._annotations / self._xml[stem], self._given_classes)
         return self._read[stem]
 
     def _stem(self, row: str) -> str | None:
         """The annotation that a line of a list names, maybe in quotes or with the ending of the image."""
         bare = row.strip('"')
         names = (bare, os.path.splitext(bare)[0]) if is_image_name(bare) else (bare,)
-        return next((name for name in names if name in self._stems), None)
+        return next((name for name in names if name in self._xml), None)
 
     def _is_annotated(self, split: str) -> bool:
         """Whether a list has any image with annotations: competitions keep those for testing to themselves."""
@@ -183,7 +186,7 @@ class VocSource:
             return True  # and whoever reads it will hear of it
 
     def _unlisted(self) -> Iterator[str]:
-        if self._listed and (count := len(self._stems - self._listed)):
+        if self._listed and (count := len(self._xml.keys() - self._listed)):
             yield f"{count:,} annotated {'image' if count == 1 else 'images'} in no list of ImageSets left out"
 
     @cached_property
@@ -193,7 +196,7 @@ class VocSource:
         for file in self._lists.values():
             with suppress(DataError):
                 found.update(self._stem(row) for _, row in read_rows(file))
-        return found & self._stems
+        return found & self._xml.keys()
 
     @cached_property
     def _given_classes(self) -> list[str] | None:
@@ -205,11 +208,12 @@ class VocSource:
         """Names in label order: those of the file of classes, or all that objects of any split have."""
         if self._given_classes is not None:
             return self._given_classes
-        return sorted({name for stem in self._listed or self._stems for name in self._annotation(stem).names})
+        return sorted({name for stem in self._listed or self._xml for name in self._annotation(stem).names})
 
     @cached_property
-    def _stems(self) -> set[str]:
-        return {os.path.splitext(name)[0] for name in _files_in(self._annotations) if name.endswith(".xml")}
+    def _xml(self) -> dict[str, str]:
+        """The files of annotations by their names without endings."""
+        return {os.path.splitext(name)[0]: name for name in _files_in(self._annotations) if _is_xml(name)}
 
     @cached_property
     def _image_names(self) -> set[str]:
@@ -233,12 +237,16 @@ def _has_parts(folder: Path) -> bool:
     parts = ("JPEGImages", "Annotations", "ImageSets")
     if sum((folder / part).is_dir() for part in parts) > 1:
         return True
-    return any(name.endswith(".xml") for part in _ANNOTATIONS for name in _files_in(folder / part))
+    return any(_is_xml(name) for part in _ANNOTATIONS for name in _files_in(folder / part))
+
+
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml")
 
 
 def _has_pairs(folder: Path) -> bool:
     names = next(os.walk(folder), ("", [], []))[2]
-    stems = {os.path.splitext(name)[0] for name in names if name.endswith(".xml")}
+    stems = {os.path.splitext(name)[0] for name in filter(_is_xml, names)}
     return any(os.path.splitext(name)[0] in stems for name in names if is_image_name(name))
 
 
@@ -258,7 +266,7 @@ def _part(home: Path, names: Sequence[str]) -> Path:
 
 def _files_in(folder: Path) -> Iterator[str]:
     """The files in a folder and those below it, relative to it, without those that systems hide there."""
-    for place, _, files in os.walk(folder):
+    for place, files in walk(folder):
         within = os.path.relpath(place, folder)
         for name in files:
             if not name.startswith("."):

@@ -164,9 +164,11 @@ def _is_difficult(element: Element, called: str) -> bool:
 
 
 def _number(text: str | None) -> float | None:
+    if text is None or "_" in text or not text.isascii():  # Python reads 1_0, and the digits of all scripts
+        return None
     try:
         return float(text)
-    except (TypeError, ValueError):
+    except ValueError:
         return None
 
 

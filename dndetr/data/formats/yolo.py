@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..records import Problem, Records, make_objects
-from ..split_names import NAMES, names_of, no_split
+from ..split_names import NAMES, names_of, no_split, way_without
 from .labels_cache import Known
 from .yolo_files import Images, find_images
 from .yolo_labels import rows_of, text_of
@@ -52,7 +52,9 @@ class YoloSource:
             raise no_split(file, split, names_of(split), self.splits)
         images = find_images(self._description, split, self._start)
         if not images.files and not images.problems:
-            raise DataError(f"{file}:{self._description.splits[split][0].line}: {split} has no images; put them there")
+            where = f"{file}:{self._description.splits[split][0].line}"
+            way = way_without(split, "take the line out")
+            raise DataError(f"{where}: {split} has no images; put them there{way}")
         names = _relative(images.files, self._start)
         known, problems = rows_of(images, names, f"{file.resolve()}\n{split}", self._description.keypoints)
         strange = self._strange_classes(images, known)
@@ -67,7 +69,7 @@ class YoloSource:
             ids=np.arange(1, len(names) + 1),
             sizes=known.sizes.astype(np.int64),
             objects=objects.where(objects.label < len(self._description.names)),
-            remarks=images.remarks(),
+            remarks=images.remarks,
             problems=[*images.problems, *problems, *strange, *_no_labels(images, split)],
         )
 

@@ -7,37 +7,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
+from ..folders import walk
 from ..image import is_image_name
+from ..limits import is_plain
 from ..natural_order import natural_key
 from ..records import Problem
+from ..split_names import way_without
 from .yolo_yaml import Description, Entry
 
 
 class Images(NamedTuple):
-    """The images of a split: their files and, in the same order, those of their labels; what is wrong with lists."""
+    """The images of a split: their files and, in the same order, those of their labels; what is odd about these, in
+    words, and what is wrong with lists and names."""
 
     files: list[str]
     labels: list[str]
+    remarks: list[str]
     problems: list[Problem]
-
-    def remarks(self) -> list[str]:
-        """What is odd about the labels' files."""
-        remarks = []
-        if shared := len(self.labels) - len(set(self.labels)):
-            whose = "image has" if shared == 1 else "images have"
-            remarks.append(f"{shared:,} {whose} the labels of another one, since only their endings differ")
-        used = set(self.labels)
-        folders = {os.path.dirname(label) for label in used}
-        present = (
-            f"{folder}{os.sep}{name}"
-            for folder in sorted(folders)
-            if os.path.isdir(folder)
-            for name in os.listdir(folder)
-            if name.endswith(".txt") and name != "classes.txt"
-        )
-        if unused := sum(label not in used for label in present):
-            remarks.append(f"{unused:,} label {'file' if unused == 1 else 'files'} without an image left out")
-        return remarks
 
 
 def find_images(description: Description, split: str, start: Path) -> Images:
@@ -50,16 +36,42 @@ def find_images(description: Description, split: str, start: Path) -> Images:
     for entry in description.splits[split]:
         path = _find(description, split, entry, start)
         if path.is_dir():
-            files.update(dict.fromkeys(sorted(_images_below(path), key=natural_key)))
+            below = (f"{place}{os.sep}{name}" for place, names in walk(path) for name in names if is_image_name(name))
+            files.update(dict.fromkeys(sorted(below, key=natural_key)))
         elif is_image_name(path.name):
             files[str(path)] = None
         else:
             problems += _read_list(path, start, files)
+    # Whoever called the folder what it is called, it is there.
+    for file in [file for file in files if not is_plain(file.removeprefix(str(start)))]:
+        del files[file]
+        problems.append(Problem("image file name", f"{file!r} has control characters; rename the file"))
     label_folder, labels = cache(_label_folder), []
     for file in files:
-        folder, base = os.path.split(file)
+        folder, _, base = file.rpartition(os.sep)
         labels.append(f"{label_folder(folder)}{os.sep}{base.rpartition('.')[0]}.txt")
-    return Images(list(files), labels, problems)
+    remarks, misnamed = _about(labels)
+    return Images(list(files), labels, remarks, problems + misnamed)
+
+
+def _about(labels: list[str]) -> tuple[list[str], list[Problem]]:
+    """What is odd about files of labels, and what is wrong with their names."""
+    used, unused, problems = set(labels), 0, []
+    for folder in sorted({label.rpartition(os.sep)[0] for label in used}):
+        for name in os.listdir(folder) if os.path.isdir(folder) else ():
+            label = f"{folder}{os.sep}{name}"
+            if label in used or name == "classes.txt" or not name.lower().endswith(".txt"):
+                continue
+            if f"{label[:-4]}.txt" in used:
+                problems.append(Problem("labels", "labels are read from files in .txt; rename it", label))
+            unused += name.endswith(".txt")
+    remarks = []
+    if shared := len(labels) - len(used):
+        whose = "image has" if shared == 1 else "images have"
+        remarks.append(f"{shared:,} {whose} the labels of another one, since only their endings differ")
+    if unused:
+        remarks.append(f"{unused:,} label {'file' if unused == 1 else 'files'} without an image left out")
+    return remarks, problems
 
 
 def _find(description: Description, split: str, entry: Entry, start: Path) -> Path:
@@ -71,22 +83,12 @@ def _find(description: Description, split: str, entry: Entry, start: Path) -> Pa
     bases = dict.fromkeys((start, description.file.parent))
     places = dict.fromkeys(Path(os.path.normpath(base / path)) for path in (text, within) for base in bases)
     for place in places:
-        if place.is_dir() or place.is_file():
+        if os.path.isdir(place) or os.path.isfile(place):
             return place
     tried = " or ".join(map(str, places))
     where = f"{description.file}:{entry.line}"
-    raise DataError(f"{where}: {split} is {entry.path!r}, and there is no {tried}; correct it, or path")
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    """The images in a folder and in those inside it; links are followed, but not in circles."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (os.path.join(place, name) for name in names if is_image_name(name))
+    way = way_without(split, "take the line out")
+    raise DataError(f"{where}: {split} is {entry.path!r}, and there is no {tried}; correct it, or path{way}")
 
 
 def _read_list(path: Path, start: Path, files: dict[str, None]) -> Iterator[Problem]:
@@ -107,11 +109,11 @@ def _read_list(path: Path, start: Path, files: dict[str, None]) -> Iterator[Prob
         file = next(filter(_is_file, places), None)
         where = f"{path}:{line}"
         if file is None:
-            yield Problem("missing file", f"{row} is missing; put it there, or remove the row", where)
+            yield Problem("missing file", f"{row!r} is missing; put it there, or remove the row", where)
         elif not is_image_name(file):
-            yield Problem("image file name", f"{row} is no image, by its name; list images", where)
+            yield Problem("image file name", f"{row!r} is no image, by its name; list images", where)
         elif file in seen:
-            yield Problem("image twice", f"{row} is there twice; leave one of them", where)
+            yield Problem("image twice", f"{row!r} is there twice; leave one of them", where)
         else:
             seen.add(file)
             files[file] = None
@@ -129,6 +131,6 @@ def _label_folder(folder: str) -> str:
     ]
     places = [*swapped, Path(folder).absolute().parent / "labels"]
     found = next((place for place in places if place.is_dir()), None)
-    if found is None and any(name.endswith(".txt") for name in os.listdir(folder)):
-        return folder
+    if found is None and any(name.endswith(".txt") for name in os.listdir(folder or os.curdir)):
+        return folder or os.curdir
     return os.path.relpath(found or places[0]) if not os.path.isabs(folder) else str(found or places[0])

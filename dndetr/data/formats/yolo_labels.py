@@ -50,9 +50,10 @@ def _read_labels(label: str, keypoints: int | None) -> Labels:
 
 
 def _content(file: str) -> bytes:
+    """What is in a file, with lines as Unix ends them."""
     try:
         with open(file, "rb", buffering=0, opener=_not_waiting) as opened:
-            return opened.read()
+            return opened.read().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     except FileNotFoundError:
         return b""
 

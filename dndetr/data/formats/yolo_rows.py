@@ -5,6 +5,7 @@ box is taken; or a box and keypoints, which are passed over.
 """
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,8 @@ def parse_labels(text: str, keypoints: int | None = None) -> Labels:
         if not fields:
             continue
         try:
+            if "_" in row or not row.isascii():  # Python reads 1_0, and the digits of all scripts
+                raise ValueError(_not_numbers(fields))
             number, box = _parse(fields, keypoints)
         except ValueError as error:
             labels.mistakes.append((line, str(error)))
@@ -134,12 +137,9 @@ def _are_keypoints(values: list[float], certain: bool) -> bool:
 def _not_numbers(fields: list[str]) -> str:
     if "," in fields[0] or any("," in field for field in fields):
         return f"is {_short(' '.join(fields))}; separate the numbers by blanks"
-    try:
-        if float(fields[0]).is_integer():
-            [float(field) for field in fields[1:]]
+    with suppress(ValueError):
+        if "." in fields[0] and float(fields[0]).is_integer() and all(map(math.isfinite, map(float, fields[1:]))):
             return f"has class {fields[0]}; write it as a whole number"
-    except ValueError:
-        pass
     return f"is {_short(' '.join(fields))}; give numbers: class cx cy w h"
 
 

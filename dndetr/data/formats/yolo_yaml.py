@@ -94,7 +94,7 @@ def _names(file: Path, keys: dict[str, yaml.Node]) -> list[str]:
     elif isinstance(node, yaml.MappingNode):
         numbered = {}
         for key, entry in _mapping(file, node).items():
-            if not re.fullmatch("[0-9]{1,9}", key):
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
                 raise DataError(f"{_at(file, entry)}: names has key {key!r}; number the classes from 0")
             numbered[int(key)] = _text(file, "names", entry)
         names = [numbered[label] for label in sorted(numbered)]
