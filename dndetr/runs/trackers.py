@@ -35,7 +35,7 @@ class TensorBoard(Tracker):
         self._tracker.log_images({path.stem: pixels[None]}, step=step, dataformats="NHWC")
 
     def _send_table(self, rows: list[list]) -> None:
-        self._send_text("classes", as_markdown(rows), self._run.steps)
+        self._send_text("classes", as_markdown(rows), self._step)
 
 
 class WandB(Tracker):
@@ -126,7 +126,7 @@ class Trackio(Tracker):
         self._tracker.log({path.stem: trackio.Image(str(path))}, step=step)
 
     def _send_table(self, rows: list[list]) -> None:
-        self._send_text("classes", as_markdown(rows), self._run.steps)
+        self._send_text("classes", as_markdown(rows), self._step)
 
 
 class ClearML(Tracker):
