@@ -55,7 +55,7 @@ class Tracker(Listener):
         rows = [row for row in run.rows if row["step"] > known.get("step", -1)]
         calls = [("start", lambda: self._start(known.get("run")))]
         if not known:
-            calls.append(("settings", lambda: self._tracker.store_init_configuration(flat_settings(run.config))))
+            calls.append(("settings", lambda: self._send_settings(flat_settings(run.config))))
             calls.append(("pictures", lambda: self._send_pictures(FIRST_PICTURES, 0)))
         calls += [("rows", lambda row=row: self._send_row(row)) for row in rows]
         self._send(*calls, ("record", lambda: self._write_record(run.step)))
@@ -133,6 +133,9 @@ class Tracker(Listener):
     def _id(self) -> str:
         """Of the tracker's own run."""
         raise NotImplementedError
+
+    def _send_settings(self, values: dict[str, Any]) -> None:
+        self._tracker.store_init_configuration(values)
 
     def _send_numbers(self, values: dict[str, float], step: int) -> None:
         self._tracker.log(values, step=step)
