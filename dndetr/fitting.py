@@ -62,7 +62,7 @@ class TrainedRun:
 
     @property
     def status(self) -> str:
-        """ "finished", or "stopped" before its end: it can be resumed."""
+        """ "finished", or "stopped" before its end: it can be resumed, unless it is still going on elsewhere."""
         return "finished" if any(row["event"] == "end" for row in self.rows) else "stopped"
 
     @cached_property
