@@ -1,9 +1,11 @@
 """Training from Python: ``run = dndetr.fit("my_data", preset="small", epochs=20)``."""
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +62,7 @@ class TrainedRun:
 
     @property
     def status(self) -> str:
-        """ "finished", or "stopped" before its end: it can be resumed."""
+        """ "finished", or "stopped" before its end: it can be resumed, unless it is still going on elsewhere."""
         return "finished" if any(row["event"] == "end" for row in self.rows) else "stopped"
 
     @cached_property
@@ -108,22 +110,39 @@ class Interrupted(KeyboardInterrupt):
         return [f"interrupted; {self}"]
 
 
+_training = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Within, no other run can begin: torch's random numbers and what is printed are one for all threads."""
+    if not _training.acquire(blocking=False):
+        raise RuntimeError("a run is being trained in this process: wait for its end, or train in another process")
+    try:
+        yield
+    finally:
+        _training.release()
+
+
+@_alone()
 @unfailing()
-def fit(data: str | Path | None = None, *, listeners: Sequence[Listener] = (), **settings: Any) -> TrainedRun:
+def fit(data: str | Path | None = None, *, listeners: Iterable[Listener] = (), **settings: Any) -> TrainedRun:
     """Train a detector, as ``python -m dndetr.train`` does -> the run; docs/python.md.
 
     data: a folder in COCO, YOLO or VOC format, or "shapes"; listeners: are told of the run. settings: every flag of the
     command, by its name: ``preset="small"``, ``epochs=20``, ``denoising={"groups": 3}``; ``resume=run`` goes on with a
     run.
 
-    Raises ValueError for settings that are wrong, and whatever ends the training. Ctrl-C and a notebook's stop button
-    end it after the current step: the run is saved, and Interrupted, a KeyboardInterrupt with the ``run``, is raised.
-    One that a listener stops is returned.
+    Raises ValueError for settings that are wrong, RuntimeError while another call trains, and whatever ends the
+    training. Ctrl-C and a notebook's stop button end it after the current step: the run is saved, and Interrupted, a
+    KeyboardInterrupt with the ``run``, is raised. One that a listener stops is returned.
     """
     try:
         given = flat(settings if data is None else {"data": data, **settings})
         config = changed(train.starting_point(given.get("preset"), given.get("overfit")), given)
-        outcome = train.train(config, given.keys(), listeners)
+        if not isinstance(listeners, Iterable):
+            raise ValueError(f"listeners {listeners!r}: give a list of them")
+        outcome = train.train(config, given.keys(), [*listeners])
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
         raise

@@ -76,13 +76,15 @@ def unfailing() -> Iterator[None]:
     os.close(descriptor)
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        sys.stdout, sys.stderr = (_taking_all(stream, stack) for stream in before)
+        ours = [_taking_all(stream, stack) for stream in before]
+        sys.stdout, sys.stderr = ours
         try:
             yield
         finally:
-            sys.stdout.drain()
-            sys.stderr.drain()
-            sys.stdout, sys.stderr = before
+            for name, own, other in zip(("stdout", "stderr"), ours, before, strict=True):
+                own.drain()
+                if getattr(sys, name) is own:  # and no other thread's, which restores it itself
+                    setattr(sys, name, other)
 
 
 def _taking_all(stream: TextIO | None, stack: contextlib.ExitStack) -> Unfailing:

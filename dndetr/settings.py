@@ -10,6 +10,8 @@ from dataclasses import fields, is_dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from .config import Config
 
 _NOT_SETTINGS = ("given",)
@@ -121,16 +123,22 @@ def _fitted(value: Any, hint: Any) -> Any:
             with contextlib.suppress(_Unfit):
                 return _fitted(value, part)
     elif origin is Literal:
-        if any(type(part) is type(value) and part == value for part in parts):  # True equals 1, and does not mean it
-            return value
+        for part in parts:
+            with contextlib.suppress(_Unfit):
+                if _fitted(value, type(part)) == part:
+                    return part
     elif origin is tuple:
         if isinstance(value, Sequence) and not isinstance(value, str):
             kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
             if len(kinds) == len(value):
                 return tuple(_fitted(each, kind) for each, kind in zip(value, kinds, strict=True))
     elif hint in (int, float):
+        # True equals 1, and does not mean it.
         if isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool):
-            return hint(value)
+            with contextlib.suppress(OverflowError):
+                return hint(value)
+    elif hint is bool and isinstance(value, np.bool_):
+        return bool(value)
     elif hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     elif isinstance(value, hint):
@@ -146,5 +154,5 @@ def _wanted(hint: Any) -> str:
     if origin is Literal:
         return f"{'one of ' * (len(parts) > 1)}{', '.join(map(repr, parts))}"
     if origin is tuple:
-        return f"({', '.join('...' if part is Ellipsis else _wanted(part) for part in parts)})"
+        return f"a list, each {_wanted(parts[0])}" if parts[-1] is Ellipsis else f"({', '.join(map(_wanted, parts))})"
     return _WANTED[hint]

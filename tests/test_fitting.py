@@ -156,6 +156,30 @@ def test_a_thread_can_train_and_handles_no_signals():
     assert found[0].status == "finished" and handlers == [before]
 
 
+def test_two_runs_at_once_would_share_what_they_draw():
+    errors = []
+
+    def second(_):
+        with pytest.raises(RuntimeError, match=r"^a run is being trained in this process: wait"):
+            dndetr.fit(**FEW)
+        errors.append(None)
+
+    def third(run):
+        thread = threading.Thread(target=second, args=(run,))
+        thread.start()
+        thread.join()
+
+    dndetr.fit(**FEW, output="run", listeners=[At(1, second), At(2, third)])
+    assert len(errors) == 2 and [path.name for path in Path().iterdir()] == ["run"]
+    assert dndetr.fit(**FEW).status == "finished"
+
+
+def test_listeners_may_come_one_by_one():
+    told = []
+    dndetr.fit(**FEW, listeners=(At(step, lambda run: told.append(run.step)) for step in (1, 2)))
+    assert told == [0, 0]
+
+
 def test_errors_come_as_they_are_and_the_next_run_works(monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Trainer, "_evaluate", lambda *_: (_ for _ in ()).throw(Diverged("not finite")))
@@ -182,6 +206,8 @@ def test_overfitting_that_fails_is_an_error_as_it_is_the_commands():
         ({"batch_size": 100}, "too few for a batch of 100; use batch_size"),
         ({"resume": "nowhere"}, "no checkpoint at nowhere"),
         ({"listeners": [At]}, "is no listener"),
+        ({"listeners": At(1, print)}, "give a list of them"),
+        ({"listeners": None}, "listeners None: give a list of them"),
         ({"epoch": 1}, "there is no setting epoch: did you mean epochs?"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -51,6 +51,13 @@ def test_output_that_goes_nowhere_is_no_error(monkeypatch, broken):
         stream.close()  # nothing is left that could not be written
 
 
+def test_what_another_thread_prints_to_stays_where_that_put_it(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with unfailing():
+        sys.stdout = other = io.StringIO()
+    assert sys.stdout is other
+
+
 @pytest.mark.parametrize("command", ["train", "check_data"])
 def test_names_that_cannot_be_printed_are_escaped(monkeypatch, command):
     data = write_pictures(Path("données"), classes=NAMED)

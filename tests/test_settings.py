@@ -1,5 +1,6 @@
 """Settings by name: their groups, their types, and what is said of mistakes."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -60,14 +61,16 @@ def test_they_make_what_the_flags_make(flags, settings):
         ({"epochs": 2.5}, "epochs 2.5: give a whole number"),
         ({"epochs": True}, "epochs True: give a whole number"),
         ({"lr": False}, "lr False: give a number"),
+        ({"lr": 10**400}, "000: give a number"),
+        ({"model": {"backbone": {"depth": np.bool_(True)}}}, "give one of 18, 34, 50, 101"),
         ({"quiet": 1}, "quiet 1: give True or False"),
         ({"data": 3}, "data 3: give a string or None"),
         ({"max_steps_per_epoch": 1.5}, "max_steps_per_epoch 1.5: give a whole number or None"),
         ({"precision": "half"}, "precision 'half': give one of 'auto', 'float32', 'bfloat16'"),
         ({"model": {"backbone": {"depth": 19}}}, "model.backbone.depth 19: give one of 18, 34, 50, 101"),
         ({"model": {"temperature": (1, 2, 3)}}, "model.temperature (1, 2, 3): give (a number, a number)"),
-        ({"optimizer": {"drops": "0.8"}}, "optimizer.drops '0.8': give (a number, ...)"),
-        ({"optimizer": {"drops": [0.8, None]}}, "optimizer.drops [0.8, None]: give (a number, ...)"),
+        ({"optimizer": {"drops": "0.8"}}, "optimizer.drops '0.8': give a list, each a number"),
+        ({"optimizer": {"drops": [0.8, None]}}, "optimizer.drops [0.8, None]: give a list, each a number"),
         ({"denoising": 3}, "denoising 3: give a dict of its settings, or a DenoisingConfig"),
         ({"denoising": DenoisingConfig(groups="3" and 3.5)}, "denoising.groups 3.5: give a whole number"),
         ({"denoising": {"groups": 2}, "denoising.groups": 2}, "denoising.groups is given twice: leave out one of them"),
@@ -100,14 +103,21 @@ def test_types_of_every_kind():
     for name, value, wanted in (
         ("size", "car", "a whole number or 'auto'"),
         ("size", True, "a whole number or 'auto'"),
-        ("places", ["c"], "(one of 'a', 'b', ...)"),
-        ("places", "a", "(one of 'a', 'b', ...)"),
+        ("places", ["c"], "a list, each one of 'a', 'b'"),
+        ("places", "a", "a list, each one of 'a', 'b'"),
         ("pair", (1, 2), "(a whole number, a string) or None"),
         ("share", "half", "a number"),
     ):
         with pytest.raises(ValueError) as error:
             flat({name: value}, Some)
         assert str(error.value) == f"{name} {value!r}: give {wanted}"
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"epochs": np.int64(3), "lr": np.float32(0.5), "quiet": np.bool_(True), "model.backbone.depth": np.int8(18)}
+    found = flat(given | {"images.canvas": [np.int64(64), 64], "batch_size": np.int32(2)})
+    assert found["epochs"] == 3 and found["images.canvas"] == (64, 64) and found["quiet"] is True
+    json.dumps(found)  # as a run keeps its settings
 
 
 def test_every_setting_of_the_command_is_one():

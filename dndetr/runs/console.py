@@ -49,6 +49,7 @@ class Console(Listener):
 
     def run_started(self, run: Run) -> None:
         self._planned, self._steps_per_epoch, self._step = run.planned, run.steps_per_epoch, run.step
+        self._every = run.config.evaluate_every
         self._losses = next((row for row in reversed(run.rows) if row["event"] == "train"), {})
         known = [row["AP"] for row in run.rows if row["event"] == "eval" and row.get("AP") is not None]
         self._best = max(known, default=None)
@@ -153,7 +154,7 @@ class Console(Listener):
         steps, _, _, seconds = self._recent
         if not steps:
             return None
-        evaluations = self._epochs - self._step // self._steps_per_epoch
+        evaluations = -(-self._epochs // self._every) - self._step // self._steps_per_epoch // self._every
         left = self._planned() - self._step
         return left * seconds / steps + evaluations * self._evaluation_seconds
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ..config import Config, to_dict
 from ..files import write_json_atomic
 from ..scoring.coco import STATISTICS
-from .listener import Listener, Run
+from .listener import Listener, Run, described
 
 RECORD = "trackers.json"  # in a run's folder: by tracker, its own run's id, and up to which step that has everything
 FIRST_PICTURES = ("first_batch.png",)
@@ -45,15 +45,17 @@ class Tracker(Listener):
             self._make.start  # noqa: B018  (older versions start in their constructor, as whatever process they are)
         except (ImportError, KeyError, AttributeError) as error:
             raise ModuleNotFoundError(self.needs) from error
+        except Exception as error:  # of a package that is there, and does not fit others that are
+            raise ModuleNotFoundError(f"{self.needs} (its import fails: {described(error)})") from error
         self._failed: set[str] = set()
 
     def run_started(self, run: Run) -> None:
-        self._run, self._folder = run, run.folder
+        self._run, self._folder, self._step = run, run.folder, run.step
         known = {} if self.starts_anew else self._record().get(self.name, {})
         rows = [row for row in run.rows if row["step"] > known.get("step", -1)]
         calls = [("start", lambda: self._start(known.get("run")))]
         if not known:
-            calls.append(("settings", lambda: self._tracker.store_init_configuration(flat_settings(run.config))))
+            calls.append(("settings", lambda: self._send_settings(flat_settings(run.config))))
             calls.append(("pictures", lambda: self._send_pictures(FIRST_PICTURES, 0)))
         calls += [("rows", lambda row=row: self._send_row(row)) for row in rows]
         self._send(*calls, ("record", lambda: self._write_record(run.step)))
@@ -62,6 +64,7 @@ class Tracker(Listener):
         self._send(("pictures", lambda: self._send_pictures(FIRST_PICTURES, 0)))
 
     def row_logged(self, row: dict[str, Any]) -> None:
+        self._step = row["step"]
         self._send(("rows", lambda: self._send_row(row)))
 
     def checkpoint_saved(self, path: Path, step: int) -> None:
@@ -71,7 +74,7 @@ class Tracker(Listener):
     def run_ended(self, how: str, reason: str, row: dict) -> None:
         calls = []
         if how == "finished":
-            calls.append(("pictures", lambda: self._send_pictures(LAST_PICTURES, self._run.steps)))
+            calls.append(("pictures", lambda: self._send_pictures(LAST_PICTURES, self._step)))
         if how == "finished" and row:
             calls.append(("table", lambda: self._send_table(class_table(row))))
             final = {name: row[name] for name in STATISTICS if row.get(name) is not None}
@@ -131,6 +134,9 @@ class Tracker(Listener):
         """Of the tracker's own run."""
         raise NotImplementedError
 
+    def _send_settings(self, values: dict[str, Any]) -> None:
+        self._tracker.store_init_configuration(values)
+
     def _send_numbers(self, values: dict[str, float], step: int) -> None:
         self._tracker.log(values, step=step)
 
@@ -142,10 +148,10 @@ class Tracker(Listener):
             self._tracker.log_images({path.stem: [image.convert("RGB")]}, step=step)
 
     def _send_table(self, rows: list[list]) -> None:
-        self._tracker.log_table("classes", columns=["class", "AP"], data=rows, step=self._run.steps)
+        self._tracker.log_table("classes", columns=["class", "AP"], data=rows, step=self._step)
 
     def _send_summary(self, statistics: dict[str, float]) -> None:
-        self._send_numbers({f"final/{name}": value for name, value in statistics.items()}, self._run.steps)
+        self._send_numbers({f"final/{name}": value for name, value in statistics.items()}, self._step)
 
     def _finish(self, how: str) -> None:
         self._tracker.finish()
@@ -208,7 +214,9 @@ def _undisturbed() -> Iterator[None]:
 
     with _lock:
         logger, tracking.logger = tracking.logger, _PlainLogger(logging.getLogger(tracking.__name__), {})
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        main = threading.current_thread() is threading.main_thread()  # the only one in which they can be changed
+        stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+        handlers = {number: signal.getsignal(number) for number in stopping}
         try:
             yield
         finally:

@@ -35,7 +35,7 @@ class TensorBoard(Tracker):
         self._tracker.log_images({path.stem: pixels[None]}, step=step, dataformats="NHWC")
 
     def _send_table(self, rows: list[list]) -> None:
-        self._send_text("classes", as_markdown(rows), self._run.steps)
+        self._send_text("classes", as_markdown(rows), self._step)
 
 
 class WandB(Tracker):
@@ -45,14 +45,21 @@ class WandB(Tracker):
     needs = '--tracker wandb needs wandb: pip install -e ".[trackers]" wandb'
 
     def _options(self, continued: str | None) -> dict[str, Any]:
+        import wandb
+
         # W&B's copy of what is printed would stand between the live lines and the terminal.
         settings = {"console": "off"} | ({"silent": True} if self._run.config.quiet else {})
         again = {} if continued is None else {"id": continued, "resume": "allow"}
+        # One that the caller has begun would be taken for this one, and ended with it.
+        beside = {} if wandb.run is None else {"reinit": "create_new"}
         named = {"run_name": self._run.config.project, "name": self._title}
-        return named | again | {"dir": str(self._folder), "settings": settings}
+        return named | again | beside | {"dir": str(self._folder), "settings": settings}
 
     def _id(self) -> str:
         return self._tracker.tracker.id
+
+    def _send_settings(self, values: dict[str, Any]) -> None:
+        self._tracker.tracker.config.update(values)
 
     def _send_text(self, name: str, text: str, step: int) -> None:
         # Not by step: a warning may be known before the numbers of an earlier one, which W&B would then refuse.
@@ -126,7 +133,7 @@ class Trackio(Tracker):
         self._tracker.log({path.stem: trackio.Image(str(path))}, step=step)
 
     def _send_table(self, rows: list[list]) -> None:
-        self._send_text("classes", as_markdown(rows), self._run.steps)
+        self._send_text("classes", as_markdown(rows), self._step)
 
 
 class ClearML(Tracker):

@@ -33,7 +33,7 @@ _GIB = 2**30
 def with_fitting_batch(config: Config, processes: Processes) -> tuple[Config, str]:
     """The configuration with numbers in place of "auto", those of all processes, and a line that says which and why.
 
-    Raises whatever ``TrainingData`` does, and ValueError where not even one image fits.
+    Raises whatever ``TrainingData`` does, and ValueError where not even one image fits or an epoch has no whole step.
     """
     recipe = preset_named(config.preset)
     recipe = overfitting(recipe, config.overfit) if config.overfit else recipe
@@ -42,8 +42,13 @@ def with_fitting_batch(config: Config, processes: Processes) -> tuple[Config, st
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
     device = pick_device(config.device, processes.local_rank)
     make_current(device)
+    if data.steps_per_epoch < images:
+        raise ValueError(
+            f"--batch-size auto: the preset's step of {images} images needs more than there are in an epoch "
+            f"({data.steps_per_epoch} for each process): give a number that they make a batch of"
+        )
     shape, classes = data.largest_shape(), len(data.classes)
-    sizes = [n for n in range(1, images + 1) if images % n == 0 and n <= data.steps_per_epoch]
+    sizes = [n for n in range(1, images + 1) if images % n == 0]
     fixed, shared = _fixed_bytes(config, classes, processes.world)
 
     def measure(size: int) -> int | None:

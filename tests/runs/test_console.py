@@ -5,6 +5,7 @@ import itertools
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_eta_covers_the_steps_and_the_evaluations_to_come(monkeypatch: pytest.Mo
     clock[0] += 1
     console.step_ended(11, images=4, waited=0.5)
     assert console.eta() == pytest.approx(19 + 2 * 7)
+
+
+def test_eta_knows_how_rarely_a_run_is_evaluated(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr("dndetr.runs.console.time.perf_counter", lambda: clock[0])
+    run, (console, _) = a_run(Path(), epochs=7, steps_per_epoch=10), shown(interval=1)
+    console.run_started(replace(run, config=replace(run.config, evaluate_every=3)))
+    for step in range(1, 31):
+        clock[0] += 1
+        console.step_ended(step, images=4, waited=0)
+    clock[0] += 5
+    console.row_logged(row(3, 5, AP=0.5))
+    clock[0] += 1
+    console.step_ended(31, images=4, waited=0)
+    assert console.eta() == pytest.approx(39 + 2 * 5)  # after epochs 6 and 7
 
 
 def test_a_plan_that_shrinks_is_followed(monkeypatch: pytest.MonkeyPatch):

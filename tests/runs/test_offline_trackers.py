@@ -145,6 +145,23 @@ def test_wandb(run, rows, logged):
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
 
 
+def test_a_run_of_w_and_b_that_the_caller_has_begun_stays_apart(home, tmp_path):
+    import wandb
+
+    with wandb.init(project="mine", dir=tmp_path, settings={"silent": True}) as mine:
+        run = short_run(tmp_path / "ours", "--tracker", "wandb", "--max-steps-per-epoch", "1")
+        assert wandb.run is mine
+        mine.log({"after": 1.0})
+    starts = [record.run for record in offline_records(run) if record.HasField("run")]
+    assert [start.project for start in starts] == ["dndetr"] and starts[0].run_id != mine.id
+    settings: dict = {}
+    for record in offline_records(run):
+        settings |= items(record.config.update)
+    assert settings["denoising.groups"] == 3
+    logged = [items(record.history.item) for record in offline_records(tmp_path) if record.HasField("history")]
+    assert [{name for name in row if not name.startswith("_")} for row in logged] == [{"after"}]
+
+
 def test_mlflow(run, rows, logged):
     from mlflow import MlflowClient
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import threading
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from watched_runs import a_run
 
 from dndetr import train
 from dndetr.config import Config, to_dict
+from dndetr.runs import tracker as of_trackers
 from dndetr.runs.run_log import read_rows
 from dndetr.runs.tracker import as_markdown, class_table, flat_settings
 from dndetr.runs.trackers import TRACKERS, chosen_trackers
@@ -139,6 +141,40 @@ def test_comet(made, tmp_path):
     assert shown.calls[-3:] == [("log", {"warning": "hm"}, 40), ("log", {"final/AP": 0.25}, 40), ("finish",)]
 
 
+@pytest.mark.parametrize("name", TRACKERS)
+def test_what_is_sent_last_is_sent_of_the_step_that_was_the_last(name, made, tmp_path):
+    """Of a run that ends long before its configured end."""
+    Image.new("RGB", (6, 4)).save(tmp_path / "curves.png")
+    tracker = started(name, a_run(tmp_path, steps_per_epoch=1000))
+    tracker.row_logged(EVAL)
+    tracker.run_ended("finished", "no time is left", EVAL)
+    assert {call[2] for call in made[0].calls if call[0] in ("log", "images") and call[2] is not None} == {40}
+
+
+def test_a_thread_leaves_signals_to_the_main_one():
+    errors = []
+
+    def send():
+        try:
+            with of_trackers._undisturbed():
+                entered.set()
+                changed.wait(5)
+        except Exception as error:
+            errors.append(error)
+
+    entered, changed = threading.Event(), threading.Event()
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert entered.wait(5)
+    before = signal.signal(signal.SIGHUP, ours := lambda *_: None)
+    try:
+        changed.set()
+        thread.join()
+        assert not errors and signal.getsignal(signal.SIGHUP) is ours
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_signals_and_processes_are_left_alone(made, tmp_path, monkeypatch):
     from accelerate import PartialState
 
@@ -214,6 +250,15 @@ def test_accelerate_is_needed_too_and_a_new_one(made, monkeypatch):
     old = type("Old", (), {})  # before 1.9 a tracker started as soon as it was made
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", old)
     with pytest.raises(ModuleNotFoundError, match="trackers"):
+        TRACKERS["wandb"]()
+
+
+def test_a_package_that_is_broken_is_named_before_anything_is_written(made, monkeypatch):
+    def broken(name):
+        raise TypeError("Descriptors cannot be created directly.")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match=r"needs wandb: .*its import fails: TypeError: Descriptors cannot"):
         TRACKERS["wandb"]()
 
 

@@ -18,6 +18,7 @@ class Recorded(tracking.GeneralTracker):
 
     def __init__(self, **options):
         self.options, self.calls, self.tracker = options, [], mock.MagicMock()
+        self.tracker.config.update = self.store_init_configuration  # as W&B's is told
         # However a tracker calls the id of its run.
         self.tracker.id = self.tracker.name = self.tracker.get_key.return_value = "id-1"
         self.tracker.info = SimpleNamespace(run_id="id-1")

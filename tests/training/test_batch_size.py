@@ -161,10 +161,14 @@ def test_all_processes_take_what_the_poorest_can(monkeypatch):
     assert (chosen.batch_size, chosen.accumulate) == (2, 8) and "1.0 of 3.0 GiB" in line
 
 
-def test_few_images_are_no_large_batch(monkeypatch):
+def test_few_images_are_no_step_of_the_recipe(monkeypatch, capsys):
     monkeypatch.setattr(batch_size, "_try_out", lambda *_: None)
-    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=10)
-    assert with_fitting_batch(config, Processes({}))[0].batch_size == 8
+    assert train.main([*FEW, "--train-images", "15", "--batch-size", "auto"]) == 1
+    error = capsys.readouterr().err
+    assert "--batch-size auto: the preset's step of 16 images needs more than" in error and "(15 for each" in error
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=16)
+    chosen = with_fitting_batch(config, Processes({}))[0]
+    assert (chosen.batch_size, chosen.accumulate) == (16, 1)
     config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, overfit=3)
     chosen = with_fitting_batch(config, Processes({}))[0]
     assert (chosen.batch_size, chosen.accumulate) == (3, 1)  # as --overfit 3 alone has it
