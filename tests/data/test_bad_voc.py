@@ -213,6 +213,7 @@ BROKEN = {
     "absolute": (rows("/etc/passwd\n"), "train.txt:1: ", "'/etc/passwd' leads out"),
     "zero-byte": (rows("img1\0\n"), "train.txt:1: ", r"image 'img1\x00' has no file"),
     "empty-list": (rows("\n\n"), "train.txt: ", "the list is empty"),
+    "list-of-odd-text": (rows("img1\nimg\x1b2\n"), "train.txt:2: ", r"'img\x1b2' has control characters"),
     "empty-val-list": (rows("", "val"), "val.txt: ", "or remove the file and give --val-share 0.2"),
     "image-of-two-lines": (
         several(

@@ -124,6 +124,8 @@ class VocSource:
                 what = f"image {row!r} is there already, in line {first[stem]}; take one out"
             elif leads_out(row):
                 what = f"{row!r} leads out of the folder; write the name of an image in {self._images.name}"
+            elif not is_plain(row):
+                what = f"{row!r} has control characters; correct the line"
             else:
                 missing = self._annotations / f"{row}.xml"
                 what = f"image {row!r} has no file {missing}; add it (background has no objects) or take the line out"

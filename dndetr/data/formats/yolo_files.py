@@ -42,7 +42,7 @@ def find_images(description: Description, split: str, start: Path) -> Images:
             files[str(path)] = None
         else:
             problems += _read_list(path, start, files)
-    # Whoever called the folder what it is called, it is there.
+    # The folder of the data set itself may be called what it likes.
     for file in [file for file in files if not is_plain(file.removeprefix(str(start)))]:
         del files[file]
         problems.append(Problem("image file name", f"{file!r} has control characters; rename the file"))
