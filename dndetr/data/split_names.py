@@ -14,15 +14,18 @@ NAMES = {
 
 
 def names_of(split: str) -> tuple[str, ...]:
-    """Names under which a split may be found."""
-    return NAMES.get(split, (split,))
+    """Names under which a split may be found; CVAT begins those of its subsets with a capital letter."""
+    names = NAMES.get(split)
+    return (split,) if names is None else (*names, *map(str.capitalize, names))
 
 
 def no_split(root: Path, split: str, tried: Iterable[str], found: Iterable[str]) -> DataError:
     """The error of a data set without that split: where it was looked for, what there is, and the way out."""
     advice = "; to set a fifth of the training images apart give --val-share 0.2" if split == "val" else ""
     there_is = ", ".join(found) or "nothing else"
-    return DataError(f"{root}: no {split!r} split; looked for {', '.join(tried)}; there is {there_is}{advice}")
+    once = {place.lower(): place for place in reversed([*tried])}  # not once more with a capital letter
+    looked_for = ", ".join(reversed(once.values()))
+    return DataError(f"{root}: no {split!r} split; looked for {looked_for}; there is {there_is}{advice}")
 
 
 def way_without(split: str, remove: str) -> str:

@@ -45,7 +45,7 @@ class CocoSource:
     def __init__(self, root: Path):
         self.root = root
         self._undivided = next((name for name in _UNDIVIDED if (root / name).is_file()), None)
-        if any(path.is_file() for name in NAMES["train"] for path in _places(root, name)):
+        if any(path.is_file() for name in names_of("train") for path in _places(root, name)):
             self._undivided = None
         self.splits = tuple(split for split in NAMES if self._is_there(split))
         writer = f" of {_UNDIVIDED[self._undivided]}" if self._undivided else ""
@@ -92,10 +92,11 @@ class CocoSource:
             return _Split(file, self.root if self._undivided == "result.json" else folder)
         tried = []
         for name in names_of(split):
-            for path in _places(self.root, name):
+            places = _places(self.root, name)
+            for path in places:
                 if path.is_file():
                     return _Split(path, self._image_folder(path, name))
-                tried.append(self._relative(path))
+            tried += map(self._relative, places[:2])  # a line with all of them would say less
         raise no_split(self.root, split, tried, sorted(map(self._relative, _documents(self.root))))
 
     def _image_folder(self, file: Path, name: str) -> Path:
