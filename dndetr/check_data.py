@@ -17,9 +17,9 @@ from .commandline import program
 from .config import Config
 from .data.batch_shapes import choose_shapes
 from .data.errors import DataError
-from .data.findings import ERROR, NOTE, WARNING, counted
 from .data.folder_dataset import FolderDataset
-from .data.review import Report, Review, obstacle, review_source
+from .data.review.findings import ERROR, NOTE, WARNING, counted
+from .data.review.report import Report, Review, obstacle, review_source
 from .data.source import open_source
 from .data.training import training_transform
 from .demands import demand

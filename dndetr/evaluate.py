@@ -115,8 +115,8 @@ def run(arguments: Arguments) -> Path:
 
 def open_split(arguments: Arguments, config):
     """The data set to evaluate on, prepared as ``config`` says, and its name in messages."""
-    from .data.checks import check_files
     from .data.folder_dataset import FolderDataset
+    from .data.review.image_files import check_files
     from .data.shapes import ShapesDataset
     from .data.training import evaluation_transform, shapes_or_folder, source_of
     from .runs.paths import demand_data_there, with_data

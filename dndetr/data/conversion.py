@@ -11,10 +11,10 @@ from typing import Literal
 
 from ..demands import demand
 from ..files import Unwritten, demand_new_folder, new_folder
-from .checks import file_problems, told
 from .errors import DataError
 from .formats import coco_writer, yolo_writer
 from .records import Records, Source, class_problems, raise_problems
+from .review.image_files import file_problems, told
 from .split_names import NAMES
 
 Format = Literal["coco", "yolo"]

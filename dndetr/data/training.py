@@ -7,11 +7,11 @@ from pathlib import Path
 from ..batch import Batch
 from ..config import Config
 from .batch_shapes import BatchShape, BatchShapes, choose_shapes, dearest_slots, largest_canvas
-from .checks import check_files
 from .errors import DataError
 from .folder_dataset import FolderDataset
 from .loader import build_loader
 from .records import NOTHING_TO_LEARN, Source
+from .review.image_files import check_files
 from .shapes import MIN_SIZE, ShapesDataset
 from .source import open_source
 from .subset import Subset

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.classes import distinct_names
-from ..data.findings import WARNING, Finding
 from ..data.folder_dataset import FolderDataset
+from ..data.review.findings import WARNING, Finding
 from .samples import draw_samples
 
 _SAMPLES = 12  # images on the sheet

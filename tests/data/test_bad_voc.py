@@ -211,7 +211,7 @@ BROKEN = {
     "second-column": (rows("img1 1\nimg2 -1\n"), "train.txt:1: ", "image 'img1 1' has no file"),
     "parent": (rows("img1\n../../etc/passwd\n"), "train.txt:2: ", "leads out of the folder"),
     "absolute": (rows("/etc/passwd\n"), "train.txt:1: ", "'/etc/passwd' leads out"),
-    "zero-byte": (rows("img1\0\n"), "train.txt:1: ", r"image 'img1\x00' has no file"),
+    "zero-byte": (rows("img1\0\n"), "train.txt:1: ", r"'img1\x00' has control characters; correct the line"),
     "empty-list": (rows("\n\n"), "train.txt: ", "the list is empty"),
     "list-of-odd-text": (rows("img1\nimg\x1b2\n"), "train.txt:2: ", r"'img\x1b2' has control characters"),
     "empty-val-list": (rows("", "val"), "val.txt: ", "or remove the file and give --val-share 0.2"),

@@ -33,7 +33,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("train2017", "val2017"), ("train", "valid"), ("Train", "Validation")])
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("train2017", "val2017"), ("train", "valid"), ("Train", "Validation")]
+)
 @pytest.mark.parametrize(("file", "images"), LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(tmp_path, make_document, file, images, names):
     content = make_document()

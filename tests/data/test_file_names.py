@@ -6,9 +6,9 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from dndetr.data.checks import file_problems
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
+from dndetr.data.review.image_files import file_problems
 from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 

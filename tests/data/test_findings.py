@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dndetr.data.box_findings import box_findings, same_boxes
-from dndetr.data.class_findings import class_findings
-from dndetr.data.findings import Finding, Place
-from dndetr.data.fingerprints import fingerprint
 from dndetr.data.image import read_image
-from dndetr.data.picture_findings import picture_findings
 from dndetr.data.records import Records, make_objects
+from dndetr.data.review.boxes import box_findings, same_boxes
+from dndetr.data.review.classes import class_findings
+from dndetr.data.review.findings import Finding, Place
+from dndetr.data.review.fingerprints import fingerprint
+from dndetr.data.review.pictures import picture_findings
 from dndetr.data.source import read_split
 from dndetr.data.training import evaluation_transform
 from dndetr.presets import preset_named

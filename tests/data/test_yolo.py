@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from yolo_sets import YAML, coco_as_yolo, write_yolo
 
-from dndetr.data.checks import check_files
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.formats import labels_cache, yolo_labels
+from dndetr.data.review.image_files import check_files
 from dndetr.data.source import open_source, read_split
 from dndetr.data.transforms import Unresized
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dndetr.data.findings import NOTE, WARNING, Finding, Place
 from dndetr.data.folder_dataset import FolderDataset
+from dndetr.data.review.findings import NOTE, WARNING, Finding, Place
 from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 from dndetr.pictures import data_sheet

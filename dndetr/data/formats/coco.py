@@ -129,7 +129,7 @@ def _documents(root: Path) -> Iterator[Path]:
     """The files in a folder that look like COCO annotations."""
     yield from sorted(root.glob("annotations/*.json"))
     yield from sorted(root.glob("*/*.coco.json"))
-    names = [*_UNDIVIDED, *(f"{name}.json" for names in NAMES.values() for name in names)]
+    names = [*_UNDIVIDED, *(f"{name}.json" for split in NAMES for name in names_of(split))]
     yield from (root / name for name in names if "/" not in name and (root / name).is_file())
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .classes import Classes, listed
-from .records import Problem, Records
+from ..classes import Classes, listed
+from ..records import Problem, Records
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 """What stops a run; what spoils its result, or the numbers that are said of it; what is good to know."""

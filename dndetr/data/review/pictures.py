@@ -7,9 +7,9 @@ from itertools import combinations
 import numpy as np
 from scipy.spatial import KDTree
 
+from ..records import Records
 from .findings import NOTE, WARNING, Finding, Place, counted
 from .fingerprints import looks
-from .records import Records
 
 _NEAR = 3  # grey levels, in every place of two looks
 # Of frames of one scene all are near all, which takes long to search and is soon known: the search goes on by so many

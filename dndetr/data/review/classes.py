@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .classes import Classes
+from ..classes import Classes
+from ..records import Records
 from .findings import NOTE, WARNING, Finding, counted
-from .records import Records
 
 _FEW = 10  # objects in training
 _UNEVEN, _VERY_UNEVEN = 10, 100  # times as many objects as of another class

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..boxes import iou_and_union
-from ..config import Config
-from .collate import TARGET_BUCKETS
+from ...boxes import iou_and_union
+from ...config import Config
+from ..collate import TARGET_BUCKETS
+from ..records import Records
+from ..transforms import Transform
 from .findings import NOTE, WARNING, Finding, Place, counted
-from .records import Records
-from .transforms import Transform
 
 _SAME = 0.95  # IoU from which two boxes are taken for one
 _SMALLEST = 4  # pixels of the shorter side that a detector may still make something of

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dndetr.data import checks
-from dndetr.data.checks import MISSING, SIZE, UNREADABLE, check_files, file_problems, turn_remarks
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.image import KEPT, TURNED, UNDECIDED
 from dndetr.data.records import make_objects
+from dndetr.data.review import image_files
+from dndetr.data.review.image_files import MISSING, SIZE, UNREADABLE, check_files, file_problems, turn_remarks
 from dndetr.data.source import open_source, read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
@@ -46,13 +46,13 @@ def listing(split, names, height=40, width=60):
 
 def opened(monkeypatch):
     """Names of the files that are looked into from now on."""
-    names, examine = [], checks._examine
+    names, examine = [], image_files._examine
 
     def examining(path):
         names.append(os.path.basename(path))
         return examine(path)
 
-    monkeypatch.setattr(checks, "_examine", examining)
+    monkeypatch.setattr(image_files, "_examine", examining)
     return names
 
 
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_used_only_costs_time(split, monkeypatch, cache, 
         cache.parent.parent.write_text("in the way")
     elif spoil == "no-home":
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-        monkeypatch.setattr(checks.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.setattr(image_files.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     else:
         problems(split, ["0.png"])
         for path in cache.iterdir():

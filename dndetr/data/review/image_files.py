@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import DataError, UnreadableImage
-from .file_names import MissingFiles
+from ..errors import DataError, UnreadableImage
+from ..file_names import MissingFiles
+from ..folder_dataset import FolderDataset
+from ..image import KEPT, TURNED, UNDECIDED, read_header, read_turned
+from ..image_header import jpeg_frame
+from ..records import Problem, Records, raise_problems
+from ..remembered import STAMP, Remembered, stamp
 from .fingerprints import LENGTH, fingerprint
-from .folder_dataset import FolderDataset
-from .image import KEPT, TURNED, UNDECIDED, read_header, read_turned
-from .image_header import jpeg_frame
-from .records import Problem, Records, raise_problems
-from .remembered import STAMP, Remembered, stamp
 
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 

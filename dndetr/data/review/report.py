@@ -7,18 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import Config
-from .box_findings import box_findings
-from .checks import MISSING, UNREADABLE, file_problems, told, turn_remarks
-from .class_findings import class_findings
-from .classes import Classes
-from .errors import DataError
+from ...config import Config
+from ..classes import Classes
+from ..errors import DataError
+from ..folder_dataset import FolderDataset
+from ..records import NOTHING_TO_LEARN, Problem, Records, Source, class_problems
+from ..training import evaluation_transform
+from ..transforms import Unresized
+from .boxes import box_findings
+from .classes import class_findings
 from .findings import ERROR, NOTE, WARNING, Finding, Place, problem_finding
-from .folder_dataset import FolderDataset
-from .picture_findings import picture_findings
-from .records import NOTHING_TO_LEARN, Problem, Records, Source, class_problems
-from .training import evaluation_transform
-from .transforms import Unresized
+from .image_files import MISSING, UNREADABLE, file_problems, told, turn_remarks
+from .pictures import picture_findings
 
 _READ_BY_TRAINING = ("train", "val")
 _SEVERITIES = (ERROR, WARNING, NOTE)
