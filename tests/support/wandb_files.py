@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,19 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def offline_records(run: Path) -> list:
-    """The records of all offline runs in a run's folder, in the order of their start."""
+    """The records of all offline runs in a run's folder, in the order of their start.
+
+    W&B's own process may still be writing when a run has ended for its caller: the last record is that of its exit.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    return [Record.FromString(content) for file in files for content in _contents(file.read_bytes())]
+    for _ in range(100):
+        files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+        runs = [[Record.FromString(content) for content in _contents(file.read_bytes())] for file in files]
+        if all(any(record.HasField("exit") for record in records) for records in runs):
+            break
+        time.sleep(0.1)
+    return [record for records in runs for record in records]
 
 
 def items(entries) -> dict:
