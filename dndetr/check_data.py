@@ -67,7 +67,7 @@ def print_contents(reports: Sequence[Report]) -> None:
     for report in reports:
         records, classes = report.records, report.records.classes
         objects = f", {sum(report.counts):,} objects of {len(classes)} classes" if classes else ""
-        print(f"{records.name}: {len(records):,} images{objects} ({records.file})")
+        print(f"{records.name}: {counted(len(records), 'image')}{objects} ({records.file})")
         for remark in report.remarks:
             print(f"  {remark}")
     known = [report for report in reports if report.records.classes]

@@ -128,6 +128,8 @@ def _fitted(value: Any, hint: Any) -> Any:
                 if _fitted(value, type(part)) == part:
                     return part
     elif origin is tuple:
+        if isinstance(value, str) and parts[-1] is Ellipsis:
+            value = (value,)  # one text where several may be given
         if isinstance(value, Sequence) and not isinstance(value, str):
             kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
             if len(kinds) == len(value):

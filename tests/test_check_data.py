@@ -12,6 +12,7 @@ from goldens import SHARED
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
+from yolo_sets import YAML, write_yolo
 
 from dndetr import check_data
 from dndetr.shapes import write_shapes
@@ -275,3 +276,13 @@ def test_findings_on_files_whose_names_are_no_text(folder, tmp_path):
     assert check_data.main([odd, "--json", str(tmp_path / "findings.json")]) == 1
     findings = json.loads((tmp_path / "findings.json").read_text())["findings"]
     assert any(odd in finding["message"] for finding in findings)
+
+
+def test_a_test_split_that_is_named_and_not_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_yolo(tmp_path / "set")
+    (root / "data.yaml").write_text(YAML + "test: ../test/images\n")
+    assert check_data.main([str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "warning: test: " in out and "test is '../test/images', and there is no" in out and "no problems" in out
+    assert check_data.main([str(root), "--splits", "train", "test"]) == 1

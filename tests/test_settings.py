@@ -99,12 +99,13 @@ def test_types_of_every_kind():
 
     good = {"size": "auto", "places": ["b", "a"], "pair": [1, "x"], "share": 1}
     assert flat(good, Some) == {"size": "auto", "places": ("b", "a"), "pair": (1, "x"), "share": 1.0}
+    assert flat({"places": "b"}, Some) == {"places": ("b",)}  # as the command takes it
     assert flat({"size": 3, "places": (), "pair": None}, Some) == {"size": 3, "places": (), "pair": None}
     for name, value, wanted in (
         ("size", "car", "a whole number or 'auto'"),
         ("size", True, "a whole number or 'auto'"),
         ("places", ["c"], "a list, each one of 'a', 'b'"),
-        ("places", "a", "a list, each one of 'a', 'b'"),
+        ("places", "c", "a list, each one of 'a', 'b'"),
         ("pair", (1, 2), "(a whole number, a string) or None"),
         ("share", "half", "a number"),
     ):

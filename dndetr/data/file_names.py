@@ -40,7 +40,9 @@ class MissingFiles:
         """Where the image's file should be, and the file that may be meant instead."""
         name, folder = self._records.names[index], self._records.folder
         correct = "correct file_name, " if self._records.numbered else ""
-        if os.path.isfile(elsewhere := self._records.root / name):
+        if os.path.islink(folder / name):
+            said = ": the link leads nowhere; mend it"
+        elif os.path.isfile(elsewhere := self._records.root / name):
             relative = f" (it is relative to that folder, so not {name!r}); put it there"
             said = relative if self._records.numbered else f", but there is {elsewhere}; move it there"
         elif found := next((self._present[form] for form in _forms(name) if form in self._present), None):

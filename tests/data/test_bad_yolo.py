@@ -115,6 +115,12 @@ BROKEN = {
     "commas": (rows("0,0.5,0.5,0.5,0.5\n"), f"{LABELS}:1: is '0,0.5", "separate the numbers by blanks"),
     "binary": (rows(GOOD.encode() + b"\x89PNG\xff\xd8"), f"{LABELS}:2: is no text", "write it anew"),
     "labels-a-folder": (lambda r: (r / LABELS).unlink() or (r / LABELS).mkdir(), f"{LABELS}:1: cannot be read", ""),
+    "labels-a-pipe": (pipe(LABELS), f"{LABELS}:1: cannot be read", "it is no file"),
+    "labels-a-dead-link": (
+        lambda r: (r / LABELS).unlink() or (r / LABELS).symlink_to("/nowhere/a.txt"),
+        f"{LABELS}:1: cannot be read",
+        "a link that leads nowhere",
+    ),
     "list-names-nothing": (listed("images/train/train_0.png\nimages/train/x.png\n"), "train.txt:2: ", "is missing"),
     "list-names-a-text": (listed("labels/train/train_0.txt\n"), "train.txt:1: ", "is no image, by its name"),
     "list-twice": (listed("images/train/train_0.png\n" * 2), "train.txt:2: ", "is there twice"),

@@ -73,3 +73,9 @@ def test_training_says_the_same(asked_for):
     split = asked_for("A.PNG", "a.png")
     with pytest.raises(DataError, match=r"image 11: .*A.PNG is missing, but there is 'a.png'; correct file_name"):
         FolderDataset(split, Unresized())
+
+
+def test_a_link_that_leads_nowhere_is_called_that(asked_for):
+    split = asked_for("link.png")
+    (split.folder / "link.png").symlink_to(split.folder / "gone.png")
+    assert "link.png is missing: the link leads nowhere; mend it or remove" in file_problems(split)[0].message

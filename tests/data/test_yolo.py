@@ -164,7 +164,7 @@ def test_several_folders_one_image_and_a_list_together(folder):
     )
     records = read_split(folder, "train")
     assert bases(records) == ["x.png", "train_1.jpg", "train_2.png", "train_3.jpg"]
-    assert records.remarks == ["1 label file without an image left out"]
+    assert records.remarks == ["1 label file left out, of images that are not read"]
 
 
 def test_names_are_counted_as_people_count(folder):
@@ -324,6 +324,14 @@ def test_files_are_read_once_until_they_change(folder, monkeypatch, cache):
         assert all((a == b).all() for a, b in zip(records.objects, fresh.objects, strict=True))
     assert len(first) == 4 and sorted(path.name for path in folder.iterdir()) == ["data.yaml", "images", "labels"]
     assert list(cache.rglob("*.npz"))
+
+
+def test_a_link_that_breaks_is_noticed_though_the_image_is_remembered(folder):
+    label = folder / "labels/train/train_3.txt"
+    assert read_split(folder, "train").problems == []  # train_3 has no labels
+    label.symlink_to(folder / "gone.txt")
+    (problem,) = read_split(folder, "train").problems
+    assert problem.where == f"{label}:1" and "leads nowhere" in problem.message
 
 
 def read_from_nothing(folder, monkeypatch):

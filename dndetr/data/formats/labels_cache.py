@@ -29,7 +29,8 @@ def stamps(images: Sequence[str], labels: Sequence[str]) -> np.ndarray:
             try:
                 found += stamp(os.stat(path))
             except (OSError, ValueError):
-                found += stamp(None)
+                # A link that leads nowhere is a file that cannot be read, and not one that is not there.
+                found += stamp(None) if not os.path.lexists(path) else (-1, 0, 0)
     return np.array(found, np.int64).reshape(-1, 2 * STAMP)
 
 

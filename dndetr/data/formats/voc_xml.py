@@ -117,6 +117,9 @@ def _object(element: Element, number: int, classes: Collection[str] | None) -> t
 
 def _box(element: Element, called: str) -> list[float]:
     """The corners of an object's box, or of the box around its polygon where that is all it has."""
+    for tag in ("bndbox", *(f"bndbox/{corner}" for corner in _CORNERS)):
+        if len(found := element.findall(tag)) > 1:
+            raise _Wrong(found[1], "box", f"{called} has two <{found[1].tag}>; leave one of them")
     box = element.find("bndbox")
     if box is None:
         return _around_polygon(element, called)
@@ -139,8 +142,9 @@ def _around_polygon(element: Element, called: str) -> list[float]:
         [_coordinate(each, each.tag, each.text, called) for each in polygon.iter() if re.fullmatch(tag, each.tag)]
         for tag in (r"x\d*", r"y\d*")
     ]
-    if not all(sides):
-        raise _Wrong(polygon, "box", f"{called} has a polygon without points; draw or remove it")
+    if not all(sides) or len(sides[0]) != len(sides[1]):
+        lacks = "without points" if not any(sides) else "of points that lack an x or a y"
+        raise _Wrong(polygon, "box", f"{called} has a polygon {lacks}; draw or remove it")
     return [min(sides[0]), min(sides[1]), max(sides[0]), max(sides[1])]
 
 

@@ -52,9 +52,9 @@ class YoloSource:
             raise no_split(file, split, names_of(split), self.splits)
         images = find_images(self._description, split, self._start)
         if not images.files and not images.problems:
-            where = f"{file}:{self._description.splits[split][0].line}"
+            entry = self._description.splits[split][0]
             way = way_without(split, "take the line out")
-            raise DataError(f"{where}: {split} has no images; put them there{way}")
+            raise DataError(f"{file}:{entry.line}: {split} has no images in {entry.path!r}; put them there{way}")
         names = _relative(images.files, self._start)
         known, problems = rows_of(images, names, f"{file.resolve()}\n{split}", self._description.keypoints)
         strange = self._strange_classes(images, known)

@@ -70,7 +70,7 @@ def _about(labels: list[str]) -> tuple[list[str], list[Problem]]:
         whose = "image has" if shared == 1 else "images have"
         remarks.append(f"{shared:,} {whose} the labels of another one, since only their endings differ")
     if unused:
-        remarks.append(f"{unused:,} label {'file' if unused == 1 else 'files'} without an image left out")
+        remarks.append(f"{unused:,} label {'file' if unused == 1 else 'files'} left out, of images that are not read")
     return remarks, problems
 
 

@@ -1,6 +1,8 @@
 """Sizes and boxes of a YOLO split's images, read from their headers and label files, or remembered."""
 
+import errno
 import os
+import stat
 
 import numpy as np
 
@@ -46,15 +48,19 @@ def _read_labels(label: str, keypoints: int | None) -> Labels:
     except UnicodeDecodeError as error:
         return Labels([], [], [], [(_line_at(content, error.start), "is no text; write it anew")])
     except OSError as error:
-        return Labels([], [], [], [(1, f"cannot be read ({error.strerror})")])
+        return Labels([], [], [], [(1, f"cannot be read ({error.strerror}); put the file there")])
 
 
 def _content(file: str) -> bytes:
     """What is in a file, with lines as Unix ends them."""
     try:
         with open(file, "rb", buffering=0, opener=_not_waiting) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file")
             return opened.read().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if os.path.islink(file):
+            raise OSError(errno.ENOENT, "it is a link that leads nowhere") from error
         return b""
 
 

@@ -54,7 +54,7 @@ def _parse(fields: list[str], keypoints: int | None) -> tuple[int, list[float]]:
         values = [float(field) for field in fields[1:]]
     except ValueError:
         raise ValueError(_not_numbers(fields)) from None
-    box = values if len(values) == 4 and not keypoints else _box_of(values, keypoints)
+    box = values if len(values) == 4 else _box_of(values, keypoints)
     cx, cy, w, h = box
     # Compared so that NaN is none of it.
     if not (
@@ -62,7 +62,7 @@ def _parse(fields: list[str], keypoints: int | None) -> tuple[int, list[float]]:
     ):
         raise ValueError(_out_of_range(box))
     if not 0 <= number < 2**31:
-        raise ValueError(f"has class {number}; classes are counted from 0")
+        raise ValueError(f"has class {fields[0][:20]}; classes are counted from 0, and not so many")
     return number, box
 
 

@@ -97,7 +97,9 @@ def review_source(source: Source, config: Config, progress: Progress, splits: Se
         try:
             records = source.read(name)
         except DataError as error:
-            obstacles.setdefault(str(error), obstacle(error, name))
+            # What training does not need may be absent, unless it is asked for.
+            severity = ERROR if splits or name in _READ_BY_TRAINING else WARNING
+            obstacles.setdefault(str(error), obstacle(error, name, severity))
             continue
         if any(report.records is records for report in reports):
             continue  # a set that cannot be divided is on neither side
@@ -113,9 +115,9 @@ def review_source(source: Source, config: Config, progress: Progress, splits: Se
     return Review(reports, [*obstacles.values(), *found])
 
 
-def obstacle(error: DataError, split: str) -> Finding:
+def obstacle(error: DataError, split: str, severity: str = ERROR) -> Finding:
     """What keeps a split from being read at all."""
-    return Finding(ERROR, "split", split, str(error))
+    return Finding(severity, "split", split, str(error))
 
 
 def _report(records: Records, training: Classes | None, progress: Progress) -> Report:
