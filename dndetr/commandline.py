@@ -102,4 +102,15 @@ def _unboxed(text: str) -> str:
             paragraphs[-1] += f" {line}"
     # Only the title has neither a colon nor a full stop.
     message = next((part for part in paragraphs if ":" in part or "." in part), text)
-    return re.sub(r"^Error parsing \w+: ", "", " ".join(message.split()))
+    return _of_no_type(re.sub(r"^Error parsing \w+: ", "", " ".join(message.split())))
+
+
+def _of_no_type(message: str) -> str:
+    """What tyro says of a value that is of none of a flag's types, without each parser's own words."""
+    found = re.match(r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]", message)
+    if found is None:
+        return message
+    flag, types, value = found.groups()
+    words = {"FLOAT": "a number", "INT": "a whole number", "PATH": "a path", "STR": "a text"}
+    wanted = [words.get(kind, kind.strip("{}")) for kind in types.split("|") if kind != "{None}"]
+    return f"{flag} {value}: give {' or '.join(wanted)}"

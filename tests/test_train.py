@@ -177,6 +177,8 @@ def test_resuming_a_finished_run_says_so(capsys):
         (["--batch-size", "100"], "too few for a batch of 100"),
         (["--epochs", "0"], "error: --epochs 0: give 1 or more"),
         (["--model.heads", "3"], "must be a multiple of 4 and of twice its heads, 3 ("),
+        (["--val-share", "20%"], "--val-share 20%: give a number (python -m dndetr.train --help"),
+        (["--batch-size", "all"], "--batch-size all: give a whole number or auto (python -m dndetr.train --help"),
         (["--lr", "abc"], "--lr: could not convert string to float: 'abc' (python -m dndetr.train --help"),
         (["--lr", "nan"], "--lr nan: give a positive number"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),

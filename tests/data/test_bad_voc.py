@@ -141,6 +141,20 @@ BROKEN = {
         "img1.xml:13: ",
         "rotated box, which is not read",
     ),
+    "two-boxes": (
+        change("</bndbox>", "</bndbox><bndbox><xmin>1</xmin></bndbox>"),
+        "img1.xml:",
+        "has two <bndbox>; leave one of them",
+    ),
+    "corner-twice": (change("</xmax>", "</xmax><xmax>60</xmax>"), "img1.xml:", "has two <xmax>; leave one of them"),
+    "half-a-point": (
+        several(
+            change("<bndbox>", "<polygon><x1>1</x1><y1>2</y1><x2>9</x2></polygon><none>"),
+            change("</bndbox>", "</none>"),
+        ),
+        "img1.xml:",
+        "has a polygon of points that lack an x or a y",
+    ),
     "empty-polygon": (
         several(change("<bndbox>", "<polygon>"), change("</bndbox>", "</polygon>")),
         "img1.xml:13: ",
