@@ -22,7 +22,7 @@ from dndetr.data.collate import canvas_bucket, collate
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.sample import Sample
 from dndetr.data.shapes import ShapesDataset
-from dndetr.data.source import read_split
+from dndetr.data.source import open_source
 from dndetr.data.transforms import FixedTraining, OfficialEvaluation, OfficialTraining
 from dndetr.ops import normalise
 from dndetr.ops.resize import resize_reference
@@ -92,7 +92,7 @@ def bench_data(record, monkeypatch, folder, kind):
 
     dataset = ShapesDataset("train", IMAGES)
     if KINDS[kind] is not None:
-        dataset = FolderDataset(read_split(folder, "train"), KINDS[kind], cache_bytes=0)
+        dataset = FolderDataset(open_source(folder).read("train"), KINDS[kind], cache_bytes=0)
     ours, found = transforms.resize, {}
 
     def read(epoch: int, put: Callable[[Sequence[Sample]], Tensor]) -> None:

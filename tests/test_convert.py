@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from coco_folders import document, tree, write_set, write_small
 from PIL import Image
+from splits import read_split
 
 from dndetr import convert
 from dndetr.data import conversion
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import open_source
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from splits import read_split
 
 from dndetr import shapes
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.shapes import ShapesDataset
-from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from .division import Divided
 from .errors import DataError
 from .formats import coco, voc, yolo
-from .records import Records, Source
+from .records import Source
 
 FORMATS = (coco, yolo, voc)
 """Modules with a function ``find(path) -> Source | None``; the first that finds something reads the data."""
@@ -44,8 +44,3 @@ def _unpacked(path: Path) -> Path | None:
         if any(kind.find(path) for kind in FORMATS):
             return path
     return None
-
-
-def read_split(path: str | Path, split: str) -> Records:
-    """A split of the data set at a path."""
-    return open_source(path).read(split)

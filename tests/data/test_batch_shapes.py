@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from short_runs import write_pictures
+from splits import read_split
 
 from dndetr.config import Config, DenoisingConfig, ImagesConfig
 from dndetr.data import batch_shapes
@@ -13,7 +14,6 @@ from dndetr.data.batch_shapes import MOST_SHAPES, BatchShape, BatchShapes, choos
 from dndetr.data.collate import canvas_bucket, target_bucket
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.order import Order, portraits
-from dndetr.data.source import read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, OfficialTraining
 from dndetr.presets import preset_named

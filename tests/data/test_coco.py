@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.formats.coco_document import find_problems
 from dndetr.data.sample import IMAGENET, Sample
-from dndetr.data.source import read_split
 from dndetr.data.transforms import FixedTraining, Unresized
 
 

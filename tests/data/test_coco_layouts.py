@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import open_source
 from dndetr.data.transforms import Unresized
 
 

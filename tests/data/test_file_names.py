@@ -5,11 +5,11 @@ import unicodedata
 
 import pytest
 from PIL import Image
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.review.image_files import file_problems
-from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD"))

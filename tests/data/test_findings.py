@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from splits import read_split
 
 from dndetr.data.image import read_image
 from dndetr.data.records import Records, make_objects
@@ -15,7 +16,6 @@ from dndetr.data.review.classes import class_findings
 from dndetr.data.review.findings import Finding, Place
 from dndetr.data.review.fingerprints import fingerprint
 from dndetr.data.review.pictures import picture_findings
-from dndetr.data.source import read_split
 from dndetr.data.training import evaluation_transform
 from dndetr.presets import preset_named
 

@@ -32,7 +32,7 @@ def data(root, tmp_path, monkeypatch):
 
 
 def test_it_is_read(data):
-    records = source.read_split(data, "train")
+    records = source.open_source(data).read("train")
     assert records.classes == [(1, "dog"), (2, "cat")] and records.names == ["a.png", "b.png"]
     assert records.objects.image.tolist() == [0, 0, 1] and records.objects.label.tolist() == [0, 1, 1]
     assert records.objects.boxes.tolist() == [[1, 2, 30, 20], [3, 3, 9, 9], [4, 5, 6, 7.5]]

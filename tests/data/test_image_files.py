@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
@@ -15,7 +16,7 @@ from dndetr.data.image import KEPT, TURNED, UNDECIDED
 from dndetr.data.records import make_objects
 from dndetr.data.review import image_files
 from dndetr.data.review.image_files import MISSING, SIZE, UNREADABLE, check_files, file_problems, turn_remarks
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import open_source
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import Unresized
 from dndetr.presets import small

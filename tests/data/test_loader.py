@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from short_runs import write_pictures
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.loader import build_loader
 from dndetr.data.shapes import ShapesDataset
-from dndetr.data.source import read_split
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, Unresized
 from dndetr.presets import PRESETS

@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from splits import read_split
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.formats.coco_document import find_problems
-from dndetr.data.source import read_split
 from dndetr.data.training import shapes_or_folder
 from dndetr.data.transforms import Unresized
 from dndetr.data.units import unit_doubt

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from broken_sets import FLAGS
 from PIL import Image
+from splits import read_split
 from voc_files import CAT, DOG, SPLITS, annotation_xml, object_xml, put, write_voc
 
 from dndetr import evaluate
 from dndetr import train as training
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 
 TIMES = {"seconds", "images_per_second", "data_wait"}  # of a row of metrics.jsonl

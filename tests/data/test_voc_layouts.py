@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 from PIL import Image
+from splits import read_split
 from voc_files import DOG, SPLITS, object_xml, put, put_list, write_voc
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.natural_order import natural_key
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import open_source
 from dndetr.data.transforms import Unresized
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from short_runs import write_pictures
+from splits import read_split
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dndetr import evaluate, health, train
@@ -21,7 +22,6 @@ from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.loader import build_loader, largest_batch
 from dndetr.data.order import Order
 from dndetr.data.shapes import ShapesDataset
-from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 from dndetr.data.workers import WorkerLost, Workers, demand_room
 

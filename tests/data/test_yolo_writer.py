@@ -11,10 +11,11 @@ import yaml
 from coco_folders import BOXES, document, tree, write_set, write_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from splits import read_split
 
 from dndetr.data.conversion import convert
 from dndetr.data.records import Records
-from dndetr.data.source import open_source, read_split
+from dndetr.data.source import open_source
 
 ODD = ["yes", "no", "1", "1.0", "null", "~", "#x", "'q'", '"', "猫", "😀", "{x}", "[", "!t", "%"]
 ODD += ["a: b", "- a", "a\u2028b"]

@@ -1,10 +1,10 @@
 """Which samples of a data set are drawn, and what their captions say."""
 
 import pytest
+from splits import read_split
 
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.review.findings import NOTE, WARNING, Finding, Place
-from dndetr.data.source import read_split
 from dndetr.data.transforms import Unresized
 from dndetr.pictures import data_sheet
 from dndetr.shapes import write_shapes

@@ -20,6 +20,13 @@ class Known(NamedTuple):
     classes: np.ndarray
     boxes: np.ndarray
 
+    def where(self, chosen: np.ndarray) -> "Known":
+        """Those images [n] bool that a mask chooses."""
+        if chosen.all():
+            return self
+        rows = np.repeat(chosen, self.counts)
+        return Known(self.sizes[chosen], self.counts[chosen], self.classes[rows], self.boxes[rows])
+
 
 def stamps(images: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """What changes with the files of each image and its labels [n, 6] int64; zeros for a file that is not there."""

@@ -24,10 +24,11 @@ def rows_of(images: Images, names: list[str], key: str, keypoints: int | None) -
     good, recalled = cache.recall(names, now)
     fresh = _Fresh(keypoints)
     for index in np.flatnonzero(~good).tolist():
-        fresh.read(images.files[index], images.labels[index])
+        fresh.read(index, images.files[index], images.labels[index])
     known = fresh.merged(good, recalled)
-    if not fresh.problems and not fresh.unreadable:
-        cache.keep(names, now, known)
+    sound = np.ones(len(names), bool)
+    sound[fresh.unsound] = False
+    cache.keep([names[index] for index in np.flatnonzero(sound).tolist()], now[sound], known.where(sound))
     return known, fresh.problems
 
 
@@ -83,15 +84,15 @@ class _Fresh:
         self._shares: list[float] = []
         self._decimals: list[int] = []
         self.problems: list[Problem] = []
-        self.unreadable = 0
+        self.unsound: list[int] = []
 
-    def read(self, image: str, label: str) -> None:
-        """Read an image's size and its labels; one that cannot be read has no objects here."""
+    def read(self, index: int, image: str, label: str) -> None:
+        """Read the size of an image and its labels; one that cannot be read is unsound, and has no objects here."""
         size, rows = UNKNOWN, None
         try:
             size = upright_size(image)
         except UnreadableImage:
-            self.unreadable += 1
+            pass  # whoever checks the files says so
         except DataError as error:
             self.problems.append(Problem("missing file", str(error).removeprefix(f"{image}: "), image))
         else:
@@ -100,7 +101,9 @@ class _Fresh:
         self._sizes.append(size)
         sound = rows is not None and not rows.mistakes
         self._counts.append(len(rows.classes) if sound else 0)
-        if sound:
+        if not sound:
+            self.unsound.append(index)
+        else:
             self._classes += rows.classes
             self._shares += rows.shares
             self._decimals += rows.decimals

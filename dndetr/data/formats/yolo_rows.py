@@ -62,7 +62,7 @@ def _parse(fields: list[str], keypoints: int | None) -> tuple[int, list[float]]:
     ):
         raise ValueError(_out_of_range(box))
     if not 0 <= number < 2**31:
-        raise ValueError(f"has class {fields[0][:20]}; classes are counted from 0, and not so many")
+        raise ValueError(f"has class {fields[0][:20]}; classes are counted from 0, up to that of the last name")
     return number, box
 
 
