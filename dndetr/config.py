@@ -145,12 +145,18 @@ class ImagesConfig:
     """Memory for decoded images, in MiB (0: decode every time)."""
     skip_unreadable: bool = False
     """Decode every image before training, and leave out and count those that cannot be, instead of stopping."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of RGB in [0, 1] that is taken from pixels: what the backbone was trained with."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What they are divided by then."""
 
     def __post_init__(self):
         demand_counts(self, "images.", "eval_size", "max_size", "multiple")
         demand(bool(self.sizes) and all(n >= 1 for n in self.sizes), "images.sizes", self.sizes, "sizes of 1 or more")
         demand(all(n >= 1 for n in self.canvas), "images.canvas", self.canvas, "height and width of 1 or more")
         demand(self.cache_mib >= 0, "images.cache-mib", self.cache_mib, "0 or more")
+        demand_finite(self, "images.")
+        demand(all(value > 0 for value in self.std), "images.std", self.std, "positive numbers")
 
 
 @dataclass(frozen=True)

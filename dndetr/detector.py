@@ -18,9 +18,9 @@ from .data.user_images import ImageLike, UserImages, is_image
 from .device import pick_device, pick_precision
 from .models.build import build_model
 from .models.dn_detr import DNDETR
-from .models.official import COCO_CLASSES
-from .models.pretrained import initialise
-from .models.unwrap import unwrap
+from .models.weights.official import COCO_CLASSES
+from .models.weights.pretrained import initialise
+from .models.weights.unwrap import unwrap
 from .presets import PRESETS, preset_named
 from .runs.checkpoint import load_checkpoint
 from .scoring.coco import postprocess

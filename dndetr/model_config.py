@@ -1,7 +1,9 @@
 """The settings of a model, as frozen dataclasses from which the command line is made."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from .demands import demand, demand_counts, demand_finite
 
@@ -10,8 +12,14 @@ Variant = Literal["dn-detr", "dn-deformable-detr", "dn-deformable-encoder"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A ResNet."""
+    """What makes maps of images: our ResNet, or a backbone of transformers."""
 
+    kind: Literal["resnet", "transformers"] = "resnet"
+    """resnet is ours, and what the settings below describe; transformers: any of its backbones, by name."""
+    name: str = ""
+    """transformers: which one, as swin-tiny, a hub id, or a folder with config.json and weights."""
+    settings: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = ""
+    """Its configuration as JSON; no flag, but read from ``name`` when a run begins, so that nothing is asked later."""
     depth: Literal[18, 34, 50, 101] = 50
     """Published depth: block counts and block kind."""
     blocks: tuple[int, ...] = ()
@@ -44,7 +52,10 @@ class BackboneConfig:
 
 
 # Settings of the model that dn-deformable-detr alone has.
-_DEFORMABLE_DECODER = ("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale")
+_DEFORMABLE_DECODER = (
+    *("proposals", "look_forward_twice", "shared_heads", "decoder_norm", "query_scale"),
+    *("query_positions", "box_refinement"),
+)
 
 
 def _typed(name: str, value: str | bool) -> str:
@@ -110,6 +121,12 @@ class ModelConfig:
     """Scale the queries' positions by their content from the second deformable decoder layer on (DINO: not)."""
     label_indicator: bool = True
     """One channel of a query's content says whether it is for denoising (DINO: not)."""
+    query_positions: Literal["anchors", "vectors"] = "anchors"
+    """Positions of a deformable decoder's queries: made of their anchors, or vectors of their own (Deformable DETR)."""
+    box_refinement: bool = True
+    """With vectors: layers correct the boxes of the one before, or all of them the first (plain Deformable DETR)."""
+    box_eps: float = 1e-3
+    """Boxes are corrected from no closer than this to the image's edge (Deformable DETR and transformers: 1e-5)."""
 
     @property
     def encoder(self) -> str:
@@ -139,8 +156,26 @@ class ModelConfig:
                 if f.name in _DEFORMABLE_DECODER and (value := getattr(self, f.name)) != f.default:
                     given, wanted = (_typed(f.name, of) for of in (value, f.default))
                     raise ValueError(f"{given}: give {wanted} with {self.variant}")
+        demand(0 < self.box_eps <= 0.01, "model.box-eps", self.box_eps, "a share above 0, at most 0.01")
+        self._demand_deformable_detr()
         # Within models/proposals.py's border; else no token of the finest level would propose anything.
         sound = 0.01 < self.proposal_size < 0.99
         demand(sound, "model.proposal-size", self.proposal_size, "a share between 0.01 and 0.99")
         if self.proposals == "none":
             demand(self.content == "learned", "model.content", self.content, "--model.proposals too")
+
+    def _demand_deformable_detr(self) -> None:
+        """Positions that are vectors go with what Deformable DETR is, and with nothing of DAB-DETR's and DINO's."""
+        if self.query_positions == "anchors":
+            demand(self.box_refinement, "model.box-refinement", False, "--model.query-positions vectors too")
+            return
+        needed = {"label_indicator": False, "query_scale": False, "decoder_norm": False, "content": "learned"}
+        for name, wanted in needed.items():
+            if (given := getattr(self, name)) != wanted:
+                raise ValueError(
+                    f"--model.query-positions vectors: give {_typed(name, wanted)} (not {_typed(name, given)})"
+                )
+        if not self.box_refinement and self.look_forward_twice:
+            raise ValueError("--model.look-forward-twice needs --model.box-refinement")
+        if not self.box_refinement and self.proposals != "none":
+            raise ValueError(f"--model.proposals {self.proposals} needs --model.box-refinement")

@@ -152,7 +152,7 @@ def _train(
     stack: contextlib.ExitStack,
 ) -> Outcome:
     from .data.training import TrainingData
-    from .models.pretrained import initialise
+    from .models.weights.pretrained import initialise
     from .runs.console import Console
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there

@@ -15,7 +15,7 @@ import dndetr
 from dndetr.config import to_dict
 from dndetr.data.errors import DataError
 from dndetr.models.build import build_model
-from dndetr.models.official import COCO_CLASSES
+from dndetr.models.weights.official import COCO_CLASSES
 from dndetr.presets import tiny
 from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 from dndetr.shapes import write_shapes

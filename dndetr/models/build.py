@@ -12,6 +12,7 @@ from .features import InputProjection
 from .layers import Recomputable
 from .proposals import ProposalHead
 from .queries import Queries
+from .vector_queries import VectorQueries
 
 
 def build_backbone(config: BackboneConfig) -> ResNet:
@@ -58,17 +59,20 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             activation=config.activation,
             directed=deformable_decoder,
         )
-    proposed = config.proposals != "none"
-    queries = Queries(
-        width,
-        config.queries,
-        classes,
-        learned_content=deformable_decoder and config.content == "learned",
-        patterns=config.patterns,
-        anchors=config.anchors,
-        indicator=config.label_indicator,
-        proposed=proposed,
-    )
+    proposed, vectors = config.proposals != "none", config.query_positions == "vectors"
+    if vectors:
+        queries = VectorQueries(width, config.queries, classes, proposed)
+    else:
+        queries = Queries(
+            width,
+            config.queries,
+            classes,
+            learned_content=deformable_decoder and config.content == "learned",
+            patterns=config.patterns,
+            anchors=config.anchors,
+            indicator=config.label_indicator,
+            proposed=proposed,
+        )
     proposals = None
     if proposed:
         proposals = ProposalHead(
@@ -80,6 +84,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             size=config.proposal_size,
         )
     shape |= {"layers": config.decoder_layers, "classes": classes, "levels": levels, "activation": config.activation}
+    shape["eps"] = config.box_eps
     if deformable_decoder:
         decoder = DeformableDecoder(
             **shape,
@@ -89,6 +94,9 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             norm=config.decoder_norm,
             shared_heads=config.shared_heads,
             look_forward_twice=config.look_forward_twice,
+            vectors=vectors,
+            points_first=vectors and not proposed,
+            refine=config.box_refinement,
         )
     else:
         decoder = DABDecoder(**shape)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..boxes import EPS
 from ..ops.anchor_encoding import anchor_encoding
 from ..ops.conditional_attention import conditional_attention
 from ..ops.group_attention import GroupLayout, group_attention
@@ -74,7 +75,7 @@ class DABDecoder(nn.Module):
     """Decoder layers with anchor refinement and heads that all layers share.
 
     Each layer's head adds its box correction, from the normalised output, to the anchor that the previous layer left
-    attached to the graph, so a layer's box loss also reaches the layer before it.
+    attached to the graph, so a layer's box loss also reaches the layer before it. eps: as of :func:`refine_boxes`.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class DABDecoder(nn.Module):
         classes: int,
         activation: str = "prelu",
         levels: int = 1,
+        eps: float = EPS,
     ):
         super().__init__()
+        self.eps = eps
         self.layers = nn.ModuleList(
             DABDecoderLayer(width, heads, hidden, activation, first=index == 0, levels=levels)
             for index in range(layers)
@@ -122,8 +125,8 @@ class DABDecoder(nn.Module):
             x = layer(x, position, sine, features, layout, active)
             out = self.norm(x.full)
             logits.append(self.class_embed(out))
-            boxes.append(refine_boxes(self.bbox_embed(out), attached))
+            boxes.append(refine_boxes(self.bbox_embed(out), attached, eps=self.eps))
             if index + 1 < len(self.layers):
-                attached = refine_boxes(self.bbox_embed(x.low), reference)
+                attached = refine_boxes(self.bbox_embed(x.low), reference, eps=self.eps)
                 reference = attached.detach()
         return logits, boxes

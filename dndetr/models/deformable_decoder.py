@@ -1,4 +1,4 @@
-"""DAB-Deformable-DETR's decoder: anchors as boxes, refined layer by layer, with deformable cross-attention."""
+"""The decoder of DAB-Deformable-DETR, Deformable DETR and DINO: deformable cross-attention around boxes or points."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..boxes import EPS
 from ..ops.anchor_encoding import anchor_encoding
 from ..ops.group_attention import GroupLayout, group_attention
 from ..ops.refine_boxes import refine_boxes
@@ -46,7 +47,7 @@ class DeformableDecoderLayer(Recomputable):
         layout: GroupLayout,
         active: Tensor | None,
     ) -> Stream:
-        """x, position [B, Q, C], reference_points [B, Q, L, 4] -> [B, Q, C]."""
+        """x, position [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
         both, v = self.self_attn.project(x.plus(position), x.low)
         q, k = (split_heads(part, self.self_attn.heads) for part in both.chunk(2, dim=-1))
         x = self.norm2(x, self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))), position)
@@ -63,6 +64,9 @@ class DeformableDecoder(nn.Module):
     MLP of the content; norm: the heads predict from normalised outputs, and refine from plain ones; shared_heads: one
     pair of heads for all layers; look_forward_twice: a layer's boxes are corrections of what the layer before has
     refined, with its gradient, so that their loss trains both.
+    In what follows Deformable DETR (arXiv 2010.04159) differs. vectors: queries come with positions of their own, the
+    same for all layers; points_first: where queries start is a point, not a box; refine: layers correct the boxes of
+    the one before, and look at them, or all of them where queries start. eps: as of :func:`refine_boxes`.
     """
 
     def __init__(
@@ -80,14 +84,23 @@ class DeformableDecoder(nn.Module):
         norm: bool = False,
         shared_heads: bool = False,
         look_forward_twice: bool = False,
+        vectors: bool = False,
+        points_first: bool = False,
+        refine: bool = True,
+        eps: float = EPS,
     ):
         super().__init__()
-        self.look_forward_twice = look_forward_twice
+        self.look_forward_twice, self.points_first, self.refine, self.eps = (
+            look_forward_twice,
+            points_first,
+            refine,
+            eps,
+        )
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(width, heads, hidden, levels, points, activation) for _ in range(layers)
         )
-        self.query_scale = MLP(width, width, width) if query_scale else None
-        self.ref_point_head = MLP(2 * width, width, width)
+        self.query_scale = MLP(width, width, width) if query_scale and not vectors else None
+        self.ref_point_head = None if vectors else MLP(2 * width, width, width)
         self.norm = nn.LayerNorm(width) if norm else None
         xavier(self)
         if shared_heads:
@@ -117,7 +130,13 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
+        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4].
+
+        With vectors, content is [B, Q, 2 C]: positions and content.
+        """
+        position = None
+        if self.ref_point_head is None:
+            position, content = content.chunk(2, dim=-1)
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens))
         values = self._values(features.tokens)
@@ -127,21 +146,26 @@ class DeformableDecoder(nn.Module):
         logits, boxes = [], []
         for index, (layer, (class_embed, bbox_embed)) in enumerate(zip(self.layers, self._heads(), strict=True)):
             reference_points = reference[:, :, None] * ratios[:, None]
-            position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
-            if index and self.query_scale is not None:
-                position = position * self.query_scale(x.low)
+            if self.ref_point_head is not None:
+                position = self.ref_point_head(anchor_encoding(reference_points[:, :, 0], half))
+                if index and self.query_scale is not None:
+                    position = position * self.query_scale(x.low)
+            if self.points_first and not (index and self.refine):
+                reference_points = reference_points[..., :2]
             x = layer(x, position, reference_points, features._replace(values=values[index]), layout, active)
             out = x.low if self.norm is None else self.norm(x.full)
             logits.append(class_embed(out))
             correction = bbox_embed(out)
-            boxes.append(refine_boxes(correction, attached))
+            boxes.append(refine_boxes(correction, attached, eps=self.eps))
+            if not self.refine:
+                continue
             if index + 1 == len(self.layers):
                 break
             # Without a norm, refinement and prediction have the same correction, and mostly the same gradient too.
             if self.norm is not None:
                 correction = bbox_embed(x.low)
             same = self.norm is None and attached is reference
-            refined = boxes[-1] if same else refine_boxes(correction, reference)
+            refined = boxes[-1] if same else refine_boxes(correction, reference, eps=self.eps)
             reference = refined.detach()
             attached = refined if self.look_forward_twice else reference
         return logits, boxes

@@ -11,6 +11,7 @@ from ..ops.group_attention import GroupLayout
 from ..ops.normalise import images_of
 from .proposals import ProposalHead
 from .queries import Queries
+from .vector_queries import VectorQueries
 
 
 class Predictions(NamedTuple):
@@ -40,7 +41,7 @@ class DNDETR(nn.Module):
         backbone: nn.Module,
         projection: nn.Module,
         encoder: nn.Module,
-        queries: Queries,
+        queries: Queries | VectorQueries,
         decoder: nn.Module,
         proposals: ProposalHead | None = None,
     ):

@@ -67,6 +67,10 @@ class Queries(nn.Module):
         """Number of matching queries."""
         return self.count * (self.patterns.num_embeddings if self.patterns is not None else 1)
 
+    def of_noise(self) -> list[Tensor]:
+        """The weights that noised queries alone have a use for."""
+        return [self.label_enc.weight]
+
     def forward(
         self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None
     ) -> tuple[Tensor, Tensor]:

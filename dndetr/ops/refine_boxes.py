@@ -15,46 +15,46 @@ from ..boxes import EPS, inverse_sigmoid
 from . import _backend
 
 
-def refine_boxes_reference(correction: Tensor, boxes: Tensor) -> Tensor:
+def refine_boxes_reference(correction: Tensor, boxes: Tensor, eps: float = EPS) -> Tensor:
     """The specification in plain torch; arguments and result as :func:`refine_boxes`."""
-    return (correction + inverse_sigmoid(boxes)).sigmoid()
+    return (correction + inverse_sigmoid(boxes, eps)).sigmoid()
 
 
-torch.library.define("dndetr::refine_boxes", "(Tensor correction, Tensor boxes) -> Tensor")
+torch.library.define("dndetr::refine_boxes", "(Tensor correction, Tensor boxes, float eps) -> Tensor")
 torch.library.define(
     "dndetr::refine_boxes_backward",
-    "(Tensor grad, Tensor out, Tensor boxes, ScalarType? correction, bool needs_boxes) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor out, Tensor boxes, float eps, ScalarType? correction, bool needs_boxes) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("dndetr::refine_boxes", ("cpu", "cuda"))
-def _forward(correction, boxes):
+def _forward(correction, boxes, eps):
     from ..kernels.refine_boxes import refine_boxes
 
-    out = _forward_fake(correction, boxes)
+    out = _forward_fake(correction, boxes, eps)
     with torch.cuda.device_of(out):
-        refine_boxes(correction.contiguous(), boxes.contiguous(), EPS, out)
+        refine_boxes(correction.contiguous(), boxes.contiguous(), eps, out)
     return out
 
 
 @torch.library.impl("dndetr::refine_boxes_backward", ("cpu", "cuda"))
-def _backward(grad, out, boxes, correction, needs_boxes):
+def _backward(grad, out, boxes, eps, correction, needs_boxes):
     from ..kernels.refine_boxes import refine_boxes_backward
 
-    grads = grad_correction, grad_boxes = _backward_fake(grad, out, boxes, correction, needs_boxes)
+    grads = grad_correction, grad_boxes = _backward_fake(grad, out, boxes, eps, correction, needs_boxes)
     asked = None if correction is None else grad_correction, grad_boxes if needs_boxes else None
     with torch.cuda.device_of(out):
-        refine_boxes_backward(grad.contiguous(), out, boxes.contiguous(), EPS, *asked)
+        refine_boxes_backward(grad.contiguous(), out, boxes.contiguous(), eps, *asked)
     return grads
 
 
 @torch.library.register_fake("dndetr::refine_boxes")
-def _forward_fake(correction, boxes):
+def _forward_fake(correction, boxes, eps):
     return correction.new_empty(correction.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("dndetr::refine_boxes_backward")
-def _backward_fake(grad, out, boxes, correction, needs_boxes):
+def _backward_fake(grad, out, boxes, eps, correction, needs_boxes):
     return (
         grad.new_empty(0) if correction is None else grad.new_empty(grad.shape, dtype=correction),
         boxes.new_empty(boxes.shape if needs_boxes else 0),
@@ -62,34 +62,35 @@ def _backward_fake(grad, out, boxes, correction, needs_boxes):
 
 
 def _setup_context(ctx, inputs, output):
-    correction, boxes = inputs
+    correction, boxes, ctx.eps = inputs
     ctx.correction = correction.dtype
     ctx.save_for_backward(output, boxes)
 
 
 def _differentiate(ctx, grad):
-    needs_correction, needs_boxes = ctx.needs_input_grad
+    needs_correction, needs_boxes, _ = ctx.needs_input_grad
     correction = ctx.correction if needs_correction else None
-    grads = torch.ops.dndetr.refine_boxes_backward(grad, *ctx.saved_tensors, correction, needs_boxes)
-    return grads[0] if needs_correction else None, grads[1] if needs_boxes else None
+    grads = torch.ops.dndetr.refine_boxes_backward(grad, *ctx.saved_tensors, ctx.eps, correction, needs_boxes)
+    return grads[0] if needs_correction else None, grads[1] if needs_boxes else None, None
 
 
 torch.library.register_autograd("dndetr::refine_boxes", _differentiate, setup_context=_setup_context)
 _backend.differentiable_once("refine_boxes")
 
 
-def refine_boxes(correction: Tensor, boxes: Tensor, backend: str | None = None) -> Tensor:
+def refine_boxes(correction: Tensor, boxes: Tensor, backend: str | None = None, *, eps: float = EPS) -> Tensor:
     """correction [...] of logits, boxes [...] in [0, 1] -> corrected boxes [...] in at least float32.
 
-    The kernel's result can be differentiated once. ValueError for two shapes.
+    eps: as of :func:`~dndetr.boxes.inverse_sigmoid`. The kernel's result can be differentiated once. ValueError for two
+    shapes.
     """
     if correction.shape != boxes.shape:
         raise ValueError(f"refine_boxes: boxes must be {list(correction.shape)}, got {list(boxes.shape)}")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     takes = correction.dtype in dtypes and boxes.dtype in dtypes and boxes.numel() > 0
     if not takes or _backend.choose("refine_boxes", backend, boxes.device.type)[0] == "reference":
-        return refine_boxes_reference(correction, boxes)
-    return torch.ops.dndetr.refine_boxes(correction, boxes)
+        return refine_boxes_reference(correction, boxes, eps)
+    return torch.ops.dndetr.refine_boxes(correction, boxes, eps)
 
 
 # name: (shape, dtype of corrections, dtype of boxes)
@@ -121,8 +122,8 @@ def _self_test(device_type: str) -> float:
     with torch.enable_grad():
         result = refine_boxes_reference(*exact)
     expected = result.detach(), *torch.autograd.grad(result, exact, weighting.double())
-    out = torch.ops.dndetr.refine_boxes(correction, boxes)
-    found = out, *torch.ops.dndetr.refine_boxes_backward(weighting, out, boxes, correction.dtype, True)
+    out = torch.ops.dndetr.refine_boxes(correction, boxes, EPS)
+    found = out, *torch.ops.dndetr.refine_boxes_backward(weighting, out, boxes, EPS, correction.dtype, True)
     return _backend.error_beyond_rounding(found, expected)
 
 

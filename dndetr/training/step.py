@@ -211,8 +211,9 @@ class TrainStep:
         losses = self.criterion(predictions, batch.targets, objects)
         total = losses.total
         if noised is None and self._shared is not None:
-            # Processes wait for each other's gradient of every weight, also of a table that only noise is looked up in.
-            total = total + 0 * self.model.queries.label_enc.weight.sum()
+            # Processes wait for each other's gradient of every weight, also of those that only noise goes through.
+            for weight in self.model.queries.of_noise():
+                total = total + 0 * weight.sum()
         total.backward()
         return losses
 

@@ -86,9 +86,9 @@ def test_wrong_input_is_an_error():
 def test_fake_tensors(fake_cuda):
     correction = torch.empty(4, 40, 2, dtype=torch.bfloat16, device="cuda").transpose(0, 2)
     boxes = torch.empty(2, 40, 4, device="cuda")
-    out = torch.ops.dndetr.refine_boxes(correction, boxes)
+    out = torch.ops.dndetr.refine_boxes(correction, boxes, 1e-3)
     assert out.shape == boxes.shape and out.dtype == torch.float32 and out.is_contiguous()
-    grads = torch.ops.dndetr.refine_boxes_backward(out, out, boxes, torch.bfloat16, False)
+    grads = torch.ops.dndetr.refine_boxes_backward(out, out, boxes, 1e-3, torch.bfloat16, False)
     assert grads[0].dtype == torch.bfloat16 and [grad.shape for grad in grads] == [boxes.shape, (0,)]
     assert grads[0].is_contiguous()
 
@@ -103,7 +103,7 @@ check_awkward("cpu")
 check_self_test("refine_boxes", torch.float32, refine_boxes=(3,), refine_boxes_backward=(5,))
 check_self_test("refine_boxes", refine_boxes_backward=(4,))
 correction, boxes = (x.requires_grad_() for x in op.make_case("mixed"))
-torch.library.opcheck(torch.ops.dndetr.refine_boxes.default, (correction, boxes))
+torch.library.opcheck(torch.ops.dndetr.refine_boxes.default, (correction, boxes, 1e-3))
 """
 
 

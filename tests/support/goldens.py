@@ -12,8 +12,8 @@ from dndetr.batch import Targets
 from dndetr.denoising import Noise, NoisedQueries, noised_queries
 from dndetr.model_config import BackboneConfig, ModelConfig
 from dndetr.models.build import build_model
-from dndetr.models.head_sharing import fit_heads
-from dndetr.models.official import from_official, official_names
+from dndetr.models.weights.head_sharing import fit_heads
+from dndetr.models.weights.official import from_official, official_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("DNDETR_SHARED", ROOT.parent / "shared"))

@@ -7,8 +7,8 @@ import detectors
 import torch
 
 from dndetr.models.build import build_model
-from dndetr.models.head_sharing import fit_heads
-from dndetr.models.official import from_official
+from dndetr.models.weights.head_sharing import fit_heads
+from dndetr.models.weights.official import from_official
 
 # Our names -> official ones, in order; everything else only gets a prefix.
 _BACK = (

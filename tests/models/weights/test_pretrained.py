@@ -11,9 +11,9 @@ import pytest
 import torch
 from official_files import BACK, official, propose_only, randomised
 
-from dndetr.models import pretrained
 from dndetr.models.build import build_model
-from dndetr.models.official import COCO_CLASSES
+from dndetr.models.weights import pretrained
+from dndetr.models.weights.official import COCO_CLASSES
 from dndetr.ops import images_of
 from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
 

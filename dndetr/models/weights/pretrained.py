@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..data.classes import Classes, distinct_names, listed, match_classes
+from ...data.classes import Classes, distinct_names, listed, match_classes
+from ..deformable_decoder import DeformableDecoder
+from ..dn_detr import DNDETR
 from .backbone_match import demand_whole_backbone, shape_text
-from .deformable_decoder import DeformableDecoder
 from .detrex import is_detrex, official_from_detrex
-from .dn_detr import DNDETR
 from .head_sharing import fit_heads
 from .official import COCO_CLASSES, encoder_heads_last, from_official
 from .unwrap import unwrap

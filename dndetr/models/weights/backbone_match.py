@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model_config import BackboneConfig
-from .backbone import BLOCKS
-from .build import build_backbone
+from ...model_config import BackboneConfig
+from ..backbone import BLOCKS
+from ..build import build_backbone
 
 _PREFIX = "backbone."
 _PART = re.compile(r"(?:layer(\d)\.\d+|conv\d|bn\d)\..*")

@@ -13,10 +13,10 @@ from official_files import official, propose_only, randomised
 
 import dndetr
 from dndetr import presets, train
-from dndetr.models import pretrained
 from dndetr.models.build import build_model
-from dndetr.models.head_sharing import fit_heads
-from dndetr.models.official import COCO_CLASSES, from_official, official_names
+from dndetr.models.weights import pretrained
+from dndetr.models.weights.head_sharing import fit_heads
+from dndetr.models.weights.official import COCO_CLASSES, from_official, official_names
 from dndetr.ops import images_of
 from dndetr.runs.checkpoint import load_checkpoint
 

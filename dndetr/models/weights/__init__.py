@@ -1,0 +1,1 @@
+"""Weights to start from, whoever published them: their names brought to ours."""
