@@ -27,7 +27,8 @@ class Source(NamedTuple):
 
     classes: (category id, name) of every row, or ids: category ids alone, as in official files; both None where the
     file does not say. objects: whether the encoder's proposals are scored for being objects, None where it does not
-    say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them.
+    say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them. blank: tensors of a transformers
+    detector that it has no counterpart of, None for other files; notes: what else is to be said of the file.
     """
 
     weights: dict[str, Tensor]
