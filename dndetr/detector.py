@@ -150,6 +150,11 @@ def _model_of_weights(checkpoint: dict, path: str | Path, config: Config, classe
         raise ValueError(f"--preset {preset}: {path} has its own configuration; leave out --preset")
     model = build_model(config.model, len(classes))
     report = initialise(model, checkpoint, path, classes)
+    if report.other is not None:
+        raise ValueError(
+            f"{path} is of another detector, {report.other}, of which only the backbone can be used: train one that "
+            "starts from it with python -m dndetr.train --init FILE"
+        )
     if report.remade:
         advice = "name another --preset"
         if report.hints:
