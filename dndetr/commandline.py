@@ -18,7 +18,10 @@ Arguments = TypeVar("Arguments")
 ModelPath = Annotated[
     Path,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="RUN_OR_CHECKPOINT", help="A run folder (its latest checkpoint) or a checkpoint file."),
+    tyro.conf.arg(
+        metavar="RUN_OR_CHECKPOINT",
+        help="A run folder (its latest checkpoint), a checkpoint file, or a DETR of transformers: folder or hub name.",
+    ),
 ]
 PresetName = Annotated[
     str | None,

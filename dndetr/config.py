@@ -176,7 +176,7 @@ class Config:
     resume: str | None = None
     """Continue this run folder to its configured end."""
     init: str | None = None
-    """File with weights to start from: a checkpoint, a DINO, DN-DETR or DAB-DETR file, or a ResNet."""
+    """Weights to start from: a checkpoint, a DINO, DN-DETR or DAB-DETR file, a ResNet, a transformers DETR's name."""
     overfit: int | None = None
     """Train and evaluate on so many images of the train split, to see whether all works: AP should pass 0.9."""
     epochs: int = 50

@@ -139,7 +139,8 @@ def fit(data: str | Path | None = None, *, listeners: Iterable[Listener] = (), *
     """
     try:
         given = flat(settings if data is None else {"data": data, **settings})
-        config = changed(train.starting_point(given.get("preset"), given.get("overfit")), given)
+        own = train.starting_point(*map(given.get, ("preset", "overfit", "init")))
+        config = changed(own, given)
         if not isinstance(listeners, Iterable):
             raise ValueError(f"listeners {listeners!r}: give a list of them")
         outcome = train.train(config, given.keys(), [*listeners])

@@ -12,6 +12,7 @@ from .config import Config, from_dict
 from .output import unfailing
 from .presets import preset_named
 from .runs.checkpoint import load_checkpoint
+from .runs.detector_folder import as_starting_point, compared, is_of_transformers
 from .runs.listener import Listener
 from .training.overfit import overfitting, verdict
 from .training.signals import Stopped
@@ -49,17 +50,23 @@ class Outcome(NamedTuple):
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Command-line arguments -> the configuration of ``--preset`` (default tiny), changed by the other flags."""
+    """Command-line arguments -> the configuration of ``--preset`` (else of ``--init``), changed by the other flags."""
     count = None
     with contextlib.suppress(ValueError):  # what is no number is told below, with all other mistakes
         count = int(_flag(arguments, "--overfit") or 0)
-    default = starting_point(_flag(arguments, "--preset"), count)
+    default = starting_point(_flag(arguments, "--preset"), count, _flag(arguments, "--init"))
     return commandline.parse(Config, list(arguments), "python -m dndetr.train", default=default, description=__doc__)
 
 
-def starting_point(preset: str | None, overfit: int | None) -> Config:
-    """What all other settings change: the preset (None: tiny), also as it learns so many images by heart."""
-    config = preset_named("tiny" if preset is None else preset)
+def starting_point(preset: str | None, overfit: int | None, init: str | None = None) -> Config:
+    """What all other settings change: the preset, also as it learns so many images by heart.
+
+    Without one, the model and the images of the transformers detector in ``init``, or else tiny.
+    """
+    if preset is None and init is not None and is_of_transformers(init):
+        config = as_starting_point(init)
+    else:
+        config = preset_named("tiny" if preset is None else preset)
     return overfitting(config, overfit) if overfit is not None and overfit > 0 else config
 
 
@@ -134,7 +141,9 @@ def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -
                 )
             config = resumed_config(config, checkpoint["config"], given)
         if config.data is None:
-            raise ValueError(f"--preset {config.preset} needs data: --data DIR (yours) or --data shapes")
+            from_file = config.init is not None and "preset" not in given
+            what = f"--init {config.init}" if from_file else f"--preset {config.preset}"
+            raise ValueError(f"{what} needs data: --data DIR (yours) or --data shapes")
         return _train(config, checkpoint, stack.enter_context(processes), listeners, stack)
 
 
@@ -188,6 +197,8 @@ def _train(
         if config.init is not None:
             weights = load_checkpoint(config.init, needs=())
             notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")
+            if is_of_transformers(config.init) and "config" in weights:
+                notes.append(f"--init {config.init}: {compared(weights, config)}")
         folder = None
         if processes.first:
             folder = stack.enter_context(output_folder(config.output, config.preset))

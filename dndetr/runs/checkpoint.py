@@ -7,7 +7,7 @@ from typing import BinaryIO
 import torch
 
 from ..files import Unwritten, write_atomic
-from .detector_folder import described_by_transformers, read_detector
+from .detector_folder import is_of_transformers, read_of_transformers
 from .listener import Listener, Run
 from .weight_files import read_weights
 
@@ -55,13 +55,13 @@ class BestCheckpoint(Listener):
 def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> dict:
     """Read a checkpoint on the CPU, without running any code that the file may hold.
 
-    path: a file, a run folder, whose ``checkpoint.pt`` is meant, or a detector of transformers, as ``read_detector``
-    takes it; needs: keys without which the file is refused -> the dict that was saved. FileNotFoundError or ValueError,
-    in one line, for what cannot be a checkpoint.
+    path: a file, a run folder, whose ``checkpoint.pt`` is meant, or a model of transformers, as
+    ``read_of_transformers`` takes it; needs: keys without which the file is refused -> the dict that was saved.
+    FileNotFoundError or ValueError, in one line, for what cannot be a checkpoint.
     """
+    if is_of_transformers(path):
+        return _demand_keys(read_of_transformers(path), path, needs)
     path = Path(path)
-    if described_by_transformers(path):
-        return _demand_keys(read_detector(path), path, needs)
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.exists():
@@ -77,7 +77,7 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
     return _demand_keys(checkpoint, path, needs)
 
 
-def _demand_keys(checkpoint: dict, path: Path, needs: tuple[str, ...]) -> dict:
+def _demand_keys(checkpoint: dict, path: str | Path, needs: tuple[str, ...]) -> dict:
     missing = [key for key in needs if key not in checkpoint]
     if missing:
         found = ", ".join(str(key) for key in list(checkpoint)[:6]) or "nothing"

@@ -8,12 +8,19 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Config, to_dict
-from ..hf.detector_config import DETECTORS, from_transformers
+from ..config import Config, from_dict, to_dict
+from ..data.classes import listed
+from ..hf.detector_config import DETECTORS, from_transformers, without_counterpart
+from ..hub import fetched, is_hub_name
 from ..models.weights.transformers_detectors import Weights, from_detector, heads_differ, of_denoising_alone
+from ..presets import preset_named
+from ..settings import flat
 from .weight_files import read_weights
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# What says how a model is made or computed, not what it is.
+_OF_NEW_MODELS = ("model.anchors", "model.size_bias", "model.checkpointing", "model.backbone.frozen")
+_KNOWN = f"{' and '.join(DETECTORS)}, and ResNets,"
 _INSTEAD = {
     "conditional_detr": "dndetr.denoise(model) trains it in transformers with denoising",
     "rt_detr": "dndetr.accelerate(model) makes it faster in transformers",
@@ -22,40 +29,53 @@ _INSTEAD = {
 }
 
 
-def described_by_transformers(path: Path) -> bool:
-    """Whether a folder, or the one of a file, has a config.json of transformers, which names its kind of model."""
+def is_of_transformers(path: str | Path) -> bool:
+    """Whether this is a detector of transformers, or another of its models: a folder, a file in one, or a hub name.
+
+    Folders are known by their config.json, which names the kind of model, as those of our runs do not.
+    """
+    if is_hub_name(str(path)):
+        return True
+    path = Path(path)
     config = (path if path.is_dir() else path.parent) / "config.json"
-    if not config.is_file() or (path.is_dir() and (path / "checkpoint.pt").exists()):
+    if not path.exists() or not config.is_file() or (path.is_dir() and (path / "checkpoint.pt").exists()):
         return False
     try:
-        return "model_type" in json.loads(config.read_text())
-    except (ValueError, TypeError):
+        theirs = json.loads(config.read_text())
+    except ValueError:
         return path.is_dir() or path.name in _WEIGHTS  # broken, and said to be when it is read
+    return isinstance(theirs, dict) and "model_type" in theirs
 
 
-def read_detector(path: Path) -> dict:
-    """The content of a transformers detector in the form of our checkpoints.
+def read_of_transformers(path: str | Path) -> dict:
+    """The content of a detector of transformers in the form of our checkpoints.
 
-    path: its folder, or a file with its weights beside config.json. The dict has the tensors under our names ("model"),
-    our settings ("config"), a row's number and name for every class ("classes") and which tensors are blank, since only
-    noised queries have a use for them ("blank"). ValueError or FileNotFoundError, in one line, for other models and for
-    files that do not belong together.
+    path: its folder, a file with its weights beside config.json, or its name on the hub. The dict has the tensors under
+    our names ("model"), our settings ("config"), a row's number and name for every class ("classes") and which tensors
+    are blank, since only noised queries have a use for them ("blank"). A ResNet's are its tensors alone. ValueError or
+    OSError, in one line, for other models and for files that do not belong together.
     """
+    name, path = path, fetched(str(path)) if is_hub_name(str(path)) else Path(path)
     folder = path if path.is_dir() else path.parent
     theirs = _json(folder / "config.json")
-    _demand_detector(theirs, folder)
+    kind = theirs.get("model_type")
+    _demand_known(kind, name)
     processor = _json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
     state = _state(folder) if path.is_dir() else read_weights(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of tensors by name")
     try:
+        if kind == "resnet":
+            if theirs.get("layer_type", "bottleneck") == "bottleneck":
+                without_counterpart(theirs, downsample_in_bottleneck=False)
+            return state
         config, classes = from_transformers(theirs, processor)
         if config.model.shared_heads and heads_differ(state):
             config = replace(config, model=replace(config.model, shared_heads=False))
         _demand_rows(state, len(classes))
         model = from_detector(state, config.model, len(classes))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     return _as_checkpoint(model, config, classes)
 
 
@@ -73,15 +93,13 @@ def _json(path: Path) -> dict:
     return content
 
 
-def _demand_detector(theirs: dict, folder: Path) -> None:
-    kind = theirs.get("model_type")
-    if kind in DETECTORS:
+def _demand_known(kind: str | None, name: str | Path) -> None:
+    if kind in (*DETECTORS, "resnet"):
         return
-    what = f"{folder} holds a model of the kind {kind}"
     if kind is None:
-        what = f"{folder}/config.json does not say what kind of model it is of (it has no model_type)"
-    instead = _INSTEAD.get(kind, "give one of those")
-    raise ValueError(f"{what}, and of transformers {' and '.join(DETECTORS)} are read: {instead}")
+        raise ValueError(f"{name}: its config.json has no model_type, so it is no model of transformers")
+    instead = _INSTEAD.get(kind, "give one of those; backbones go with --model.backbone.kind transformers")
+    raise ValueError(f"{name} is a model of the kind {kind}, and of transformers {_KNOWN} are read: {instead}")
 
 
 def _state(folder: Path) -> Weights:
@@ -117,3 +135,19 @@ def _demand_rows(state: Weights, classes: int) -> None:
             raise ValueError(
                 f"id2label has {classes} classes, and {name} {len(value)} rows: they are of different models"
             )
+
+
+def as_starting_point(path: str | Path) -> Config:
+    """A detector's model and images, trained as its preset says: what a run without ``--preset`` begins from."""
+    own = from_dict(read_of_transformers(path)["config"])
+    return replace(preset_named(own.preset), model=own.model, images=own.images)
+
+
+def compared(content: dict, config: Config) -> str:
+    """Whether a run's model is that of the detector that it starts from, in words. content: the detector's."""
+    theirs, ours = (flat({"model": of.model}) for of in (from_dict(content["config"]), config))
+    names = [name for name in ours if name not in _OF_NEW_MODELS and ours[name] != theirs[name]]
+    if not names:
+        return f"the model is the file's, trained as --preset {config.preset} trains"
+    others = [f"{name} {theirs[name]} there, {ours[name]} here" for name in names]
+    return f"the model is not quite the file's ({listed(others, 4)}): without --preset, and these flags, it is"

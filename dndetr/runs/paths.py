@@ -6,6 +6,7 @@ from pathlib import Path
 from ..config import Config
 from ..data.errors import DataError
 from ..demands import demand
+from ..hub import is_hub_name
 
 
 def remembered(config: Config) -> Config:
@@ -13,6 +14,8 @@ def remembered(config: Config) -> Config:
     names = [name for name in ("data", "split_file", "output", "resume", "init") if getattr(config, name) is not None]
     if config.data == "shapes":
         names.remove("data")
+    if config.init is not None and is_hub_name(config.init):
+        names.remove("init")
     typed = {name: getattr(config, name) for name in names}
     absolute = {name: str(Path(path).absolute()) for name, path in typed.items()}
     given = {name: path for name, path in typed.items() if path != absolute[name]}

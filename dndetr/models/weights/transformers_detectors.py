@@ -264,8 +264,7 @@ def _translated(name: str, rows: Rows) -> str:
     for pattern, replacement in rows:
         found = re.fullmatch(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)"), name)
         if found:
-            parts = iter(found.groups())
-            return re.sub(r"[#*]", lambda _: next(parts), replacement)
+            return re.sub("[#*]", "{}", replacement).format(*found.groups())
     return name
 
 

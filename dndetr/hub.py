@@ -1,0 +1,55 @@
+"""Models by their names on the hub, ``owner/name``, fetched unless they are here already."""
+
+import re
+from pathlib import Path
+
+# Endings of files, which no model's name has.
+_FILES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")
+_BESIDE = ("config.json", "preprocessor_config.json")
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether this can only be a name on the hub: it looks like one, and nothing of what it would name is here."""
+    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(_FILES)
+    return looks and not Path(text).exists() and not Path(text).parent.exists()
+
+
+def fetched(name: str) -> Path:
+    """The folder with a model's configuration and weights, from the hub or from what was fetched before.
+
+    ModuleNotFoundError, OSError or ValueError, in one line, where there is no huggingface_hub, no network, or no model.
+    """
+    by_hand = f"download config.json, preprocessor_config.json and model.safetensors of {name}, and give their folder"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"there is no folder {name}, and the hub needs huggingface_hub: pip install huggingface_hub; or {by_hand}"
+        ) from None
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = [*_BESIDE, "dndetr.safetensors", weights, f"{weights.replace('*', '')}.index.json"]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+    except GatedRepoError:
+        raise OSError(
+            f"{name} is given to those who have accepted its licence: accept it on its page of the hub, then type "
+            f"hf auth login; or {by_hand}"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise OSError(
+            f"there is no folder {name}, the hub cannot be reached, and it was not fetched before: check the path or "
+            f"{by_hand}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"there is no folder {name}, and the hub has no such model, or not for you: check the path, or the name"
+        ) from None
+    except Exception as error:  # whatever the network and its library raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise OSError(f"there is no folder {name}, and the hub does not give it ({reason}): {by_hand}") from error
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json on the hub, so it is no model of transformers: give another name")
+    return folder
