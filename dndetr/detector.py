@@ -1,6 +1,7 @@
 """A trained detector to use: ``dndetr.load(RUN).predict(images)``."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +120,7 @@ def load(
 ) -> Detector:
     """The detector in a run folder (its latest checkpoint) or a checkpoint file; its moving average where it has one.
 
+    Also a DAB-DETR or Deformable DETR of transformers: its folder, its weights beside config.json, its name on the hub.
     preset, classes: for weights that come without configuration and classes, such as official files, which have COCO's
     classes unless others are given. ValueError where anything would have to be guessed.
     """
@@ -135,6 +137,8 @@ def load(
         except RuntimeError as error:
             first = str(error).strip().splitlines()[-1].strip()[:200]
             raise ValueError(f"{path}: its weights are not those of its configuration: {first}") from error
+        for note in checkpoint.get("notes", ()):
+            warnings.warn(f"{path}: {note}", stacklevel=2)
     else:
         raise ValueError(
             f"{path} holds no configuration and classes; for weights alone, such as an official DN-DETR file, name "

@@ -1,4 +1,4 @@
-"""``python -m dndetr.export RUN_OR_CHECKPOINT --output FILE``: a detector as one ONNX or torch.export file."""
+"""``python -m dndetr.export RUN_OR_CHECKPOINT``: a detector as one ONNX or torch.export file, or for transformers."""
 
 import importlib
 import io
@@ -9,13 +9,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import tyro
 
 from . import __version__, _process  # noqa: F401
 from .commandline import ModelPath, PresetName, program
-from .files import demand_file, making, write_atomic
+from .demands import demand
+from .files import demand_file, demand_new_folder, making, new_folder, write_atomic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .batch import Batch
     from .detector import Detector
 
@@ -29,8 +34,10 @@ class Arguments:
     """One export."""
 
     model: ModelPath
-    output: Path
+    output: Path | None = None
     """New file to write, such as model.onnx or model.pt2."""
+    to: Annotated[tuple[Literal["transformers"], Path] | None, tyro.conf.arg(metavar="transformers DIR")] = None
+    """Instead: a new folder that transformers reads without dndetr, as DAB-DETR or Deformable DETR."""
     format: Literal["onnx", "torch"] | None = None
     """ONNX or torch.export (default: as the file's name ends)."""
     image: Path | None = None
@@ -41,8 +48,13 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Export as the arguments say; the file is there, whole and compared with the model, or not at all."""
+    """Export as the arguments say; the file or folder is there, whole and compared with the model, or not at all."""
     output = arguments.output
+    if (output is None) == (arguments.to is None):
+        raise ValueError("give a new file, --output model.onnx or model.pt2, or a new folder, --to transformers DIR")
+    if arguments.to is not None:
+        _to_transformers(arguments, arguments.to[1])
+        return
     kind = arguments.format or _SUFFIXES.get(output.suffix)
     if kind is None:
         raise ValueError(f"--output {output}: end the name in .onnx or .pt2, or add --format onnx or --format torch")
@@ -66,6 +78,37 @@ def run(arguments: Arguments) -> None:
     write_atomic(output, content)
     height, width = about["canvas"]
     print(f"{output}: {len(content) / 1e6:.1f} MB, images [batch, 3, {height}, {width}], any batch")
+
+
+def _to_transformers(arguments: Arguments, folder: Path) -> None:
+    from .hf.installed import require_transformers
+
+    demand(arguments.format is None, "format", arguments.format, "no format with --to transformers")
+    demand_new_folder(folder)
+    require_transformers("--to transformers")
+    from .detector import load
+    from .hf.detector_config import DETECTORS
+    from .hf.written_config import to_transformers
+    from .runs.model_card import model_card
+    from .runs.results import scores_of
+    from .runs.written_detector import in_transformers, write_detector
+
+    detector = load(arguments.model, "cpu", preset=arguments.preset)
+    config, classes, model = detector.config, detector.classes, detector.model
+    to_transformers(config, classes)  # what cannot be written is told before anything is computed
+    batch = prepare(detector, arguments.image, arguments.canvas)
+    with new_folder(folder) as unfinished:
+        kind = write_detector(unfinished, model.state_dict(), config, classes)["model_type"]
+        card = model_card(folder.resolve().name, kind, DETECTORS[kind], config, classes, scores_of(arguments.model))
+        write_atomic(unfinished / "README.md", card.encode())
+        call = in_transformers(unfinished, config.detections)
+        own = compare(detector, call, batch)
+        eps, model.decoder.eps = model.decoder.eps, 1e-5
+        print(f"the same as the model in transformers: {verify(detector, call, batch, 1e-4)}")
+        model.decoder.eps = eps
+    if eps != 1e-5:
+        print(f"the run's own --model.box-eps {eps:g}, which transformers has not: {own}")
+    print(f"{folder}: {DETECTORS[kind]} for transformers, {len(classes)} classes")
 
 
 def _demand_onnx() -> None:
@@ -226,11 +269,19 @@ def to_onnx(program, about: dict) -> tuple[bytes, Callable]:
     return content, call
 
 
-def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
-    """Compare an exported program with the model on the batch and on its first image alone -> what was found, in words.
+class Compared(NamedTuple):
+    """How far an exported program is from the model: largest differences of scores and of boxes [2], over so many."""
 
-    RuntimeError where they differ.
-    """
+    errors: "Tensor"
+    detections: int
+
+    def __str__(self) -> str:
+        scores, boxes = self.errors
+        return f"{self.detections} detections on 3 images, scores within {scores:.1e}, boxes within {boxes:.1e}"
+
+
+def compare(detector: "Detector", call: Callable, batch: "Batch") -> Compared:
+    """An exported program and the model on the batch and on its first image alone."""
     import torch
 
     from .ops import images_of
@@ -246,10 +297,15 @@ def verify(detector: "Detector", call: Callable, batch: "Batch") -> str:
         for one, other in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True):
             differences, pairs = difference(Detections(*one), Detections(*other))
             errors, compared = torch.maximum(errors, differences), compared + pairs
-    text = f"{compared} detections on 3 images, scores within {errors[0]:.1e}, boxes within {errors[1]:.1e}"
-    if not (errors <= _TOLERANCE).all() or compared == 0:
-        raise RuntimeError(f"the exported file does not do what the model does ({text}); nothing was written")
-    return text
+    return Compared(errors, compared)
+
+
+def verify(detector: "Detector", call: Callable, batch: "Batch", tolerance: float = _TOLERANCE) -> str:
+    """What ``compare`` finds, in words; RuntimeError where the two differ."""
+    found = compare(detector, call, batch)
+    if not (found.errors <= tolerance).all() or found.detections == 0:
+        raise RuntimeError(f"what is exported does not do what the model does ({found}); nothing was written")
+    return str(found)
 
 
 def difference(expected, found) -> tuple:

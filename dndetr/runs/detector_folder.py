@@ -16,6 +16,7 @@ from ..models.weights.transformers_detectors import Weights, from_detector, head
 from ..presets import preset_named
 from ..settings import flat
 from .weight_files import read_weights
+from .written_detector import BESIDE, restored
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What says how a model is made or computed, not what it is.
@@ -52,8 +53,9 @@ def read_of_transformers(path: str | Path) -> dict:
 
     path: its folder, a file with its weights beside config.json, or its name on the hub. The dict has the tensors under
     our names ("model"), our settings ("config"), a row's number and name for every class ("classes") and which tensors
-    are blank, since only noised queries have a use for them ("blank"). A ResNet's are its tensors alone. ValueError or
-    OSError, in one line, for other models and for files that do not belong together.
+    are blank, since only noised queries have a use for them ("blank"). Folders that dndetr wrote have what is theirs
+    back. A ResNet's are its tensors alone. ValueError or OSError, in one line, for other models and for files that do
+    not belong together.
     """
     name, path = path, fetched(str(path)) if is_hub_name(str(path)) else Path(path)
     folder = path if path.is_dir() else path.parent
@@ -74,12 +76,10 @@ def read_of_transformers(path: str | Path) -> dict:
             config = replace(config, model=replace(config.model, shared_heads=False))
         _demand_rows(state, len(classes))
         model = from_detector(state, config.model, len(classes))
+        if (folder / BESIDE).exists():
+            return restored(folder, model, config, classes)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return _as_checkpoint(model, config, classes)
-
-
-def _as_checkpoint(model: Weights, config: Config, classes) -> dict:
     return {"model": model, "config": to_dict(config), "classes": classes, "blank": of_denoising_alone(model)}
 
 

@@ -29,7 +29,8 @@ class Source(NamedTuple):
     classes: (category id, name) of every row, or ids: category ids alone, as in official files; both None where the
     file does not say. objects: whether the encoder's proposals are scored for being objects, None where it does not
     say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them; other: the name of another detector, of
-    which only the backbone is in ``weights``; blank: tensors of denoising, which a detector of transformers has not.
+    which only the backbone is in ``weights``; blank: tensors of denoising, which a detector of transformers has not;
+    notes: what else is to be said of the file.
     """
 
     weights: dict[str, Tensor]
@@ -40,7 +41,8 @@ class Source(NamedTuple):
     removed: list[str]
     aside: list[str]
     other: str | None = None
-    blank: Sequence[str] | None = None
+    blank: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 class Initialised(NamedTuple):
@@ -104,7 +106,8 @@ def weights_of(content: dict, path: str | Path) -> Source:
         if all(name == f"LABEL_{number}" for number, name in classes):  # what transformers calls those without a name
             classes = None
     objects = _of_objects(content.get("config"))
-    return Source(weights, classes, None, objects, False, *others, blank=content.get("blank"))
+    beside = {name: content[name] for name in ("blank", "notes") if "model" in content and name in content}
+    return Source(weights, classes, None, objects, False, *others, **beside)
 
 
 def _backbone_of_detr(weights: dict[str, Tensor], removed: list[str], aside: list[str]) -> Source:
@@ -149,7 +152,7 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
     taken, remade = {}, []
     for name, value in own.items():
         of_proposals = name.startswith(_PROPOSALS_CLASS)
-        blank = name in (source.blank or ())
+        blank = name in source.blank
         there = None if of_proposals and other_scores else weights.get(name)
         by_class = places is not None and (_CLASS_HEAD.fullmatch(name) or name == _LABEL_TABLE)
         if blank and name != _LABEL_TABLE:
@@ -178,7 +181,7 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
 
 def _hints(model: DNDETR, weights: dict[str, Tensor], source: Source) -> list[str]:
     """What to type for a model that is more like the file's, where only the file's author can know."""
-    hints = []
+    hints = list(source.notes)
     one_head = isinstance(model.decoder, DeformableDecoder) and "decoder.class_embed.weight" in model.state_dict()
     if one_head and any(re.match(r"decoder\.(class|bbox)_embed\.\d", name) for name in weights):
         hints.append("its decoder layers have heads of their own, kept with --model.no-shared-heads")

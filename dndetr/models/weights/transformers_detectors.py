@@ -102,6 +102,7 @@ _PACKED = re.compile(r"(.*\.self_attn\.)in_proj_(weight|bias)")
 _PART = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)")
 _BOTH = "queries.position_and_content.weight"
 _UNKNOWN = "queries.label_enc.weight"
+_LINEAR = ("weight", "bias")
 _DENOISING = (_UNKNOWN, "queries.position_head.")
 
 
@@ -145,11 +146,12 @@ def from_detector(state: Weights, config: ModelConfig, classes: int) -> Weights:
 def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights]:
     """Our model's tensors -> under the names that transformers writes, and those without a counterpart under ours.
 
+    What transformers has without a use for it, where there is no encoder, is zero.
     Matching queries of a DN-DETR start from the label table's row "unknown", which becomes part of the patterns.
     """
-    dab = config.variant == "dn-detr"
-    weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-    kept = {name: weights.pop(name) for name in of_denoising_alone(weights)}
+    dab, weights = config.variant == "dn-detr", dict(weights)
+    counters = [name for name in weights if name.endswith("num_batches_tracked")]
+    kept = {name: weights.pop(name) for name in (*counters, *of_denoising_alone(weights))}
     if dab:
         if "queries.patterns.weight" in weights:
             kept["queries.patterns.weight"] = weights["queries.patterns.weight"]
@@ -166,6 +168,11 @@ def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights
                 unpacked[f"{found[1]}{part}_proj.{found[2]}"] = rows
         else:
             unpacked[name] = value
+    if config.encoder_layers == 0:
+        sides = {f"layers.{n}.{part}": (config.width,) * (1 + (part == "weight")) for n in range(2) for part in _LINEAR}
+        shapes = {f"encoder.query_scale.{name}": shape for name, shape in sides.items()}
+        shapes = shapes if dab else {"projection.level_embed": (config.levels, config.width)}
+        unpacked |= {name: torch.zeros(shape) for name, shape in shapes.items()}
     return {theirs: unpacked[ours] for ours, theirs in _their_names(unpacked, config).items()}, kept
 
 

@@ -1,0 +1,105 @@
+"""README.md of a detector that is given away: what the hub reads of it, how it was trained, how it is used."""
+
+import json
+from pathlib import Path
+
+from .. import __version__
+from ..config import Config
+from ..data.classes import Classes, distinct_names, listed
+
+_METRICS = {"AP": "AP at IoU 0.50:0.95", "AP50": "AP at IoU 0.50", "AP75": "AP at IoU 0.75"}
+_CARD = """---
+license: unknown  # yours to say
+library_name: transformers
+pipeline_tag: object-detection
+tags:
+- object-detection
+- {kind}
+- dndetr
+datasets:
+- {data}
+model-index:
+- name: {name}
+  results:{results}
+---
+
+# {title}
+
+{architecture} for {count} classes ({classes}), trained with query denoising by
+[dndetr](https://arxiv.org/abs/2203.01305) {version}: the decoder was also fed noised ground-truth boxes, which it learned to
+restore. Nothing of that is left in the weights, so transformers reads them without dndetr.
+
+## Training
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+from transformers import pipeline
+
+detector = pipeline("object-detection", model="{title}")
+print(detector("photo.jpg", threshold=0.5))
+```
+
+With dndetr, which also goes on with the training (`python -m dndetr.train --init {title}`):
+
+```python
+import dndetr
+
+print(dndetr.load("{title}").predict("photo.jpg"))
+```
+
+`dndetr.safetensors` has what dndetr keeps beside, in its header also all settings of the run; transformers has no use for it.
+"""
+_RESULTS = """
+  - task:
+      type: object-detection
+    dataset:
+      type: {data}
+      name: {data}
+    metrics:"""
+_NO_RESULTS = " []"
+
+
+def model_card(name: str, kind: str, architecture: str, config: Config, classes: Classes, scores: dict) -> str:
+    """The text of README.md. scores: AP and others of the weights' evaluation, and its epoch; {} where there was none."""
+    data = Path(config.data_name or "unknown").name
+    quoted = json.dumps(data)
+    found = {key: scores[key] for key in _METRICS if scores.get(key) is not None}
+    results = _RESULTS.format(data=quoted) if found else _NO_RESULTS
+    for key, value in found.items():
+        results += f"\n    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}"
+    rows = {
+        "preset": config.preset,
+        "data": data,
+        "epochs": f"{scores['epoch']} of {config.epochs}" if "epoch" in scores else config.epochs,
+        "images a step": config.batch_size * config.accumulate,
+        "learning rate": f"{config.lr:g}",
+        "denoising groups": config.denoising.groups,
+        "images": _images(config),
+    }
+    rows |= {_METRICS[key]: f"{value:.3f}" for key, value in found.items()}
+    return _CARD.format(
+        kind=kind,
+        data=quoted,
+        name=json.dumps(name),
+        title=name,
+        results=results,
+        architecture=architecture,
+        count=len(classes),
+        classes=listed(distinct_names(classes), 10),
+        version=__version__,
+        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+
+
+def _images(config: Config) -> str:
+    images = config.images
+    if images.recipe == "fixed":
+        return "resized to {} x {}".format(*images.canvas)
+    if images.recipe == "original":
+        return "as they are"
+    return f"short side {images.eval_size}, long side at most {images.max_size}"
