@@ -130,7 +130,10 @@ def load(
         config, classes = chosen, COCO_CLASSES if classes is None else classes
         model = _model_of_weights(checkpoint, path, config, classes)
     elif {"model", "config", "classes"} <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
-        config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
+        try:
+            config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         model = build_model(config.model, len(classes))
         try:
             model.load_state_dict(unwrap(checkpoint, path).weights)
