@@ -10,6 +10,7 @@ from . import _process  # noqa: F401
 from .commandline import DeviceName, ModelPath, PresetName, program
 from .data.classes import distinct_names, listed, match_classes
 from .demands import demand
+from .hub import is_hub_name
 from .presets import preset_named
 
 _MEANINGS = {
@@ -124,7 +125,8 @@ def open_split(arguments: Arguments, config):
     named = with_data(config, arguments.data, arguments.val_share, arguments.split_file)
     source, name = named.data, named.data_name
     if source is None:
-        raise ValueError("--preset needs data: --data DIR (yours) or --data shapes")
+        what = str(arguments.model) if arguments.preset is None else "--preset"
+        raise ValueError(f"{what} needs data: --data DIR (yours) or --data shapes")
     if arguments.data is None:
         demand_data_there(config)
     for warning in shapes_or_folder(source):
@@ -186,6 +188,8 @@ def _results(arguments: Arguments):
     """The folder for the results, as ``results_folder`` has it: by default beside the run."""
     from .runs.results import results_folder
 
+    if is_hub_name(str(arguments.model)):
+        return results_folder(arguments.output, f"{arguments.model.name}-{arguments.split}")
     path = arguments.model.resolve()
     run = path if path.is_dir() else path.parent
     is_run = (run / "config.json").exists()

@@ -90,7 +90,7 @@ def _to_transformers(arguments: Arguments, folder: Path) -> None:
     from .hf.detector_config import DETECTORS
     from .hf.written_config import to_transformers
     from .runs.model_card import model_card
-    from .runs.results import scores_of
+    from .runs.scores import scores_of
     from .runs.written_detector import in_transformers, write_detector
 
     detector = load(arguments.model, "cpu", preset=arguments.preset)
@@ -150,7 +150,7 @@ def _validation_image(config):
     if config.data == "shapes":
         return render("val", 0, MIN_SIZE)[0].transpose(1, 2, 0)
     if config.data is None:
-        raise ValueError("--preset needs an image to compare on: --image FILE")
+        raise ValueError("there is no data to take an image to compare on from: --image FILE")
     try:
         records = source_of(config).read("val")
         unreadable = []

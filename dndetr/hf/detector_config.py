@@ -16,12 +16,14 @@ DETECTORS = {"dab-detr": "DAB-DETR", "deformable_detr": "Deformable DETR"}
 def from_transformers(theirs: dict, processor: dict) -> tuple[Config, Classes]:
     """A detector's settings, as read from its files, as ours, and its classes, one for every row of its class heads.
 
-    What it does not say of training is DN-DETR's recipe. ValueError, in the file's words, for what has no counterpart.
+    What it does not say of training is DN-DETR's recipe, but without its denoising. ValueError, in the file's words,
+    for what has no counterpart.
     """
     deformable = theirs["model_type"] == "deformable_detr"
     recipe = dn_deformable_detr_r50() if deformable else dn_detr_r50()
     model = _deformable(theirs) if deformable else _dab(theirs)
-    return replace(recipe, model=model, images=_images(processor, recipe.images)), _classes(theirs)
+    denoising, images = replace(recipe.denoising, groups=0), _images(processor, recipe.images)
+    return replace(recipe, model=model, images=images, denoising=denoising), _classes(theirs)
 
 
 def without_counterpart(theirs: dict, **expected) -> None:

@@ -1,4 +1,4 @@
-"""Our settings as config.json and preprocessor_config.json of a transformers detector: the way back of detector_config."""
+"""Our settings as config.json and preprocessor_config.json of a transformers detector: detector_config's way back."""
 
 import json
 
@@ -17,7 +17,7 @@ _CLASSES = {"dab-detr": "DabDetrForObjectDetection", "deformable_detr": "Deforma
 
 
 def to_transformers(config: Config, classes: Classes) -> dict:
-    """The content of config.json; ValueError, naming the setting, for models that transformers has no counterpart of."""
+    """The content of config.json; ValueError, naming the setting, where transformers has no such model."""
     model, loss = config.model, config.loss
     kind = _kind(model)
     names = distinct_names(classes)
@@ -122,7 +122,9 @@ def _backbone(own: BackboneConfig) -> dict:
         return json.loads(own.settings) | {"out_indices": list(own.outputs)}
     demand(own.stem == "imagenet", "model.backbone.stem", own.stem, "imagenet, as ResNets of transformers")
     demand(own.norm != "group", "model.backbone.norm", own.norm, "frozen or batch, as ResNets of transformers")
-    demand(not own.dilation, "model.backbone.dilation", own.dilation, "False: transformers' own ResNet is never dilated")
+    demand(
+        not own.dilation, "model.backbone.dilation", own.dilation, "False: transformers' own ResNet is never dilated"
+    )
     stages = max(own.outputs)
     bottleneck = own.depth >= 50 if own.bottleneck is None else own.bottleneck
     return {

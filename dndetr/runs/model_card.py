@@ -25,9 +25,7 @@ model-index:
 
 # {title}
 
-{architecture} for {count} classes ({classes}), trained with query denoising by
-[dndetr](https://arxiv.org/abs/2203.01305) {version}: the decoder was also fed noised ground-truth boxes, which it learned to
-restore. Nothing of that is left in the weights, so transformers reads them without dndetr.
+{architecture} for {count} classes ({classes}), {trained}
 
 ## Training
 
@@ -52,8 +50,13 @@ import dndetr
 print(dndetr.load("{title}").predict("photo.jpg"))
 ```
 
-`dndetr.safetensors` has what dndetr keeps beside, in its header also all settings of the run; transformers has no use for it.
+`dndetr.safetensors` has what dndetr keeps beside, and in its header all settings of the run. transformers has no use
+for it.
 """
+_DENOISED = """trained by dndetr {version} with query denoising
+([arXiv 2203.01305](https://arxiv.org/abs/2203.01305)): the decoder was also fed noised ground-truth boxes, which it
+learned to restore. Nothing of that is left in the weights, so transformers reads them without dndetr."""
+_PLAIN = "written by dndetr {version}."
 _RESULTS = """
   - task:
       type: object-detection
@@ -65,7 +68,7 @@ _NO_RESULTS = " []"
 
 
 def model_card(name: str, kind: str, architecture: str, config: Config, classes: Classes, scores: dict) -> str:
-    """The text of README.md. scores: AP and others of the weights' evaluation, and its epoch; {} where there was none."""
+    """The text of README.md. scores: AP and others of the weights, and their epoch; {} where none is known."""
     data = Path(config.data_name or "unknown").name
     quoted = json.dumps(data)
     found = {key: scores[key] for key in _METRICS if scores.get(key) is not None}
@@ -91,7 +94,7 @@ def model_card(name: str, kind: str, architecture: str, config: Config, classes:
         architecture=architecture,
         count=len(classes),
         classes=listed(distinct_names(classes), 10),
-        version=__version__,
+        trained=(_DENOISED if config.denoising.groups else _PLAIN).format(version=__version__),
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
 

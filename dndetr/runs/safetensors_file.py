@@ -10,7 +10,7 @@ from safetensors.torch import save
 from .. import __version__
 
 _KEY = "dndetr"  # alone in the header: of several, the library changes the order from file to file
-_ABOUT = ("config", "classes", "step", "epoch", "metrics")
+_ABOUT = ("config", "classes", "step", "epoch", "metrics", "exported")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -27,9 +27,14 @@ def safetensors_bytes(checkpoint: dict) -> bytes:
     """
     weights = checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]
     about = {"version": __version__} | {name: checkpoint[name] for name in _ABOUT if name in checkpoint}
+    return tensor_bytes(weights, {_KEY: json.dumps(about)})
+
+
+def tensor_bytes(weights: dict[str, torch.Tensor], header: dict[str, str]) -> bytes:
+    """A file with tensors, and texts by name in its header."""
     # The format has no strides, and no memory that two tensors share.
     copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
-    return save(copies, {_KEY: json.dumps(about)})
+    return save(copies, header)
 
 
 def read_safetensors(path: Path) -> dict:

@@ -1,17 +1,13 @@
 """A detector as a folder that transformers reads, and what is kept there of what it has no place for."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from .. import __version__
 from ..config import Config, from_dict, to_dict
 from ..data.classes import Classes, distinct_names
 from ..files import write_atomic, write_json_atomic
@@ -20,6 +16,7 @@ from ..models.build import build_model
 from ..models.weights.head_sharing import fit_heads
 from ..models.weights.transformers_detectors import Weights, of_denoising_alone, to_detector
 from ..scoring.coco import Detections, postprocess
+from .safetensors_file import read_safetensors, safetensors_bytes, tensor_bytes
 
 BESIDE = "dndetr.safetensors"
 _CHANGED = "its weights were changed since dndetr exported them, and are used as they are now"
@@ -32,10 +29,10 @@ def write_detector(folder: Path, weights: Weights, config: Config, classes: Clas
     """
     theirs = to_transformers(config, classes)
     tensors, kept = to_detector(weights, config.model)
-    content = _safetensors(tensors, {})
-    about = {"version": __version__, "config": to_dict(config), "classes": classes, "weights": _digest(content)}
+    content = tensor_bytes(tensors, {"format": "pt"})
+    beside = {"model": kept, "ema": None, "config": to_dict(config), "classes": classes, "exported": _digest(content)}
     write_atomic(folder / "model.safetensors", content)
-    write_atomic(folder / BESIDE, _safetensors(kept, {"dndetr": json.dumps(about)}))
+    write_atomic(folder / BESIDE, safetensors_bytes(beside))
     write_json_atomic(folder / "config.json", theirs, indent=2)
     write_json_atomic(folder / "preprocessor_config.json", to_processor(config, theirs["model_type"]), indent=2)
     return theirs
@@ -47,10 +44,13 @@ def restored(folder: Path, model: Weights, config: Config, classes: Classes) -> 
     Weights that are those that were exported come back to the bit, with the run's own settings; others win over what
     was kept, and that is among the "notes". ValueError where the files are of different models.
     """
-    kept, about = _read(folder / BESIDE)
-    exported, exported_classes = from_dict(about["config"]), [(number, name) for number, name in about["classes"]]
+    beside = read_safetensors(folder / BESIDE)
+    if "exported" not in beside:
+        raise ValueError(f"its {BESIDE} is not what dndetr writes: remove it to read the rest alone")
+    kept, exported = beside["model"], from_dict(beside["config"])
+    exported_classes = [(number, name) for number, name in beside["classes"]]
     weights = folder / "model.safetensors"
-    if weights.exists() and _digest(weights.read_bytes()) == about["weights"]:
+    if weights.exists() and _digest(weights.read_bytes()) == beside["exported"]:
         with torch.device("meta"):
             own = build_model(exported.model, len(exported_classes)).state_dict()
         found = fit_heads(model | kept, own)
@@ -96,20 +96,5 @@ def in_transformers(folder: Path, most: int) -> Callable[[Tensor, Tensor], Detec
     return detect
 
 
-def _safetensors(tensors: Weights, metadata: dict[str, str]) -> bytes:
-    # The format has no strides, and no memory that two tensors share.
-    copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    return save(copies, {"format": "pt"} | metadata)
-
-
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _read(path: Path) -> tuple[Weights, dict]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["dndetr"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or remove it to read the rest alone") from error
