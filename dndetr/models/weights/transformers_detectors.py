@@ -204,9 +204,10 @@ def _under_our_names(state: Weights, config: ModelConfig) -> Weights:
             place = _of_backbone(theirs.removeprefix(_BACKBONE), config)
         else:
             place = _translated(theirs, rows)
+        value = value.float() if value.is_floating_point() else value
         if place in ours and not ours[place].equal(value):
             raise ValueError(f"{name} is not the tensor that it has under the head's other name")
-        ours[place] = value.float() if value.is_floating_point() else value
+        ours[place] = value
     packed: dict[str, dict[str, Tensor]] = {}
     for name in list(ours):
         if found := _PART.fullmatch(name):
