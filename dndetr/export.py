@@ -81,7 +81,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _to_transformers(arguments: Arguments, folder: Path) -> None:
-    from .hf.installed import require_transformers
+    from .transformers_installed import require_transformers
 
     demand(arguments.format is None, "format", arguments.format, "no format with --to transformers")
     demand_new_folder(folder)

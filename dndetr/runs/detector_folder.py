@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import Config, from_dict, to_dict
 from ..data.classes import listed
 from ..hf.detector_config import DETECTORS, from_transformers, without_counterpart
+from ..hf.detector_model import detector_model
 from ..hub import fetched, is_hub_name
 from ..models.weights.transformers_detectors import Weights, from_detector, heads_differ, of_denoising_alone
 from ..presets import preset_named
@@ -72,6 +73,8 @@ def read_of_transformers(path: str | Path) -> dict:
                 without_counterpart(theirs, downsample_in_bottleneck=False)
             return state
         config, classes = from_transformers(theirs, processor)
+        if config.model.backbone.kind == "transformers":  # whose names change with its versions
+            _, state = detector_model(folder, f"the backbone of {name}")
         if config.model.shared_heads and heads_differ(state):
             config = replace(config, model=replace(config.model, shared_heads=False))
         _demand_rows(state, len(classes))

@@ -49,6 +49,8 @@ def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
         if inner in weights:
             raise ValueError(f"{path} has {inner} twice, once as {name}: save the weights of one model alone")
         weights[inner] = value
+    if {"model", "config", "classes"} <= content.keys():  # a checkpoint of ours, whatever its backbone's names are
+        return Unwrapped(weights, [], [])
     removed += [part for part in _WRAPPERS if any(part in name.split(".") for name in named)]
     names = from_transformers_resnet(weights)
     weights = {names[name]: value for name, value in weights.items()}
