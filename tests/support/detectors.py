@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import backbones
 import torch
 
 from dndetr.batch import Batch, Targets
@@ -64,9 +65,11 @@ CONFIGS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32):
-    """The detector, or a preset's, the same weights every time."""
+    """The detector, or a preset's, or one on a backbone of transformers, the same weights every time."""
     torch.manual_seed(0)
-    model = build_model(CONFIGS[name] if name in CONFIGS else preset_named(name).model, CLASSES)
+    known = name in CONFIGS or name in backbones.SETTINGS
+    config = preset_named(name).model if not known else CONFIGS.get(name) or backbones.detector(name)
+    model = build_model(config, CLASSES)
     return model if dtype == torch.float32 else model.to(dtype)  # fake tensors cannot be moved
 
 
