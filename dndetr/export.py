@@ -168,8 +168,6 @@ def _validation_image(config):
 
 def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
     """What whoever runs the file has to know, in JSON's types; it travels in the file."""
-    from .data.sample import MEAN, STD
-
     images = detector.config.images
     if detector.config.data == "shapes" or images.recipe == "fixed":
         resize = "stretch to the canvas"
@@ -185,8 +183,8 @@ def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
         "canvas": list(canvas),
         "resize": f"{resize} (bilinear, antialiased)",
         "colours": "RGB in [0, 1], minus mean, over std",
-        "mean": list(MEAN),
-        "std": list(STD),
+        "mean": list(images.mean),
+        "std": list(images.std),
         "inputs": {
             "images": "float32 [batch, 3, height, width]",
             "sizes": "int64 [batch, 2] height and width of each image on the canvas",

@@ -113,8 +113,8 @@ def _fetched(hub_id: str) -> Path:
                 break
     except GatedRepoError:
         raise OSError(
-            f"{hub_id} is given to those who have accepted its licence (as all of DINOv3): accept it on its page of the "
-            f"hub, then type hf auth login; or {by_hand}"
+            f"{hub_id} is given to those who have accepted its licence (as all of DINOv3): accept it on its page of "
+            f"the hub, then type hf auth login; or {by_hand}"
         ) from None
     except LocalEntryNotFoundError:
         raise OSError(f"{hub_id}: the hub cannot be reached, and it was not fetched before: {by_hand}") from None

@@ -110,6 +110,7 @@ def _backbone(theirs: dict) -> BackboneConfig:
         backbone["out_indices"] = [2, 3, 4] if maps else [4]
         if theirs.get("dilation"):
             backbone["output_stride"] = 16
+        backbone |= theirs.get("backbone_kwargs") or {}
     elif backbone is None:
         if theirs.get("backbone") is not None:
             raise ValueError(f"backbone {theirs['backbone']} is only a name: save it again with transformers 5")

@@ -17,7 +17,7 @@ from .vector_queries import VectorQueries
 
 
 def build_backbone(config: BackboneConfig) -> ResNet | TransformersBackbone:
-    """A ResNet of a published depth, or of ``config.blocks``; or the backbone of transformers in ``config.settings``."""
+    """A ResNet of a published depth or of ``config.blocks``, or the backbone of transformers in ``config.settings``."""
     if config.kind == "transformers":
         return TransformersBackbone(config.settings, config.outputs, config.frozen, config.norm)
     blocks = config.blocks or BLOCKS[config.depth]

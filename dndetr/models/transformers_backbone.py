@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..ops._backend import plain_torch_only
 from ..published_backbones import FEATURE, as_backbone_config
 from ..transformers_installed import require_transformers
 from .backbone import FrozenBatchNorm2d
@@ -30,7 +31,8 @@ class TransformersBackbone(nn.Module):
     the parts without gradient, which also stay in evaluation mode: 1 what comes before the first stage or block, 2 also
     that, and so on; norm "frozen" fixes batch norms' statistics and weights.
 
-    ``multiple``: height and width of images must be multiples of it. ImportError without transformers, ValueError for
+    ``multiple``: height and width of images must be multiples of it; ``idle``: names of parameters, in ``model``, that
+    no map depends on. ImportError without transformers, ValueError for
     settings that describe no backbone, or one that only takes images of one size.
     """
 
@@ -45,6 +47,7 @@ class TransformersBackbone(nn.Module):
             raise ValueError(f"--model.backbone.outputs {outputs}: {config.model_type} has {len(names)} stages")
         config.out_features = [names[-1]] if plain else [names[number - 1] for number in outputs]
         self.model = _built(config)
+        self._attention = self.model.config._attn_implementation
         stages, before = _stages(self.model, len(names))
         del stages[last:]
         if norm == "frozen":
@@ -83,8 +86,9 @@ class TransformersBackbone(nn.Module):
         finally:
             self.model.train(training)
         found = torch.autograd.grad(sum(x.sum() for x in maps), list(parameters.values()), allow_unused=True)
-        for parameter, grad in zip(self.model.parameters(), found, strict=True):
-            parameter.requires_grad_(grad is not None)
+        self.idle = {name for name, grad in zip(parameters, found, strict=True) if grad is None}
+        for name in self.idle:
+            self.model.get_parameter(name).requires_grad_(False)
         return tuple(x.detach() for x in maps)
 
     def train(self, mode: bool = True):
@@ -96,6 +100,8 @@ class TransformersBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w], one for each of ``outputs``."""
+        # Exported programs hold plain operations: one for all of attention is taken apart wrongly on the way to ONNX.
+        self.model.config._attn_implementation = "eager" if plain_torch_only() else self._attention
         maps = list(self.model(images).feature_maps)
         return maps if self.pyramid is None else self.pyramid(maps[0])
 

@@ -21,7 +21,10 @@ from .written_detector import BESIDE, restored
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What says how a model is made or computed, not what it is.
-_OF_NEW_MODELS = ("model.anchors", "model.size_bias", "model.checkpointing", "model.backbone.frozen")
+_OF_NEW_MODELS = (
+    *("model.anchors", "model.size_bias", "model.checkpointing"),
+    *("model.backbone.frozen", "model.backbone.name"),
+)
 _KNOWN = f"{' and '.join(DETECTORS)}, and ResNets,"
 _INSTEAD = {
     "conditional_detr": "dndetr.denoise(model) trains it in transformers with denoising",
@@ -143,7 +146,8 @@ def _demand_rows(state: Weights, classes: int) -> None:
 def as_starting_point(path: str | Path) -> Config:
     """A detector's model and images, trained as its preset says: what a run without ``--preset`` begins from."""
     own = from_dict(read_of_transformers(path)["config"])
-    return replace(preset_named(own.preset), model=own.model, images=own.images)
+    backbone = replace(own.model.backbone, name="")  # whose weights are not to be fetched: they are in the file
+    return replace(preset_named(own.preset), model=replace(own.model, backbone=backbone), images=own.images)
 
 
 def compared(content: dict, config: Config) -> str:
