@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
+from .hub import fetched
 from .transformers_installed import require_transformers
 
 FEATURE = "--model.backbone.kind transformers"
@@ -92,41 +93,7 @@ def published_folder(name: str) -> Path:
             f"--model.backbone.name {name}: give one of {known}; or any hub id, such as {HUB_IDS['swin-tiny']}; or a "
             "folder with config.json and weights"
         )
-    return _fetched(hub_id)
-
-
-def _fetched(hub_id: str) -> Path:
-    """Configuration and weights from the hub, or from what was fetched before."""
-    by_hand = f"fetch {', '.join(_FILES)} and {_WEIGHTS[0]} of {hub_id} where there is one, and give their folder"
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"{hub_id} is fetched by huggingface_hub, which is not installed: pip install huggingface_hub; or {by_hand}"
-        ) from None
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            patterns = [*_FILES, weights, f"{weights.replace('*', '')}.index.json"]
-            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
-            if any((folder / file).is_file() for file in _WEIGHTS):
-                break
-    except GatedRepoError:
-        raise OSError(
-            f"{hub_id} is given to those who have accepted its licence (as all of DINOv3): accept it on its page of "
-            f"the hub, then type hf auth login; or {by_hand}"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise OSError(f"{hub_id}: the hub cannot be reached, and it was not fetched before: {by_hand}") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{hub_id}: the hub has no such model, or not for you: look the name up, or {by_hand}"
-        ) from None
-    except Exception as error:  # whatever the network and its library raise
-        raise OSError(f"{hub_id} could not be fetched ({_first_line(error)}): {by_hand}") from error
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{hub_id} has no config.json, so it is no model of transformers: give another name")
-    return folder
+    return fetched(hub_id)
 
 
 def published_settings(folder: Path) -> str:

@@ -147,6 +147,7 @@ def test_rows_without_names_are_taken_in_their_order(tmp_path, capsys):
             )
             == 0
         )
+    assert "its classes have no names, so they are taken in their order" in capsys.readouterr().out
     given, saved = (load_checkpoint(tmp_path / name)["model"] for name in ("detector", "run"))
     assert saved["decoder.class_embed.weight"].allclose(given["decoder.class_embed.weight"], rtol=0, atol=1e-12)
 

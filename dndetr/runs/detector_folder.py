@@ -35,9 +35,10 @@ _INSTEAD = {
 
 
 def is_of_transformers(path: str | Path) -> bool:
-    """Whether this is a detector of transformers, or another of its models: a folder, a file in one, or a hub name.
+    """Whether this is a folder or hub name of transformers, of whatever model, or the file of a detector in one.
 
-    Folders are known by their config.json, which names the kind of model, as those of our runs do not.
+    Folders are known by their config.json, which names the kind of model, as those of our runs do not. Files of other
+    models may have a backbone to take.
     """
     if is_hub_name(str(path)):
         return True
@@ -49,7 +50,8 @@ def is_of_transformers(path: str | Path) -> bool:
         theirs = json.loads(config.read_text())
     except ValueError:
         return path.is_dir() or path.name in _WEIGHTS  # broken, and said to be when it is read
-    return isinstance(theirs, dict) and "model_type" in theirs
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    return kind is not None if path.is_dir() else kind in DETECTORS
 
 
 def read_of_transformers(path: str | Path) -> dict:
@@ -104,8 +106,11 @@ def _demand_known(kind: str | None, name: str | Path) -> None:
         return
     if kind is None:
         raise ValueError(f"{name}: its config.json has no model_type, so it is no model of transformers")
-    instead = _INSTEAD.get(kind, "give one of those; backbones go with --model.backbone.kind transformers")
-    raise ValueError(f"{name} is a model of the kind {kind}, and of transformers {_KNOWN} are read: {instead}")
+    instead = _INSTEAD.get(kind, "other backbones go with --model.backbone.kind transformers")
+    raise ValueError(
+        f"{name} is a model of the kind {kind}, and of transformers {_KNOWN} are read: {instead}; of its file alone, "
+        "--init FOLDER/model.safetensors takes a ResNet that is in it"
+    )
 
 
 def _state(folder: Path) -> Weights:

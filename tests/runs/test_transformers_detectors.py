@@ -240,17 +240,19 @@ def test_names_on_the_hub(saved, monkeypatch, tmp_path):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(OSError, match=r"no folder somebody/dab-detr, the hub cannot be reached.*config\.json"):
+    with pytest.raises(OSError, match=r"somebody/dab-detr is no folder here, the hub cannot be reached.*config\.json"):
         load("somebody/dab-detr", "cpu")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
         load("somebody/dab-detr", "cpu")
 
 
-@pytest.mark.parametrize("name", ["runs/small-1", "a.pt", "owner/model.safetensors", "a/b/c", "/a/b", "plain", "../x"])
+@pytest.mark.parametrize(
+    "name", ["here/small-1", "runs/small-1", "a.pt", "owner/model.safetensors", "a/b/c", "/a/b", "plain", "../x"]
+)
 def test_what_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "here").mkdir()
     assert not hub.is_hub_name(name)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(name)

@@ -65,7 +65,7 @@ def with_tensor(name, value):
         (dict, {"model_type": "rt_detr"}, r"of the kind rt_detr.*dndetr\.accelerate\(model\)"),
         (dict, {"model_type": "detr"}, "of the kind detr, and of transformers dab-detr and deformable_detr"),
         (dict, {"model_type": "llama"}, "of the kind llama"),
-        (dict, {"model_type": "swin"}, "backbones go with --model.backbone.kind transformers"),
+        (dict, {"model_type": "swin"}, "other backbones go with --model.backbone.kind transformers"),
     ],
 )
 def test_files_that_do_not_fit_are_told_in_one_line(weights, config, told, copied):

@@ -45,13 +45,14 @@ def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
         raise ValueError(f"{path} has a {type(wrongly).__name__} where its weights should be, not a dict of tensors")
     weights: dict[str, Tensor] = {}
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in named}
-    ours = from_transformers_resnet(plain.values())
+    own = {"model", "config", "classes"} <= content.keys()  # a checkpoint of ours: its backbone has its own names
+    ours = {name: name for name in plain.values()} if own else from_transformers_resnet(plain.values())
     for name, value in named.items():
         inner = ours[plain[name]]
         if inner in weights:
             raise ValueError(f"{path} has {inner} twice, once as {name}: save the weights of one model alone")
         weights[inner] = value
-    if {"model", "config", "classes"} <= content.keys():  # a checkpoint of ours, whatever its backbone's names are
+    if own:
         return Unwrapped(weights, [], [])
     removed += [part for part in _WRAPPERS if any(part in name.split(".") for name in named)]
     outer = _outer(weights, path)
