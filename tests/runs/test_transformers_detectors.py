@@ -107,6 +107,7 @@ def test_heads_of_their_own_for_each_layer(variant, copied):
 
     def each_its_own(tensors):
         tensors = heads_for_all(tensors)
+        torch.manual_seed(0)
         drawn = {n: 0.3 * torch.randn_like(v) for n, v in tensors.items() if n.startswith(("class", "bbox"))}
         return tensors | drawn
 
