@@ -128,7 +128,10 @@ def load(
         config, classes = chosen, COCO_CLASSES if classes is None else classes
         model = _model_of_weights(checkpoint, path, config, classes)
     elif {"model", "config", "classes"} <= checkpoint.keys() and isinstance(checkpoint["config"], dict):
-        config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
+        try:
+            config, classes = from_dict(checkpoint["config"]), checkpoint["classes"]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         model = build_model(config.model, len(classes))
         try:
             model.load_state_dict(unwrap(checkpoint, path).weights)
@@ -150,6 +153,11 @@ def _model_of_weights(checkpoint: dict, path: str | Path, config: Config, classe
         raise ValueError(f"--preset {preset}: {path} has its own configuration; leave out --preset")
     model = build_model(config.model, len(classes))
     report = initialise(model, checkpoint, path, classes)
+    if report.other is not None:
+        raise ValueError(
+            f"{path} is of another detector, {report.other}, of which only the backbone can be used: train one that "
+            "starts from it with python -m dndetr.train --init FILE"
+        )
     if report.remade:
         advice = "name another --preset"
         if report.hints:

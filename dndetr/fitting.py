@@ -73,7 +73,7 @@ class TrainedRun:
         return [(number, name) for number, name in load_checkpoint(self._weights(best=True))["classes"]]
 
     def detector(self, device: "str | torch.device" = "auto", *, best: bool = True) -> "Detector":
-        """The detector of ``best.pt`` where there is one; else, or if ``best`` is False, of ``checkpoint.pt``."""
+        """The detector of ``best.pt`` or ``best.safetensors``; without them, or not ``best``, of ``checkpoint.pt``."""
         from .detector import load
 
         return load(self._weights(best), device)
@@ -87,8 +87,11 @@ class TrainedRun:
         return f"TrainedRun({str(self.folder)!r}): {self.config.preset}, {self.status}, {score}"
 
     def _weights(self, best: bool) -> Path:
-        path = self._file("best.pt")
-        return path if best and path.exists() else self._file("checkpoint.pt")
+        from .runs.checkpoint import BEST
+
+        names = [*(BEST if best else ()), "checkpoint.pt"]
+        paths = [self._file(name) for name in names]
+        return next((path for path in paths if path.exists()), paths[-1])
 
     def _file(self, name: str) -> Path:
         if not (self.folder / "config.json").is_file():

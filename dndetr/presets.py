@@ -49,6 +49,21 @@ def dn_deformable_detr_r50() -> Config:
     return replace(config, preset="dn-deformable-detr-r50", model=model, detections=100)
 
 
+def deformable_detr_r50() -> Config:
+    """Deformable DETR with box refinement, and denoising for it: what transformers has a model for."""
+    config = dn_deformable_detr_r50()
+    model = replace(
+        config.model,
+        hidden=1024,
+        query_positions="vectors",
+        query_scale=False,
+        label_indicator=False,
+        box_eps=1e-5,
+    )
+    loss = replace(config.loss, label=2.0)
+    return replace(config, preset="deformable-detr-r50", batch_size=32, lr=2e-4, model=model, loss=loss)
+
+
 def dn_deformable_encoder_r50() -> Config:
     """DN-DETR with a deformable encoder over four levels, three patterns per anchor."""
     config = dn_detr_r50()
@@ -196,6 +211,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
         dn_detr_r50_dc5,
         dn_detr_r101,
         dn_deformable_detr_r50,
+        deformable_detr_r50,
         dn_deformable_encoder_r50,
         dino_r50,
         dino_r50_5scale,

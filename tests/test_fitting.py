@@ -88,8 +88,9 @@ def test_what_a_run_gives(tmp_path):
         saved = load_checkpoint(run.folder / name)["ema"]
         assert all(torch.equal(saved[key], value) for key, value in detector.model.state_dict().items())
         assert detector.classes == run.classes
-    (run.folder / "best.pt").unlink()
-    assert run.detector("cpu").classes == dndetr.load(run, "cpu").classes == run.classes
+    for name in ("best.pt", "best.safetensors"):
+        (run.folder / name).unlink()
+        assert run.detector("cpu").classes == dndetr.load(run, "cpu").classes == run.classes
     assert dndetr.fit(resume=run, quiet=True).folder == run.folder
 
 

@@ -80,4 +80,4 @@ def test_costs_that_are_counted_are_ratios_of_operations(rows):
         if "counted" in cells[3]:
             assert cells[3] == f"{billions(name) / base:.1f}, counted"
             found += 1
-    assert found == 5
+    assert found == 6

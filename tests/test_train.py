@@ -30,6 +30,7 @@ FILES = {
     "metrics.jsonl",
     "checkpoint.pt",
     "best.pt",
+    "best.safetensors",
     "detections_val.json",
     "curves.png",
     "denoising.json",
@@ -126,7 +127,7 @@ def test_kills_at_any_moment_lose_nothing(tmp_path):
     subprocess.run([*program, *FEW, "--output", "whole"], env=environment, check=True, timeout=120)
     command = [*FEW, "--output", "killed", "--checkpoint-every", "2"]
     # Killed as soon as a file appears or changes: at the start, within an epoch, in the middle of writing.
-    for watched in ("checkpoint.pt", "metrics.jsonl", "best.pt"):
+    for watched in ("checkpoint.pt", "metrics.jsonl", "best.pt", "best.safetensors"):
         path = tmp_path / "killed" / watched
         before = path.stat().st_mtime_ns if path.exists() else None
         process = subprocess.Popen([*program, *command], env=environment, stderr=subprocess.PIPE)

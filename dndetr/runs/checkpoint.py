@@ -8,13 +8,23 @@ import torch
 
 from ..files import Unwritten, write_atomic
 from .listener import Listener, Run
+from .safetensors_file import safetensors_bytes
 from .weight_files import read_weights
+
+BEST = ("best.pt", "best.safetensors")  # the same weights
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically; it may hold tensors, numbers, strings and containers of them, nothing else."""
+    """Write a checkpoint atomically; it may hold tensors, numbers, strings and containers of them, nothing else.
+
+    A file called ``.safetensors`` gets the weights that are evaluated, and whose they are, but no state of training.
+    """
+    path = Path(path)
 
     def write(file: BinaryIO) -> None:
+        if path.suffix == ".safetensors":
+            file.write(safetensors_bytes(checkpoint))
+            return
         guard = _ErrorKeeper(file)
         try:
             torch.save(checkpoint, guard)
@@ -25,7 +35,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     try:
         write_atomic(path, write)
     except Unwritten as error:
-        unchanged = "; the file that was there before is unchanged" if Path(path).exists() else ""
+        unchanged = "; the file that was there before is unchanged" if path.exists() else ""
         raise Unwritten(f"{error}{unchanged}") from error
 
 
@@ -41,14 +51,16 @@ def copied(checkpoint: dict) -> dict:
 
 
 class BestCheckpoint(Listener):
-    """Keeps ``best.pt``, the weights that were evaluated best."""
+    """Keeps ``best.pt`` and ``best.safetensors``, the weights that were evaluated best."""
 
     def run_started(self, run: Run) -> None:
         self._run = run
 
     def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
         if best:
-            save_checkpoint(self._run.folder / "best.pt", self._run.weights() | {"metrics": {"AP": row["AP"]}})
+            checkpoint = self._run.weights() | {"metrics": {"AP": row["AP"]}}
+            for name in BEST:
+                save_checkpoint(self._run.folder / name, checkpoint)
 
 
 def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> dict:
@@ -61,7 +73,8 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
     if path.is_dir():
         path = path / "checkpoint.pt"
     if not path.exists():
-        beside = sorted(file.name for file in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+        there = path.parent.iterdir() if path.parent.is_dir() else ()
+        beside = sorted(file.name for file in there if file.suffix in (".pt", ".safetensors"))
         hint = f"that folder has {', '.join(beside)}" if beside else "check the path"
         raise FileNotFoundError(f"no checkpoint at {path}: {hint}")
     checkpoint = read_weights(path)

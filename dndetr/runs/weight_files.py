@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .safetensors_file import is_safetensors, read_safetensors
+
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _SAVE_ALONE = "where it was made, save the weights alone: torch.save(model.state_dict(), FILE)"
 
@@ -20,8 +22,8 @@ def read_weights(path: Path):
 
     Beside tensors and plain values it may hold what is harmless to make: namespaces, paths, numpy's numbers and arrays.
     """
-    if _is_safetensors(path):
-        return _read_safetensors(path)
+    if is_safetensors(path):
+        return read_safetensors(path)
     with open(path, "rb") as file:
         try:
             with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
@@ -47,25 +49,6 @@ def _harmless() -> list:
             pure = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
             types.append((pure, f"{place}.{name}"))
     return types
-
-
-def _is_safetensors(path: Path) -> bool:
-    """By its content: the length of a JSON header, and that header."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ModuleNotFoundError(f"{path} is a safetensors file: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is a damaged safetensors file ({error}): copy it again") from error
 
 
 def _obstacle(path: Path, error: Exception) -> str:

@@ -4,9 +4,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
-import signal
-import sys
 import zipfile
 from pathlib import Path, PureWindowsPath
 
@@ -16,17 +13,6 @@ import torch
 
 from dndetr.files import write_atomic, write_json_atomic
 from dndetr.runs.checkpoint import load_checkpoint, save_checkpoint
-
-
-@pytest.fixture
-def full_disk():
-    """No file of this process may grow past 64 KiB: writes fail as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def checkpoint(fill: float, numbers: int = 10) -> dict:
@@ -185,19 +171,6 @@ def test_half_a_file_of_the_older_format_is_cut_short(tmp_path: Path):
     (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:20_000])
     with pytest.raises(ValueError, match="it is cut short"):
         load_checkpoint(tmp_path / "w.pth")
-
-
-def test_safetensors(tmp_path: Path, monkeypatch):
-    torch_files = pytest.importorskip("safetensors.torch")
-    path = tmp_path / "model.safetensors"
-    torch_files.save_file({"conv1.weight": torch.ones(3)}, path)
-    assert torch.equal(load_checkpoint(path, needs=())["conv1.weight"], torch.ones(3))
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"model\.safetensors is a damaged safetensors file"):
-        load_checkpoint(path, needs=())
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ModuleNotFoundError, match=r"model\.safetensors is a safetensors file: pip install safetensors"):
-        load_checkpoint(path, needs=())
 
 
 def test_json_stays_valid(tmp_path: Path):

@@ -36,6 +36,15 @@ _MULTI = replace(
     levels=4,
     backbone=replace(_SMALL.backbone, outputs=(2, 3, 4)),
 )
+_VECTORS = replace(
+    _MULTI,
+    variant="dn-deformable-detr",
+    position_shift=0.5,
+    query_positions="vectors",
+    query_scale=False,
+    label_indicator=False,
+    box_eps=1e-5,
+)
 CONFIGS = {
     "dn-detr": _SMALL,
     "dn-detr-dc5-patterns": replace(_SMALL, patterns=3, backbone=replace(_SMALL.backbone, dilation=True)),
@@ -53,6 +62,9 @@ CONFIGS = {
         label_indicator=False,
     ),
     "two-stage": replace(_MULTI, variant="dn-deformable-detr", proposals="objects", content="selected"),
+    "deformable-detr": replace(_VECTORS, box_refinement=False, shared_heads=True),
+    "deformable-detr-refined": _VECTORS,
+    "deformable-detr-two-stage": replace(_VECTORS, proposals="objects", proposal_padding="official"),
     "batch-norm-from-scratch": replace(
         _MULTI,
         variant="dn-deformable-detr",

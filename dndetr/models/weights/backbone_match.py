@@ -36,6 +36,11 @@ def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], pa
     elif not stages:
         beginning = f"{_PREFIX}{next(iter(there))}"
         what = f"it is no ResNet, or hardly the beginning of one (it has {beginning}): give another file"
+    elif (variant := _variant(there)) is not None:
+        what += (
+            f" with {variant}, which --model.backbone does not make: give a plain ResNet's file, such as torchvision's "
+            "or timm's resnet50"
+        )
     elif stages < needed:
         what += f", cut off before layer{stages + 1}, but the model has layer{needed}: give a whole file"
     elif not _can_be_built(kind, there, needed):
@@ -107,6 +112,22 @@ def _kind(shapes: Shapes) -> _Kind:
         stem="small" if "conv2.weight" in shapes else "imagenet",
         norm="frozen" if "bn1.running_mean" in shapes else "group",
     )
+
+
+def _variant(shapes: Shapes) -> str | None:
+    """What is special about a ResNet of a kind that is published but is not ours; None where nothing is."""
+    if any(name.startswith(("conv1.0.", "embedder.embedder.0.")) for name in shapes):
+        return "a stem of several convolutions (ResNet-C, ResNet-D, those of RT-DETR)"
+    if any(".se." in name for name in shapes):
+        return "weights for its channels (SE-ResNet, ECA-ResNet)"
+    if len(shapes.get("layer2.0.downsample.1.weight", ())) == 4:
+        return "pooling in its shortcuts (ResNet-D)"
+    first, second, third = (shapes.get(f"layer1.0.conv{number}.weight") for number in (1, 2, 3))
+    if second is not None and second[1] != first[0]:
+        return "grouped convolutions (ResNeXt)"
+    if third is not None and third[0] != 4 * first[0]:
+        return "wide bottlenecks (Wide ResNet)"
+    return None
 
 
 def _can_be_built(kind: _Kind, shapes: Shapes, stages: int) -> bool:

@@ -17,6 +17,7 @@ from .head_sharing import fit_heads
 from .official import COCO_CLASSES, encoder_heads_last, from_official
 from .unwrap import unwrap
 
+_DETR = re.compile(r"transformer\.decoder\.layers\.0\.multihead_attn\.")
 _CLASS_HEAD = re.compile(r"(decoder|proposals)\.class_embed\.(\d+\.)?(weight|bias)")
 _PROPOSALS_CLASS = "proposals.class_embed."
 _LABEL_TABLE = "queries.label_enc.weight"
@@ -27,7 +28,8 @@ class Source(NamedTuple):
 
     classes: (category id, name) of every row, or ids: category ids alone, as in official files; both None where the
     file does not say. objects: whether the encoder's proposals are scored for being objects, None where it does not
-    say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them.
+    say; detrex: whether it is detrex's; removed, aside: as ``unwrap`` has them; other: the name of another detector, of
+    which only the backbone is in ``weights``.
     """
 
     weights: dict[str, Tensor]
@@ -37,6 +39,7 @@ class Source(NamedTuple):
     detrex: bool
     removed: list[str]
     aside: list[str]
+    other: str | None = None
 
 
 class Initialised(NamedTuple):
@@ -45,7 +48,8 @@ class Initialised(NamedTuple):
     kept: names of tensors taken from it; remade: names of those that it does not have, or in another shape, and which
     therefore start as in a new model; ignored: names in the file that the model does not have; found, absent: classes
     whose rows were taken, and those that start anew (both empty where the rows were not looked up); removed: keys and
-    prefixes under which the file had its weights; hints: flags with which the model may be more like the file's.
+    prefixes under which the file had its weights; hints: flags with which the model may be more like the file's; other:
+    the name of another detector, of which only the backbone was taken.
     """
 
     kept: list[str]
@@ -55,6 +59,7 @@ class Initialised(NamedTuple):
     absent: list[str]
     removed: list[str]
     hints: list[str]
+    other: str | None = None
 
     def __str__(self) -> str:
         text = f"found under {', '.join(self.removed)}; " if self.removed else ""
@@ -66,6 +71,8 @@ class Initialised(NamedTuple):
         for what, names in (("re-made", self.remade), ("ignored", self.ignored)):
             if names:
                 text += f"; {what} {len(names)}: {_grouped(names)}"
+        if self.other is not None:
+            text += f"; it is of another detector, {self.other}, of which only the backbone is used"
         return "; ".join([text, *self.hints])
 
 
@@ -75,6 +82,8 @@ def weights_of(content: dict, path: str | Path) -> Source:
     ValueError, with the file's name, where they contradict each other.
     """
     weights, *others = unwrap(content, path)
+    if any(map(_DETR.match, weights)):
+        return _backbone_of_detr(weights, *others)
     if any(name.startswith("transformer.") for name in weights):
         detrex = is_detrex(weights)
         if detrex:
@@ -85,13 +94,21 @@ def weights_of(content: dict, path: str | Path) -> Source:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return Source(weights, None, _ids(weights, detrex), objects, detrex, *others)
-    if "conv1.weight" in weights:
+    if "conv1.weight" in weights or "layer1.0.conv1.weight" in weights:
         weights = {f"backbone.{name}": value for name, value in weights.items() if not name.startswith("fc.")}
         return Source(weights, None, None, None, False, *others)
     classes = content.get("classes") if "model" in content else None
     if classes is not None:
         classes = [(number, name) for number, name in classes]
     return Source(weights, classes, None, _of_objects(content.get("config")), False, *others)
+
+
+def _backbone_of_detr(weights: dict[str, Tensor], removed: list[str], aside: list[str]) -> Source:
+    """DETR's transformer has some tensors of the names and shapes of ours, which mean something else there."""
+    body = "backbone.0.body."
+    backbone = {f"backbone.{name.removeprefix(body)}": weights[name] for name in weights if name.startswith(body)}
+    aside = [*aside, *(name for name in weights if not name.startswith(body))]
+    return Source(backbone, None, None, None, False, removed, aside, "DETR")
 
 
 def _of_objects(config) -> bool | None:
@@ -140,14 +157,15 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
         elif not _is_counter(name):
             remade.append(name)
     if not taken:
-        found = listed(list(source.weights), 3) or "no tensors"
+        found = listed([*source.weights, *source.aside], 3) or "no tensors"
         raise ValueError(f"{path}: nothing in this file fits the model (it has {found})")
     model.load_state_dict(taken, strict=False)
     ignored = [name for name in (*weights, *source.aside) if name not in own and not _is_counter(name)]
     found, absent = [], []
     for (number, _), name, place in zip(classes, distinct_names(classes), places or (), strict=False):
         (absent if place is None else found).append(name if source.ids is None else f"{name} ({number})")
-    return Initialised(list(taken), remade, ignored, found, absent, source.removed, _hints(model, weights, source))
+    hints = _hints(model, weights, source)
+    return Initialised(list(taken), remade, ignored, found, absent, source.removed, hints, source.other)
 
 
 def _hints(model: DNDETR, weights: dict[str, Tensor], source: Source) -> list[str]:

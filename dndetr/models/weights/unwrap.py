@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .transformers_resnet import from_transformers_resnet
+
 # Keys of dictionaries and first parts of names under which weights are found, the ones to use first: moving averages,
 # then what is trained, with the names that published backbones have.
 _PREFERRED = (
@@ -15,7 +17,8 @@ _PREFERRED = (
 )
 # What torch adds where it wraps: DataParallel and averages, compile, sharding, checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_STEM = re.compile(r"(?P<outer>(?:.*\.)?)conv1\.weight")
+# The first convolution of a ResNet or, in those that are not ours, of a stem of several (timm's, and RT-DETR's).
+_STEM = re.compile(r"(?P<outer>(?:.*\.)?)(?:conv1\.(?:0\.)?weight|embedder\.embedder\.0\.convolution\.weight)")
 _BACKBONE = re.compile(r"(^|\.)backbone\.(0\.body\.)?$")
 
 
@@ -28,7 +31,10 @@ class Unwrapped(NamedTuple):
 
 
 def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
-    """The weights in a file's content; path: its name in messages. ValueError where they could be several models'."""
+    """The weights in a file's content; path: its name in messages. ValueError where they could be several models'.
+
+    A ResNet of transformers has torchvision's names here, ours.
+    """
     state, removed = content, []
     while (key := _inner(state)) is not None:
         removed.append(str(key))
@@ -38,8 +44,10 @@ def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
     if not named and wrongly is not None:
         raise ValueError(f"{path} has a {type(wrongly).__name__} where its weights should be, not a dict of tensors")
     weights: dict[str, Tensor] = {}
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in named}
+    ours = from_transformers_resnet(plain.values())
     for name, value in named.items():
-        inner = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        inner = ours[plain[name]]
         if inner in weights:
             raise ValueError(f"{path} has {inner} twice, once as {name}: save the weights of one model alone")
         weights[inner] = value
