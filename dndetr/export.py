@@ -136,6 +136,9 @@ def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | 
             raise ValueError(f"--canvas {canvas}: the run resizes every image to {data.canvas}; leave out --canvas")
         if any(side > most for side, most in zip(sample.size, canvas, strict=True)):
             raise ValueError(f"--canvas {canvas}: the image becomes {sample.size}; give that much or another --image")
+    multiple = detector.model.backbone.multiple
+    if canvas is not None and any(side % multiple for side in canvas):
+        raise ValueError(f"--canvas {canvas}: give multiples of {multiple}, which the backbone needs")
     mirrored = replace(sample, pixels=sample.pixels[:, ::-1])
     return collate([sample, mirrored], config.images.multiple, canvas or data.canvas)
 

@@ -1,5 +1,6 @@
 """Named starting points: the official 50-epoch recipes, and two for small machines and small data."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -108,6 +109,28 @@ def dino_r50_5scale() -> Config:
     return replace(config, preset="dino-r50-5scale", model=model)
 
 
+def dino_swin_l() -> Config:
+    """DINO with Swin-L, pretrained on ImageNet-22k with images of 384x384: nothing is frozen, and blocks recomputed."""
+    config = dino_r50()
+    architecture = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12}
+    settings = json.dumps({"model_type": "swin", **architecture, "image_size": 384})
+    backbone = _of_transformers("swin-large", settings, outputs=_MULTI_SCALE)
+    return replace(config, preset="dino-swin-l", model=replace(config.model, backbone=backbone, checkpointing=True))
+
+
+def dn_detr_convnextv2_tiny() -> Config:
+    """DN-DETR on the last map of ConvNeXt V2-T, pretrained on ImageNet-22k."""
+    config = dn_detr_r50()
+    architecture = {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
+    backbone = _of_transformers("convnextv2-tiny", json.dumps({"model_type": "convnextv2", **architecture}))
+    return replace(config, preset="dn-detr-convnextv2-tiny", model=replace(config.model, backbone=backbone))
+
+
+def _of_transformers(name: str, settings: str, outputs: tuple[int, ...] = (4,)) -> BackboneConfig:
+    """A backbone of which nothing is frozen; settings: what it is, for those who look at it without its weights."""
+    return BackboneConfig(kind="transformers", name=name, settings=settings, frozen=0, outputs=outputs)
+
+
 def tiny() -> Config:
     """A small detector on the built-in shapes, from nothing, in minutes on two CPU cores."""
     return Config(
@@ -192,6 +215,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
         dn_deformable_encoder_r50,
         dino_r50,
         dino_r50_5scale,
+        dino_swin_l,
+        dn_detr_convnextv2_tiny,
     )
 }
 

@@ -82,7 +82,7 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def _given(arguments: Sequence[str]) -> set[str]:
+def given_flags(arguments: Sequence[str]) -> set[str]:
     """The settings that are given as flags, by their names in the configuration."""
     flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     paths = (flag.removeprefix("--").replace("-", "_").rpartition(".") for flag in flags)
@@ -113,7 +113,7 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
 
     listeners: are told of the run beside its own, on the first process (docs/listeners.md).
     """
-    folder, first, stopped, _ = train(parse(arguments), _given(arguments), listeners)
+    folder, first, stopped, _ = train(parse(arguments), given_flags(arguments), listeners)
     if stopped is not None:
         if first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)

@@ -48,8 +48,7 @@ class TransformersBackbone(nn.Module):
         config.out_features = [names[-1]] if plain else [names[number - 1] for number in outputs]
         self.model = _built(config)
         self._attention = self.model.config._attn_implementation
-        stages, before = _stages(self.model, len(names))
-        del stages[last:]
+        stages, before = _stages(self.model, last, len(names))
         if norm == "frozen":
             _freeze_batch_norms(self.model)
         _make_recomputable(self.model, stages)
@@ -143,22 +142,24 @@ def _built(config) -> nn.Module:
         raise ValueError(f"{_WHERE}: transformers cannot build this {config.model_type}: {reason}") from error
 
 
-def _stages(model: nn.Module, count: int) -> tuple[nn.ModuleList, list[nn.Module]]:
-    """The list of a model's stages, or blocks, and the modules that come before it."""
-    if (found := _list_within(model, count)) is None:
+def _stages(model: nn.Module, last: int, count: int) -> tuple[nn.ModuleList, list[nn.Module]]:
+    """The list of a model's ``count`` stages, or blocks, cut after ``last`` of them, and the modules before it."""
+    lists = (name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    if (path := next(lists, None)) is None:
         raise ValueError(f"the backbone {model.config.model_type} cannot be used: it has no list of its {count} stages")
-    return found
-
-
-def _list_within(module: nn.Module, count: int) -> tuple[nn.ModuleList, list[nn.Module]] | None:
-    before: list[nn.Module] = []
-    for child in module.children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child, before
-        if (inside := _list_within(child, count)) is not None:
-            return inside[0], before + inside[1]
-        before.append(child)
-    return None
+    before, after, module = [], [], model
+    for name in path.split("."):
+        children = list(module.named_children())
+        place = [other for other, _ in children].index(name)
+        before += [child for _, child in children[:place]]
+        after += [(module, other, child) for other, child in children[place + 1 :]]
+        module = getattr(module, name)
+    if last < count:
+        del module[last:]
+        for parent, name, child in after:
+            if isinstance(child, nn.LayerNorm):
+                setattr(parent, name, nn.Identity())  # of the last stage of all, and of its width
+    return module, before
 
 
 def _freeze_batch_norms(model: nn.Module) -> None:
