@@ -27,7 +27,8 @@ wheel() { # NAME==VERSION
     "$work/venv/bin/pip" download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${from[@]}" \
         -d "$pack/wheels" "$1"
 }
-for needed in tyro==1.0.17 typeguard==4.6.1 docstring_parser==0.18.0 pycocotools==2.0.11 transformers==5.24.0; do
+for needed in tyro==1.0.17 typeguard==4.6.1 docstring_parser==0.18.0 pycocotools==2.0.11 safetensors==0.8.0 \
+    transformers==5.24.0; do
     wheel "$needed"
 done
 for peer in deformops==3.0.1 torch-hungarian==0.1.0rc2; do # measured against where they are there

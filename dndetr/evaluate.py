@@ -118,6 +118,7 @@ def open_split(arguments: Arguments, config):
     """The data set to evaluate on, prepared as ``config`` says, and its name in messages."""
     from .data.folder_dataset import FolderDataset
     from .data.review.image_files import check_files
+    from .data.sample import normalisation
     from .data.shapes import ShapesDataset
     from .data.training import evaluation_transform, shapes_or_folder, source_of
     from .runs.paths import demand_data_there, with_data
@@ -132,9 +133,10 @@ def open_split(arguments: Arguments, config):
     for warning in shapes_or_folder(source):
         print(f"warning: {warning}", file=sys.stderr)
     if source == "shapes":
+        colours = normalisation(config.images)
         if arguments.split == "train":
-            return ShapesDataset("train", config.train_images, seed=config.seed), source
-        return ShapesDataset(arguments.split, config.val_images), source
+            return ShapesDataset("train", config.train_images, seed=config.seed, colours=colours), source
+        return ShapesDataset(arguments.split, config.val_images, colours=colours), source
     cache = config.images.cache_mib << 20  # decides how large pictures are decoded, so it is the run's
     data = FolderDataset(source_of(named).read(arguments.split), evaluation_transform(config), cache_bytes=cache)
     if config.images.skip_unreadable or arguments.skip_unreadable:

@@ -81,7 +81,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _to_transformers(arguments: Arguments, folder: Path) -> None:
-    from .hf.installed import require_transformers
+    from .transformers_installed import require_transformers
 
     demand(arguments.format is None, "format", arguments.format, "no format with --to transformers")
     demand_new_folder(folder)
@@ -136,6 +136,9 @@ def prepare(detector: "Detector", image: Path | None, canvas: tuple[int, int] | 
             raise ValueError(f"--canvas {canvas}: the run resizes every image to {data.canvas}; leave out --canvas")
         if any(side > most for side, most in zip(sample.size, canvas, strict=True)):
             raise ValueError(f"--canvas {canvas}: the image becomes {sample.size}; give that much or another --image")
+    multiple = detector.model.backbone.multiple
+    if canvas is not None and any(side % multiple for side in canvas):
+        raise ValueError(f"--canvas {canvas}: give multiples of {multiple}, which the backbone needs")
     mirrored = replace(sample, pixels=sample.pixels[:, ::-1])
     return collate([sample, mirrored], config.images.multiple, canvas or data.canvas)
 
@@ -168,8 +171,6 @@ def _validation_image(config):
 
 def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
     """What whoever runs the file has to know, in JSON's types; it travels in the file."""
-    from .data.sample import MEAN, STD
-
     images = detector.config.images
     if detector.config.data == "shapes" or images.recipe == "fixed":
         resize = "stretch to the canvas"
@@ -185,8 +186,8 @@ def describe(detector: "Detector", canvas: tuple[int, int]) -> dict:
         "canvas": list(canvas),
         "resize": f"{resize} (bilinear, antialiased)",
         "colours": "RGB in [0, 1], minus mean, over std",
-        "mean": list(MEAN),
-        "std": list(STD),
+        "mean": list(images.mean),
+        "std": list(images.std),
         "inputs": {
             "images": "float32 [batch, 3, height, width]",
             "sizes": "int64 [batch, 2] height and width of each image on the canvas",

@@ -114,6 +114,8 @@ def run(arguments: Arguments) -> None:
     workers = detector.config.workers if arguments.workers is None else arguments.workers
     config = with_data(detector.config, arguments.data, arguments.val_share, arguments.split_file)
     config = replace(config, device=arguments.device, workers=workers)
+    if config.data is None:
+        raise ValueError(f"{arguments.model} needs data: --data DIR (yours) or --data shapes")
     if arguments.data is None:
         demand_data_there(config)
     data = TrainingData(config)

@@ -10,7 +10,7 @@ _BESIDE = ("config.json", "preprocessor_config.json")
 
 def is_hub_name(text: str) -> bool:
     """Whether this can only be a name on the hub: it looks like one, and nothing of what it would name is here."""
-    looks = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(_FILES)
+    looks = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(_FILES)
     return looks and not Path(text).exists() and not Path(text).parent.exists()
 
 
@@ -25,7 +25,7 @@ def fetched(name: str) -> Path:
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         raise ModuleNotFoundError(
-            f"there is no folder {name}, and the hub needs huggingface_hub: pip install huggingface_hub; or {by_hand}"
+            f"{name} is no folder here, and the hub needs huggingface_hub: pip install huggingface_hub; or {by_hand}"
         ) from None
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
@@ -35,21 +35,21 @@ def fetched(name: str) -> Path:
                 break
     except GatedRepoError:
         raise OSError(
-            f"{name} is given to those who have accepted its licence: accept it on its page of the hub, then type "
-            f"hf auth login; or {by_hand}"
+            f"{name} is given to those who have accepted its licence (as all of DINOv3): accept it on its page of the "
+            f"hub, then type hf auth login; or {by_hand}"
         ) from None
     except LocalEntryNotFoundError:
         raise OSError(
-            f"there is no folder {name}, the hub cannot be reached, and it was not fetched before: check the path or "
+            f"{name} is no folder here, the hub cannot be reached, and it was not fetched before: check the path or "
             f"{by_hand}"
         ) from None
     except RepositoryNotFoundError:
         raise ValueError(
-            f"there is no folder {name}, and the hub has no such model, or not for you: check the path, or the name"
+            f"{name} is no folder here, and the hub has no such model, or not for you: check the path, or the name"
         ) from None
     except Exception as error:  # whatever the network and its library raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise OSError(f"there is no folder {name}, and the hub does not give it ({reason}): {by_hand}") from error
+        raise OSError(f"{name} is no folder here, and the hub does not give it ({reason}): {by_hand}") from error
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} has no config.json on the hub, so it is no model of transformers: give another name")
     return folder

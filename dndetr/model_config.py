@@ -40,7 +40,15 @@ class BackboneConfig:
     """Stages (1 to 4, strides 4 to 32) whose maps are used."""
 
     def __post_init__(self):
-        stages = min(len(self.planes), len(self.blocks) or 4)
+        if self.kind == "transformers":
+            demand(bool(self.name or self.settings), "model.backbone.kind", self.kind, "--model.backbone.name too")
+            demand(
+                self.norm != "group", "model.backbone.norm", self.norm, "frozen or batch with transformers' backbones"
+            )
+            stages = 4
+        else:
+            demand(not self.name, "model.backbone.name", self.name, "--model.backbone.kind transformers too")
+            stages = min(len(self.planes), len(self.blocks) or 4)
         wanted = f"ascending numbers of stages from 1 to {stages}"
         in_range = bool(self.outputs) and set(self.outputs) <= set(range(1, stages + 1))
         demand(

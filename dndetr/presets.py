@@ -1,5 +1,6 @@
 """Named starting points: the official 50-epoch recipes, and two for small machines and small data."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -48,6 +49,21 @@ def dn_deformable_detr_r50() -> Config:
     return replace(config, preset="dn-deformable-detr-r50", model=model, detections=100)
 
 
+def deformable_detr_r50() -> Config:
+    """Deformable DETR with box refinement, and denoising for it: what transformers has a model for."""
+    config = dn_deformable_detr_r50()
+    model = replace(
+        config.model,
+        hidden=1024,
+        query_positions="vectors",
+        query_scale=False,
+        label_indicator=False,
+        box_eps=1e-5,
+    )
+    loss = replace(config.loss, label=2.0)
+    return replace(config, preset="deformable-detr-r50", batch_size=32, lr=2e-4, model=model, loss=loss)
+
+
 def dn_deformable_encoder_r50() -> Config:
     """DN-DETR with a deformable encoder over four levels, three patterns per anchor."""
     config = dn_detr_r50()
@@ -91,6 +107,28 @@ def dino_r50_5scale() -> Config:
     config = dino_r50()
     model = replace(config.model, backbone=replace(config.model.backbone, outputs=(1, *_MULTI_SCALE)), levels=5)
     return replace(config, preset="dino-r50-5scale", model=model)
+
+
+def dino_swin_l() -> Config:
+    """DINO with Swin-L, pretrained on ImageNet-22k with images of 384x384: nothing is frozen, and blocks recomputed."""
+    config = dino_r50()
+    architecture = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12}
+    settings = json.dumps({"model_type": "swin", **architecture, "image_size": 384})
+    backbone = _of_transformers("swin-large", settings, outputs=_MULTI_SCALE)
+    return replace(config, preset="dino-swin-l", model=replace(config.model, backbone=backbone, checkpointing=True))
+
+
+def dn_detr_convnextv2_tiny() -> Config:
+    """DN-DETR on the last map of ConvNeXt V2-T, pretrained on ImageNet-22k."""
+    config = dn_detr_r50()
+    architecture = {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}
+    backbone = _of_transformers("convnextv2-tiny", json.dumps({"model_type": "convnextv2", **architecture}))
+    return replace(config, preset="dn-detr-convnextv2-tiny", model=replace(config.model, backbone=backbone))
+
+
+def _of_transformers(name: str, settings: str, outputs: tuple[int, ...] = (4,)) -> BackboneConfig:
+    """A backbone of which nothing is frozen; settings: what it is, for those who look at it without its weights."""
+    return BackboneConfig(kind="transformers", name=name, settings=settings, frozen=0, outputs=outputs)
 
 
 def tiny() -> Config:
@@ -173,9 +211,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
         dn_detr_r50_dc5,
         dn_detr_r101,
         dn_deformable_detr_r50,
+        deformable_detr_r50,
         dn_deformable_encoder_r50,
         dino_r50,
         dino_r50_5scale,
+        dino_swin_l,
+        dn_detr_convnextv2_tiny,
     )
 }
 

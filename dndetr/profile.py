@@ -17,6 +17,7 @@ from pathlib import Path
 from . import _process, commandline, train  # noqa: F401
 from .config import Config
 from .files import demand_file, write_json_atomic, writing
+from .published_backbones import with_published_backbone
 
 _WARM = 3  # steps before those that count: first uses compile, test and allocate
 _STEPS, _TRACE = 5, Path("trace.json.gz")
@@ -91,10 +92,12 @@ def count(given: argparse.Namespace, rest: Sequence[str]) -> str:
 
 def _settings(rest: Sequence[str]) -> Config:
     """The training's configuration; ValueError where it leaves the number of images open."""
-    config = train.parse(rest)
+    config, given = train.parse(rest), train.given_flags(rest)
     if config.batch_size == "auto":
         raise ValueError("--batch-size auto: only training measures what fits; give a number of images")
-    return config
+    if config.model.backbone.settings and "model.backbone.name" not in given:
+        return config  # a preset's, whose architecture it knows
+    return with_published_backbone(config, given)[0]
 
 
 def _canvas(given: str | None, config: Config) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from . import _process, commandline  # noqa: F401
 from .config import Config, from_dict
 from .output import unfailing
 from .presets import preset_named
+from .published_backbones import with_published_backbone
 from .runs.checkpoint import load_checkpoint
 from .runs.detector_folder import as_starting_point, compared, is_of_transformers
 from .runs.listener import Listener
@@ -81,7 +82,7 @@ def _flag(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def _given(arguments: Sequence[str]) -> set[str]:
+def given_flags(arguments: Sequence[str]) -> set[str]:
     """The settings that are given as flags, by their names in the configuration."""
     flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     paths = (flag.removeprefix("--").replace("-", "_").rpartition(".") for flag in flags)
@@ -112,7 +113,7 @@ def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
 
     listeners: are told of the run beside its own, on the first process (docs/listeners.md).
     """
-    folder, first, stopped, _ = train(parse(arguments), _given(arguments), listeners)
+    folder, first, stopped, _ = train(parse(arguments), given_flags(arguments), listeners)
     if stopped is not None:
         if first:
             print(f"{stopped}; continue with --resume {folder}", file=sys.stderr)
@@ -144,7 +145,7 @@ def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -
             from_file = config.init is not None and "preset" not in given
             what = f"--init {config.init}" if from_file else f"--preset {config.preset}"
             raise ValueError(f"{what} needs data: --data DIR (yours) or --data shapes")
-        return _train(config, checkpoint, stack.enter_context(processes), listeners, stack)
+        return _train(config, given, checkpoint, stack.enter_context(processes), listeners, stack)
 
 
 def _run_folder(config: Config) -> Path:
@@ -155,6 +156,7 @@ def _run_folder(config: Config) -> Path:
 
 def _train(
     config: Config,
+    given: Set[str],
     checkpoint: dict | None,
     processes: "Processes",
     listeners: Sequence[Listener],
@@ -162,6 +164,7 @@ def _train(
 ) -> Outcome:
     from .data.training import TrainingData
     from .models.weights.pretrained import initialise
+    from .models.weights.published import load_published
     from .runs.console import Console
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
@@ -176,6 +179,10 @@ def _train(
     everyone = all_listeners(config, console, listeners)
     if checkpoint is not None:
         demand_data_there(config)
+        published = None
+    else:
+        config, published, about = with_published_backbone(config, given)
+        notes += about
     if config.batch_size == "auto":
         config, note = with_fitting_batch(config, processes)
         notes.append(note)
@@ -194,6 +201,9 @@ def _train(
                 print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done{why}")
             return Outcome(folder, processes.first)
     else:
+        if published is not None:
+            name = config.model.backbone.name
+            notes.append(f"--model.backbone.name {name}: {load_published(trainer.model.backbone, published)}")
         if config.init is not None:
             weights = load_checkpoint(config.init, needs=())
             notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")

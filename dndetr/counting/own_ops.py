@@ -152,7 +152,7 @@ def _match(logits, boxes, labels, target_boxes, counts, *_) -> Own:
     return Own(1 + casts + kernels, scratch, _MATCHING)
 
 
-def _refine_boxes(correction, boxes) -> Own:
+def _refine_boxes(correction, boxes, *_) -> Own:
     kernels, scratch, _ = copied(correction, boxes)
     return Own(1 + kernels, scratch)
 

@@ -39,6 +39,12 @@ def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: i
         raise ValueError("--precision float32: rates of GPUs are those of bfloat16; leave it out")
     with torch.device("meta"):
         model = build_model(config.model, classes).train()
+    if any(side % model.backbone.multiple for side in canvas):
+        height, width = (-(-side // model.backbone.multiple) * model.backbone.multiple for side in canvas)
+        raise ValueError(
+            f"--canvas {canvas[0]}x{canvas[1]}: this backbone needs multiples of {model.backbone.multiple}: give "
+            f"--canvas {height}x{width}"
+        )
     # Copied here: fake tensors have no memory that could be.
     average = WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None
     config = replace(config, optimizer=replace(config.optimizer, ema=0.0))

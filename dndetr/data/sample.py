@@ -1,10 +1,13 @@
 """One training or validation example, on its way from a data set to a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..config import ImagesConfig
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -32,22 +35,30 @@ class Sample:
         return self.pixels.shape[:2]
 
 
-def colour_map(matrix: np.ndarray | None = None, offset: float = 0.0) -> Tensor:
-    """ImageNet normalisation after a linear map of the colours -> [3, 4] float32, the last column what is added.
+def colour_map(
+    matrix: np.ndarray | None = None, offset: float = 0.0, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
+    """Normalisation, by default ImageNet's, after a linear map of the colours -> [3, 4] float32, the last column added.
 
-    matrix [3, 3] and offset act on colours in [0, 255]; the identity where there is none.
+    matrix [3, 3] and offset act on colours in [0, 255], the identity where there is none; mean, std: of colours in
+    [0, 1].
     """
-    std = 255 * np.array(STD)
+    std = 255 * np.array(std)
     scale = (np.eye(3) if matrix is None else matrix) / std[:, None]
-    shift = (offset - 255 * np.array(MEAN)) / std
+    shift = (offset - 255 * np.array(mean)) / std
     return torch.from_numpy(np.column_stack((scale, shift))).float()
 
 
 IMAGENET = colour_map()
 
 
-def denormalise(image: Tensor) -> np.ndarray:
-    """The pixels that ``IMAGENET`` maps to [3, h, w] float -> uint8 [h, w, 3], clipped, ready to draw on."""
-    scale, shift = IMAGENET.diagonal()[:, None, None], IMAGENET[:, 3, None, None]
+def normalisation(images: ImagesConfig) -> Tensor:
+    """The map [3, 4] of a run that normalises and nothing else."""
+    return colour_map(mean=images.mean, std=images.std)
+
+
+def denormalise(image: Tensor, colours: Tensor = IMAGENET) -> np.ndarray:
+    """The pixels that ``colours``, no more than a normalisation, map to [3, h, w] float -> uint8 [h, w, 3], clipped."""
+    scale, shift = colours.diagonal()[:, None, None], colours[:, 3, None, None]
     pixels = (image.float().cpu() - shift) / scale
     return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()

@@ -285,12 +285,12 @@ class ShapesDataset:
     Image i of epoch e is image e * length + i of the training stream; the epoch has no effect on ``val``.
     """
 
-    def __init__(self, split: str, length: int, size: int = MIN_SIZE, seed: int = 0):
+    def __init__(self, split: str, length: int, size: int = MIN_SIZE, seed: int = 0, colours: torch.Tensor = IMAGENET):
         if split not in SPLITS:
             raise DataError(f"the built-in shapes have no split {split!r}: use train or val")
         if size < MIN_SIZE:
             raise DataError(f"the built-in shapes need a side of at least {MIN_SIZE} pixels, not {size}")
-        self.split, self.length, self.size, self.seed = split, length, size, seed
+        self.split, self.length, self.size, self.seed, self.colours = split, length, size, seed, colours
         self.canvas = (size, size)
         self.sizes = [self.canvas] * length
         self.counts = [_MAX_OBJECTS] * length  # at most
@@ -305,7 +305,7 @@ class ShapesDataset:
         pixels, boxes_xyxy, labels = render(self.split, number, self.size, self.seed)
         return Sample(
             np.stack(pixels, axis=-1),
-            IMAGENET,
+            self.colours,
             torch.from_numpy(boxes_xyxy),
             torch.from_numpy(labels),
             index,

@@ -12,6 +12,7 @@ from .folder_dataset import FolderDataset
 from .loader import build_loader
 from .records import NOTHING_TO_LEARN, Source
 from .review.image_files import check_files
+from .sample import normalisation
 from .shapes import MIN_SIZE, ShapesDataset
 from .source import open_source
 from .subset import Subset
@@ -35,8 +36,10 @@ class TrainingData:
     def __init__(self, config: Config, rank: int = 0, world: int = 1, neighbours: int = 1):
         images = config.images
         if config.data == "shapes":
-            train = ShapesDataset("train", max(config.train_images, config.overfit or 0), seed=config.seed)
-            val = train if config.overfit else ShapesDataset("val", config.val_images)
+            colours = normalisation(images)
+            length = max(config.train_images, config.overfit or 0)
+            train = ShapesDataset("train", length, seed=config.seed, colours=colours)
+            val = train if config.overfit else ShapesDataset("val", config.val_images, colours=colours)
             self.warnings = shapes_or_folder(config.data)
             self.about = []
         else:
@@ -129,7 +132,7 @@ def evaluation_batch(config: Config, canvas: tuple[int, int] | None) -> int:
 def evaluation_transform(config: Config) -> Transform:
     """How a run's evaluation prepares images."""
     if config.data == "shapes":
-        return FixedEvaluation((MIN_SIZE, MIN_SIZE))
+        return FixedEvaluation((MIN_SIZE, MIN_SIZE), mean=config.images.mean, std=config.images.std)
     return _transforms(config)[1]
 
 
@@ -140,7 +143,7 @@ def training_transform(config: Config) -> Transform:
 
 def _from_scratch(config: Config, images: int) -> list[str]:
     """A warning where a detector is to start from random weights and is unlikely to get anywhere."""
-    if config.init is not None or config.resume is not None:
+    if config.init is not None or config.resume is not None or config.model.backbone.name:
         return []
     reasons = []
     if config.model.backbone.norm == "frozen":
@@ -157,14 +160,15 @@ def _from_scratch(config: Config, images: int) -> list[str]:
 
 def _transforms(config: Config) -> tuple[Transform, Transform]:
     images = config.images
+    colours = {"mean": images.mean, "std": images.std}
     if images.recipe == "fixed":
-        evaluation = FixedEvaluation(images.canvas)
+        evaluation = FixedEvaluation(images.canvas, **colours)
         vflip = 0.5 if images.vertical_flip else 0.0
-        return FixedTraining(images.canvas, vflip=vflip) if images.augment else evaluation, evaluation
+        return FixedTraining(images.canvas, vflip=vflip, **colours) if images.augment else evaluation, evaluation
     if images.recipe == "original":
-        return Unresized(hflip=0.5 if images.augment else 0.0), Unresized()
-    evaluation = OfficialEvaluation(images.eval_size, images.max_size)
-    return OfficialTraining(images.sizes, images.max_size) if images.augment else evaluation, evaluation
+        return Unresized(hflip=0.5 if images.augment else 0.0, **colours), Unresized(**colours)
+    evaluation = OfficialEvaluation(images.eval_size, images.max_size, **colours)
+    return OfficialTraining(images.sizes, images.max_size, **colours) if images.augment else evaluation, evaluation
 
 
 def _counts(ground_truth: dict, classes: list[tuple[int, str]]) -> list[int]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..ops import resize
-from .sample import IMAGENET, colour_map
+from .sample import MEAN, STD, colour_map
 
 
 class View(NamedTuple):
@@ -77,8 +77,20 @@ def short_side(size: tuple[int, int], side: int, longest: int | None) -> tuple[i
     return (side, int(side * width / height)) if height < width else (int(side * height / width), side)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Normalising:
+    """Every transform ends with a normalisation, by default ImageNet's: colours in [0, 1] minus mean, over std."""
+
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+
+    def colours(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """uint8 [h, w, 3] -> the map [3, 4] of its colours to what a model is shown."""
+        return colour_map(mean=self.mean, std=self.std)
+
+
 @dataclass(frozen=True)
-class Unresized:
+class Unresized(_Normalising):
     """Pictures at their own size, mirrored with probability ``hflip``."""
 
     hflip: float = 0.0
@@ -88,13 +100,9 @@ class Unresized:
         """Draws the geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), size, hflip=rng.random() < self.hflip)
 
-    def colours(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
-        return IMAGENET
-
 
 @dataclass(frozen=True)
-class OfficialTraining:
+class OfficialTraining(_Normalising):
     """The training recipe of DETR and DN-DETR.
 
     Mirrored half of the time; then resized so that the short side is one of ``sides``, half of the time after a resize
@@ -122,13 +130,9 @@ class OfficialTraining:
             region = (left * fx, top * fy, min((left + crop[1]) * fx, width), min((top + crop[0]) * fy, height))
         return View(size, region, short_side(crop, int(rng.choice(self.sides)), self.longest), hflip)
 
-    def colours(self, picture: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
-        return IMAGENET
-
 
 @dataclass(frozen=True)
-class OfficialEvaluation:
+class OfficialEvaluation(_Normalising):
     """Resized to a short side of ``side``, the long one at most ``longest``."""
 
     side: int = 800
@@ -139,13 +143,9 @@ class OfficialEvaluation:
         """The geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), short_side(size, self.side, self.longest))
 
-    def colours(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
-        return IMAGENET
-
 
 @dataclass(frozen=True)
-class FixedTraining:
+class FixedTraining(_Normalising):
     """Every picture on one canvas (height, width), stretched to fit: for small machines.
 
     A crop with each side a share of the original's, drawn from [crop_min, 1], with probability ``crop``; boxes that
@@ -182,13 +182,13 @@ class FixedTraining:
         strengths = np.array((self.brightness, self.contrast, self.colour))
         brightness, contrast, colour = 1 + strengths * rng.uniform(-1, 1, 3)
         grey = np.array((0.299, 0.587, 0.114))
-        mean = brightness * (picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ grey)  # every 16th pixel is enough
+        grey_mean = brightness * (picture[::4, ::4].reshape(-1, 3).mean(axis=0) @ grey)  # every 16th pixel is enough
         matrix = brightness * contrast * (colour * np.eye(3) + (1 - colour) * grey)
-        return colour_map(matrix, (1 - contrast) * mean)
+        return colour_map(matrix, (1 - contrast) * grey_mean, self.mean, self.std)
 
 
 @dataclass(frozen=True)
-class FixedEvaluation:
+class FixedEvaluation(_Normalising):
     """Every picture whole on one canvas (height, width), stretched to fit."""
 
     canvas: tuple[int, int] = (240, 320)
@@ -196,10 +196,6 @@ class FixedEvaluation:
     def view(self, size: tuple[int, int], rng: np.random.Generator | None = None) -> View:
         """The geometry for an original of ``size`` (height, width)."""
         return View(size, (0, 0, size[1], size[0]), self.canvas)
-
-    def colours(self, picture: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """uint8 [h, w, 3] -> the map [3, 4] of its colours: ImageNet normalisation."""
-        return IMAGENET
 
 
 Transform = Unresized | OfficialTraining | OfficialEvaluation | FixedTraining | FixedEvaluation

@@ -17,7 +17,7 @@ __all__ = ["Acceleration", "Denoising", "KeepDenoising", "accelerate", "denoise"
 def __getattr__(name: str):
     if name != "KeepDenoising":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .installed import require_transformers
+    from ..transformers_installed import require_transformers
 
     require_transformers(f"dndetr.hf.{name}")
     from .trainer import KeepDenoising

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ..models.linear import Linear
+from ..transformers_installed import require_transformers
 from .attention import replace_attention
 from .denoise import NAME, Denoising
-from .installed import require_transformers
 from .matching import MatchedLoss, known_matcher
 from .rebind import set_loss_function
 from .wrapped import unwrapped

@@ -21,8 +21,8 @@ from ..boxes import inverse_sigmoid
 from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
 from ..ops import GroupLayout, LossWeights
 from ..ops._backend import plain_torch_only
+from ..transformers_installed import TESTED, require_transformers
 from .families import FAMILIES, Family, QueryEmbedding, Rows
-from .installed import TESTED, require_transformers
 from .labels import to_targets
 from .rebind import set_loss_function
 from .wrapped import of_compile_or_parallel, of_peft

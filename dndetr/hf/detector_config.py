@@ -110,6 +110,7 @@ def _backbone(theirs: dict) -> BackboneConfig:
         backbone["out_indices"] = [2, 3, 4] if maps else [4]
         if theirs.get("dilation"):
             backbone["output_stride"] = 16
+        backbone |= theirs.get("backbone_kwargs") or {}
     elif backbone is None:
         if theirs.get("backbone") is not None:
             raise ValueError(f"backbone {theirs['backbone']} is only a name: save it again with transformers 5")
@@ -128,6 +129,11 @@ def _backbone(theirs: dict) -> BackboneConfig:
             bottleneck=bottleneck,
             outputs=outputs,
         )
+    if "depths" not in backbone:  # all blocks have one stride, and of those the last one's map is used
+        last = len(backbone.get("stage_names") or range(1 + backbone.get("num_hidden_layers", 12))) - 1
+        if outputs != (last,):
+            raise ValueError(f"its {kind} gives the maps {outputs}: of backbones without stages only the last is read")
+        outputs = (4,)
     return BackboneConfig(kind="transformers", settings=json.dumps(backbone, sort_keys=True), outputs=outputs)
 
 

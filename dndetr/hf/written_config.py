@@ -119,7 +119,7 @@ def _typed(value) -> str:
 
 def _backbone(own: BackboneConfig) -> dict:
     if own.kind == "transformers":
-        return json.loads(own.settings) | {"out_indices": list(own.outputs)}
+        return _of_transformers(own)
     demand(own.stem == "imagenet", "model.backbone.stem", own.stem, "imagenet, as ResNets of transformers")
     demand(own.norm != "group", "model.backbone.norm", own.norm, "frozen or batch, as ResNets of transformers")
     demand(
@@ -141,3 +141,18 @@ def _backbone(own: BackboneConfig) -> dict:
         "out_features": [f"stage{number}" for number in own.outputs],
         "out_indices": list(own.outputs),
     }
+
+
+def _of_transformers(own: BackboneConfig) -> dict:
+    theirs = json.loads(own.settings)
+    if "depths" in theirs:
+        stages, outputs = len(theirs["depths"]), own.outputs
+        last = f"numbers that end with the last of its {stages} stages, as backbones of transformers"
+        demand(max(outputs) == stages, "model.backbone.outputs", own.outputs, last)
+    else:  # a plain vision transformer's one map is its last block's
+        one = "one of them, since transformers makes no pyramid of it"
+        demand(len(own.outputs) == 1, "model.backbone.outputs", own.outputs, one)
+        outputs = (theirs["num_hidden_layers"],)
+    names = ["stem", *(f"stage{number}" for number in range(1, max(outputs) + 1))]
+    features = [names[number] for number in outputs]
+    return theirs | {"stage_names": names, "out_features": features, "out_indices": list(outputs)}

@@ -22,15 +22,19 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and affine parameters, all of them buffers."""
 
-    eps = 1e-5
     _kept = None  # what scale and shift were made from, and they themselves
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         self.register_buffer("weight", torch.ones(channels))
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the same, normalised; for networks whose convolutions know nothing of their norm."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The same map as ``x * scale + shift``, two tensors [C], kept until a buffer changes.
@@ -198,8 +202,10 @@ class ResNet(nn.Module):
     expansion 4 for bottlenecks; stem "imagenet" (7x7 stride 2 and max-pool, 64 wide) or "small" (two 3x3 stride 2, as
     wide as the first stage); norm "frozen", "batch" or "group"; dilate_last keeps the last stage at the stride of the
     one before (DC5); frozen counts the parts without gradient: 1 the stem, 2 also layer1, ...; outputs names the stages
-    (1 to 4) whose maps are returned.
+    (1 to 4) whose maps are returned. Images may be of any size: ``multiple`` is 1.
     """
+
+    multiple = 1
 
     def __init__(
         self,

@@ -12,11 +12,14 @@ from .features import InputProjection
 from .layers import Recomputable
 from .proposals import ProposalHead
 from .queries import Queries
+from .transformers_backbone import TransformersBackbone
 from .vector_queries import VectorQueries
 
 
-def build_backbone(config: BackboneConfig) -> ResNet:
-    """A ResNet of a published depth, or of ``config.blocks``."""
+def build_backbone(config: BackboneConfig) -> ResNet | TransformersBackbone:
+    """A ResNet of a published depth or of ``config.blocks``, or the backbone of transformers in ``config.settings``."""
+    if config.kind == "transformers":
+        return TransformersBackbone(config.settings, config.outputs, config.frozen, config.norm)
     blocks = config.blocks or BLOCKS[config.depth]
     bottleneck = config.depth >= 50 if config.bottleneck is None else config.bottleneck
     return ResNet(

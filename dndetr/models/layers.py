@@ -20,10 +20,10 @@ class Recomputable(nn.Module):
 
     recomputed = False
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs, **named):
         if self.recomputed and torch.is_grad_enabled():
-            return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return super().__call__(*inputs)
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+        return super().__call__(*inputs, **named)
 
 
 def lowered(x: Tensor) -> Tensor:

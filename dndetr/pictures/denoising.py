@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..analysis.reconstruction import Example, Reconstruction, measure_reconstruction
+from ..data.sample import IMAGENET, normalisation
 from ..files import write_json_atomic
 from ..runs.run_log import read_rows
 from .boxes import INK as TAG
@@ -49,7 +50,8 @@ def write_denoising(
         return None
     write_json_atomic(folder / "denoising.json", reconstruction.report)
     rows = read_rows(folder / "metrics.jsonl")
-    draw_denoising(folder / "denoising.png", reconstruction, rows, names, noise.box_noise)
+    colours = normalisation(config.images)
+    draw_denoising(folder / "denoising.png", reconstruction, rows, names, noise.box_noise, colours=colours)
     return reconstruction.report
 
 
@@ -60,19 +62,20 @@ def draw_denoising(
     class_names: Sequence[str],
     box_noise: float,
     title: str = "Denoising",
+    colours: "torch.Tensor" = IMAGENET,
 ) -> None:
     """Draw a Reconstruction and the denoising numbers of a log's rows as one PNG.
 
-    Each image is shown at the training's noise (the level next to ``box_noise``) and at the highest level. Thin white:
-    ground truth; dashed: noised box in the colour of the class it claims; from its centre a line to where each decoder
-    layer moves it; solid: box and class after the last layer.
+    Images are those that ``colours`` normalised. Each is shown at the training's noise (the level next to
+    ``box_noise``) and at the highest level. Thin white: ground truth; dashed: noised box in the colour of the class it
+    claims; from its centre a line to where each decoder layer moves it; solid: box and class after the last layer.
     """
     levels = reconstruction.report["levels"]
     near = min(range(len(levels)), key=lambda index: abs(levels[index] - box_noise))
     shown = [near] if near == len(levels) - 1 else [near, len(levels) - 1]
     examples = reconstruction.examples
     names = short(class_names, TAG_LETTERS)
-    blocks = [[_restored(example, level, levels[level], names) for level in shown] for example in examples]
+    blocks = [[_restored(example, level, levels[level], names, colours) for level in shown] for example in examples]
     note = (
         "thin white: ground truth    dashed: noised box, in the colour of the class it claims    "
         "line: its way through the layers    "
@@ -86,9 +89,11 @@ def draw_denoising(
     save_png(path, page)
 
 
-def _restored(example: Example, level: int, noise: float, class_names: Sequence[str]) -> tuple[Image.Image, str]:
+def _restored(
+    example: Example, level: int, noise: float, class_names: Sequence[str], colours: "torch.Tensor"
+) -> tuple[Image.Image, str]:
     """One image at one noise level, and its caption."""
-    (picture,) = batch_images(example.image[None], example.boxes.new_tensor([example.size]).long())
+    (picture,) = batch_images(example.image[None], example.boxes.new_tensor([example.size]).long(), colours)
     canvas = BoxCanvas(picture, _CELL / max(picture.size))
     true, claimed = example.labels.tolist(), example.noised_labels[level].tolist()
     found = example.restored_labels[level].tolist()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..boxes import cxcywh_to_xyxy
+from ..data.sample import normalisation
 from ..denoising import NoisedQueries
 from ..models.dn_detr import Predictions
 from ..ops import images_of
@@ -25,27 +26,28 @@ class Pictures(Listener):
     """Draws ``first_batch.png`` before the first step, and all the others when the last one is done."""
 
     def run_started(self, run: Run) -> None:
-        self._run = run
+        self._run, self._colours = run, normalisation(run.config.images)
 
     def first_batch(self, batch: Batch, noised: NoisedQueries | None) -> None:
-        draw_training(self._run.folder / "first_batch.png", batch, noised, self._run.names)
+        draw_training(self._run.folder / "first_batch.png", batch, noised, self._run.names, self._colours)
 
     def run_ended(self, how: str, reason: str, row: dict) -> None:
         if how != "finished":
             return
         run, folder = self._run, self._run.folder
-        draw_validation(folder / "predictions.png", run.infer, run.validation(), run.names, row)
+        draw_validation(folder / "predictions.png", run.infer, run.validation(), run.names, row, self._colours)
         write_denoising(folder, run.infer, run.validation(), run.names, run.config, run.device)
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", f"{run.config.preset} on {run.config.data_name}")
 
 
-def draw_training(path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str]) -> None:
+def draw_training(
+    path: Path, batch: Batch, noised: NoisedQueries | None, names: Sequence[str], colours: Tensor
+) -> None:
     """Ground truth of a training batch, and the noised boxes and labels that the decoder is to restore."""
     targets = batch.targets
     labels, boxes, _ = (None,) * 3 if noised is None else noised.positives(targets)
-    draw_first_batch(
-        path, images_of(batch), batch.sizes, targets.boxes, targets.labels, targets.counts, boxes, labels, names
-    )
+    truth = (targets.boxes, targets.labels, targets.counts)
+    draw_first_batch(path, images_of(batch), batch.sizes, *truth, boxes, labels, names, colours)
 
 
 def draw_validation(
@@ -54,12 +56,13 @@ def draw_validation(
     batches: Iterable[Batch],
     names: Sequence[str],
     metrics: Mapping,
+    colours: Tensor,
 ) -> None:
     """Predictions on the first validation images beside their ground truth; metrics: AP and AP50, for the caption."""
     pictures, detections, truths = [], [], []
     for batch in batches:
         logits, boxes = (layers[-1] for layers in infer(batch)[:2])
-        pictures += batch_images(images_of(batch), batch.sizes)
+        pictures += batch_images(images_of(batch), batch.sizes, colours)
         # In the canvas's own pixels, since that is what is drawn.
         found = postprocess(logits, boxes, batch.sizes.to(boxes.device), keep=50)
         detections += [tuple(field.cpu() for field in one) for one in zip(*found, strict=True)]

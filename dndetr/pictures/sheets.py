@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
-from ..data.sample import denormalise
+from ..data.sample import IMAGENET, denormalise
 from ..files import write_atomic
 from .boxes import INK, WHITE, BoxCanvas, Colour, class_colour, draw_boxes
 from .fonts import drawable, font, short
@@ -23,10 +23,11 @@ TAG_LETTERS = 24  # of a class name, where two stand in one tag
 _LEGEND = 12  # classes; more names would push the pictures off the page
 
 
-def batch_images(images: Tensor, sizes: Tensor) -> list[Image.Image]:
-    """Normalised images [B, 3, H, W], cut to their valid sizes [B, 2] (height, width) -> RGB pictures."""
+def batch_images(images: Tensor, sizes: Tensor, colours: Tensor = IMAGENET) -> list[Image.Image]:
+    """Images [B, 3, H, W] normalised by ``colours``, cut to valid sizes [B, 2] (height, width) -> RGB pictures."""
     return [
-        Image.fromarray(denormalise(image[:, :h, :w])) for image, (h, w) in zip(images, sizes.tolist(), strict=True)
+        Image.fromarray(denormalise(image[:, :h, :w], colours))
+        for image, (h, w) in zip(images, sizes.tolist(), strict=True)
     ]
 
 
@@ -40,15 +41,16 @@ def draw_first_batch(
     noised_boxes: Tensor | None,
     noised_labels: Tensor | None,
     class_names: Sequence[str],
+    colours: Tensor = IMAGENET,
 ) -> None:
     """Up to 8 images of a batch: ground truth, then what the decoder is fed in the first denoising groups.
 
-    images [B, 3, H, W] normalised; sizes [B, 2] valid (height, width); boxes [B, T, 4], labels
+    images [B, 3, H, W] normalised by ``colours``; sizes [B, 2] valid (height, width); boxes [B, T, 4], labels
     [B, T], counts [B] ground truth; noised_boxes [B, G, T, 4], noised_labels [B, G, T], or None without denoising. A
     noised box is dashed in the colour of the class it claims, and joined to the centre of its object; a flipped label
     reads "circle > star".
     """
-    pictures = batch_images(images[:8], sizes[:8])
+    pictures = batch_images(images[:8], sizes[:8], colours)
     groups = 0 if noised_boxes is None else noised_boxes.shape[1]
     shown = min(groups, _SHOWN_GROUPS)
     cell, names = 300 if shown else 360, short(class_names, TAG_LETTERS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import Config, from_dict, to_dict
 from ..data.classes import listed
 from ..hf.detector_config import DETECTORS, from_transformers, without_counterpart
+from ..hf.detector_model import detector_model
 from ..hub import fetched, is_hub_name
 from ..models.weights.transformers_detectors import Weights, from_detector, heads_differ, of_denoising_alone
 from ..presets import preset_named
@@ -20,7 +21,10 @@ from .written_detector import BESIDE, restored
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What says how a model is made or computed, not what it is.
-_OF_NEW_MODELS = ("model.anchors", "model.size_bias", "model.checkpointing", "model.backbone.frozen")
+_OF_NEW_MODELS = (
+    *("model.anchors", "model.size_bias", "model.checkpointing"),
+    *("model.backbone.frozen", "model.backbone.name"),
+)
 _KNOWN = f"{' and '.join(DETECTORS)}, and ResNets,"
 _INSTEAD = {
     "conditional_detr": "dndetr.denoise(model) trains it in transformers with denoising",
@@ -31,9 +35,10 @@ _INSTEAD = {
 
 
 def is_of_transformers(path: str | Path) -> bool:
-    """Whether this is a detector of transformers, or another of its models: a folder, a file in one, or a hub name.
+    """Whether this is a folder or hub name of transformers, of whatever model, or the file of a detector in one.
 
-    Folders are known by their config.json, which names the kind of model, as those of our runs do not.
+    Folders are known by their config.json, which names the kind of model, as those of our runs do not. Files of other
+    models may have a backbone to take.
     """
     if is_hub_name(str(path)):
         return True
@@ -45,7 +50,8 @@ def is_of_transformers(path: str | Path) -> bool:
         theirs = json.loads(config.read_text())
     except ValueError:
         return path.is_dir() or path.name in _WEIGHTS  # broken, and said to be when it is read
-    return isinstance(theirs, dict) and "model_type" in theirs
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    return kind is not None if path.is_dir() else kind in DETECTORS
 
 
 def read_of_transformers(path: str | Path) -> dict:
@@ -72,6 +78,8 @@ def read_of_transformers(path: str | Path) -> dict:
                 without_counterpart(theirs, downsample_in_bottleneck=False)
             return state
         config, classes = from_transformers(theirs, processor)
+        if config.model.backbone.kind == "transformers":  # whose names change with its versions
+            _, state = detector_model(folder, f"the backbone of {name}")
         if config.model.shared_heads and heads_differ(state):
             config = replace(config, model=replace(config.model, shared_heads=False))
         _demand_rows(state, len(classes))
@@ -98,8 +106,11 @@ def _demand_known(kind: str | None, name: str | Path) -> None:
         return
     if kind is None:
         raise ValueError(f"{name}: its config.json has no model_type, so it is no model of transformers")
-    instead = _INSTEAD.get(kind, "give one of those; backbones go with --model.backbone.kind transformers")
-    raise ValueError(f"{name} is a model of the kind {kind}, and of transformers {_KNOWN} are read: {instead}")
+    instead = _INSTEAD.get(kind, "other backbones go with --model.backbone.kind transformers")
+    raise ValueError(
+        f"{name} is a model of the kind {kind}, and of transformers {_KNOWN} are read: {instead}; of its file alone, "
+        "--init FOLDER/model.safetensors takes a ResNet that is in it"
+    )
 
 
 def _state(folder: Path) -> Weights:
@@ -140,7 +151,8 @@ def _demand_rows(state: Weights, classes: int) -> None:
 def as_starting_point(path: str | Path) -> Config:
     """A detector's model and images, trained as its preset says: what a run without ``--preset`` begins from."""
     own = from_dict(read_of_transformers(path)["config"])
-    return replace(preset_named(own.preset), model=own.model, images=own.images)
+    backbone = replace(own.model.backbone, name="")  # whose weights are not to be fetched: they are in the file
+    return replace(preset_named(own.preset), model=replace(own.model, backbone=backbone), images=own.images)
 
 
 def compared(content: dict, config: Config) -> str:

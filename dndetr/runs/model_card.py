@@ -16,23 +16,12 @@ tags:
 - object-detection
 - {kind}
 - dndetr
-datasets:
-- {data}
-model-index:
-- name: {name}
-  results:{results}
----
+{results}---
 
 # {title}
 
-{architecture} for {count} classes ({classes}), {trained}
-
-## Training
-
-| | |
-| --- | --- |
-{table}
-
+{architecture} for {count} classes ({classes}).
+{training}
 ## Use
 
 ```python
@@ -53,28 +42,58 @@ print(dndetr.load("{title}").predict("photo.jpg"))
 `dndetr.safetensors` has what dndetr keeps beside, and in its header all settings of the run. transformers has no use
 for it.
 """
-_DENOISED = """trained by dndetr {version} with query denoising
-([arXiv 2203.01305](https://arxiv.org/abs/2203.01305)): the decoder was also fed noised ground-truth boxes, which it
-learned to restore. Nothing of that is left in the weights, so transformers reads them without dndetr."""
-_PLAIN = "written by dndetr {version}."
-_RESULTS = """
+_TRAINED = """Trained by dndetr {version}. {denoised}Nothing of the training is left in the weights, so transformers
+reads them without dndetr.
+
+## Training
+
+| | |
+| --- | --- |
+{table}
+"""
+_DENOISED = """Its decoder was also fed noised ground-truth boxes, which it learned to restore (query denoising,
+[arXiv 2203.01305](https://arxiv.org/abs/2203.01305)). """
+_METRIC = """    - type: {key}
+      name: {name}
+      value: {value:.4f}
+"""
+_RESULTS = """datasets:
+- {data}
+model-index:
+- name: {name}
+  results:
   - task:
       type: object-detection
     dataset:
       type: {data}
       name: {data}
-    metrics:"""
-_NO_RESULTS = " []"
+    metrics:
+{metrics}"""
 
 
 def model_card(name: str, kind: str, architecture: str, config: Config, classes: Classes, scores: dict) -> str:
-    """The text of README.md. scores: AP and others of the weights, and their epoch; {} where none is known."""
-    data = Path(config.data_name or "unknown").name
-    quoted = json.dumps(data)
+    """The text of README.md. scores: AP and others of the weights, and their epoch; {} where none is known.
+
+    Of a detector that was trained elsewhere nothing is said of training.
+    """
+    data = Path(config.data_name or "").name
     found = {key: scores[key] for key in _METRICS if scores.get(key) is not None}
-    results = _RESULTS.format(data=quoted) if found else _NO_RESULTS
-    for key, value in found.items():
-        results += f"\n    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}"
+    metrics = [
+        f"    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}\n" for key, value in found.items()
+    ]
+    quoted = {"data": json.dumps(data), "name": json.dumps(name)}
+    return _CARD.format(
+        kind=kind,
+        title=name,
+        results=_RESULTS.format(**quoted, metrics="".join(metrics)) if data and metrics else "",
+        architecture=architecture,
+        count=len(classes),
+        classes=listed(distinct_names(classes), 10),
+        training=_training(data, config, scores, found) if data else "",
+    )
+
+
+def _training(data: str, config: Config, scores: dict, found: dict) -> str:
     rows = {
         "preset": config.preset,
         "data": data,
@@ -85,18 +104,8 @@ def model_card(name: str, kind: str, architecture: str, config: Config, classes:
         "images": _images(config),
     }
     rows |= {_METRICS[key]: f"{value:.3f}" for key, value in found.items()}
-    return _CARD.format(
-        kind=kind,
-        data=quoted,
-        name=json.dumps(name),
-        title=name,
-        results=results,
-        architecture=architecture,
-        count=len(classes),
-        classes=listed(distinct_names(classes), 10),
-        trained=(_DENOISED if config.denoising.groups else _PLAIN).format(version=__version__),
-        table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-    )
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return _TRAINED.format(version=__version__, denoised=_DENOISED if config.denoising.groups else "", table=table)
 
 
 def _images(config: Config) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import Config, from_dict, to_dict
 from ..data.classes import Classes, distinct_names
 from ..files import write_atomic, write_json_atomic
+from ..hf.detector_model import detector_model
 from ..hf.written_config import to_processor, to_transformers
 from ..models.build import build_model
 from ..models.weights.head_sharing import fit_heads
@@ -76,15 +77,7 @@ def _content(model: Weights, config: Config, classes: Classes, blank: list[str],
 
 def in_transformers(folder: Path, most: int) -> Callable[[Tensor, Tensor], Detections]:
     """What transformers makes of a folder: (images [B, 3, H, W], sizes [B, 2]) -> its ``most`` detections an image."""
-    import transformers
-
-    logging, shown = transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForObjectDetection.from_pretrained(folder).eval()
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    model, _ = detector_model(folder, "--to transformers")
 
     @torch.no_grad()
     def detect(images: Tensor, sizes: Tensor) -> Detections:

@@ -22,6 +22,7 @@ from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..models.build import build_model
 from ..presets import preset_named
 from .build import build_step
+from .canvas import demand_canvas
 from .distributed import Processes
 from .memory import is_out_of_memory
 from .overfit import overfitting
@@ -115,7 +116,9 @@ def _try_out(
 def _fixed_bytes(config: Config, classes: int, world: int) -> tuple[int, int]:
     """Bytes of weights, gradients, AdamW's moments and the average; and of copies that trial steps do not make."""
     with torch.device("meta"):
-        weights = list(build_model(config.model, classes).parameters())
+        model = build_model(config.model, classes)
+    demand_canvas(config, model.backbone.multiple)
+    weights = list(model.parameters())
     every = 4 * sum(weight.numel() for weight in weights)
     trained = 4 * sum(weight.numel() for weight in weights if weight.requires_grad)
     shared = trained if world > 1 else 0  # gradients on their way between processes

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from ..models.layers import PackedProjections, Recomputable
 
-_MULTIPLYING = (nn.Linear, nn.Conv2d, PackedProjections)  # whose own parameters autocast would lower
+_MULTIPLYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, PackedProjections)  # of which autocast lowers parameters
 
 
 class Lowered(nn.Module):

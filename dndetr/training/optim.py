@@ -18,16 +18,20 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over two groups: the backbone at ``lr * backbone_scale`` and the rest at ``lr``; everything decays.
 
-    Frozen parameters belong to no group.
+    Frozen parameters belong to no group. A pyramid on the backbone belongs to the rest, since it is never pretrained.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    backbone = [p for name, p in named if name.startswith("backbone.")]
-    rest = [p for name, p in named if not name.startswith("backbone.")]
+    backbone = [p for name, p in named if _is_pretrained(name)]
+    rest = [p for name, p in named if not _is_pretrained(name)]
     groups = [{"params": rest, "lr": lr}]
     if backbone:
         groups.append({"params": backbone, "lr": lr * backbone_scale})
     capturable = rest[0].is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
+
+
+def _is_pretrained(name: str) -> bool:
+    return name.startswith("backbone.") and not name.startswith("backbone.pyramid.")
 
 
 def schedule_factor(

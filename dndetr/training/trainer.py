@@ -22,6 +22,7 @@ from ..runs.paths import remembered
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
 from .build import build_step
+from .canvas import demand_canvas
 from .distributed import Processes
 from .evaluator import Evaluator
 from .loss_rows import LossRows
@@ -58,6 +59,7 @@ class Trainer:
         self.mode = pick_mode(config.mode, self.device, processes.world)
         torch.manual_seed(config.seed)
         self.model = build_model(config.model, len(data.classes))
+        demand_canvas(config, self.model.backbone.multiple)
         self.steps_per_epoch = data.steps_per_epoch // config.accumulate
         if self.steps_per_epoch == 0:
             raise ValueError(

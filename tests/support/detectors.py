@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import backbones
 import torch
 
 from dndetr.batch import Batch, Targets
@@ -35,6 +36,15 @@ _MULTI = replace(
     levels=4,
     backbone=replace(_SMALL.backbone, outputs=(2, 3, 4)),
 )
+_VECTORS = replace(
+    _MULTI,
+    variant="dn-deformable-detr",
+    position_shift=0.5,
+    query_positions="vectors",
+    query_scale=False,
+    label_indicator=False,
+    box_eps=1e-5,
+)
 CONFIGS = {
     "dn-detr": _SMALL,
     "dn-detr-dc5-patterns": replace(_SMALL, patterns=3, backbone=replace(_SMALL.backbone, dilation=True)),
@@ -52,6 +62,9 @@ CONFIGS = {
         label_indicator=False,
     ),
     "two-stage": replace(_MULTI, variant="dn-deformable-detr", proposals="objects", content="selected"),
+    "deformable-detr": replace(_VECTORS, box_refinement=False, shared_heads=True),
+    "deformable-detr-refined": _VECTORS,
+    "deformable-detr-two-stage": replace(_VECTORS, proposals="objects", proposal_padding="official"),
     "batch-norm-from-scratch": replace(
         _MULTI,
         variant="dn-deformable-detr",
@@ -64,9 +77,11 @@ CONFIGS = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32):
-    """The detector, or a preset's, the same weights every time."""
+    """The detector, or a preset's, or one on a backbone of transformers, the same weights every time."""
     torch.manual_seed(0)
-    model = build_model(CONFIGS[name] if name in CONFIGS else preset_named(name).model, CLASSES)
+    known = name in CONFIGS or name in backbones.SETTINGS
+    config = preset_named(name).model if not known else CONFIGS.get(name) or backbones.detector(name)
+    model = build_model(config, CLASSES)
     return model if dtype == torch.float32 else model.to(dtype)  # fake tensors cannot be moved
 
 

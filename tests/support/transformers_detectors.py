@@ -47,7 +47,20 @@ def deformable(maps: int = 3, levels: int = 4, backbone=None, **config):
 
 
 def bottleneck():
+    """A ResNet of three convolutions a block."""
     return resnet(kind="bottleneck")
+
+
+def swin(maps: int):
+    """A backbone that ours cannot be."""
+    config = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4, "image_size": 64}
+    return transformers.SwinConfig(out_features=[f"stage{n}" for n in range(5 - maps, 5)], **config)
+
+
+def dinov2():
+    """A plain vision transformer."""
+    config = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
+    return transformers.Dinov2Config(out_features=["stage3"], **config)
 
 
 VARIANTS = {
@@ -61,6 +74,13 @@ VARIANTS = {
     "deformable-3-levels": lambda: deformable(3, 3, encoder_n_points=3, decoder_n_points=2),
     "deformable-5-levels": lambda: deformable(2, 5, activation_function="prelu", with_box_refine=True),
     "deformable-gelu": lambda: deformable(activation_function="gelu", encoder_layers=0),
+}
+
+
+OTHER_BACKBONES = {
+    "dab-dinov2": lambda: dab(dinov2()),
+    "deformable-swin": lambda: deformable(backbone=swin(3), with_box_refine=True),
+    "deformable-narrow-resnet": lambda: deformable(backbone=resnet(3, embedding_size=16)),
 }
 
 

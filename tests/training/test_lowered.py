@@ -24,11 +24,12 @@ def build(name, checkpointing=False):
     return build_model(replace(detectors.CONFIGS[name], checkpointing=checkpointing), detectors.CLASSES)
 
 
-def outcome(model, called, precision=BF16):
+def outcome(model, called, precision=BF16, seed=0):
     """Loss of a step under autocast (of fixed sums, since matching would amplify rounding), and its gradients."""
     model.zero_grad()
-    batch = detectors.make_batch([3, 5], 8)
-    noise = draw_noise(batch.targets, 2, detectors.CLASSES, torch.Generator().manual_seed(0))
+    batch, draw = detectors.make_batch([3, 5], 8), torch.Generator().manual_seed(seed)
+    batch = replace(batch, pixels=torch.randint(256, batch.pixels.shape, generator=draw, dtype=torch.uint8))
+    noise = draw_noise(batch.targets, 2, detectors.CLASSES, draw)
     noised = noised_queries(batch.targets, noise, 0.2, 0.4, False)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         logits, boxes, *_ = called(images_of(batch), batch.sizes, noised)
@@ -47,14 +48,20 @@ def error(grads, exact):
     return off.norm() / whole.norm(), (off / (whole + 1e-3 * whole.norm())).max()
 
 
-def check(found, plain, exact):
-    """As near to float32 as autocast, and no weight's gradient goes astray.
+def check(called, plain, exact):
+    """As near to float32 as autocast, and no weight's gradient goes astray; each a model and what to call.
 
-    That of one batch: in others rounding changes which proposals are selected, or many a ReLU, in autocast's way or in
-    ours, and one of both is twice as far off as the other.
+    The median of some batches: in any one rounding may change which proposals are selected, or many a ReLU, in
+    autocast's way or in ours, and one of both is twice as far off as the other. Which, depends on the processor.
     """
-    torch.testing.assert_close(found[0], exact[0], rtol=1e-3, atol=0)
-    (mine, worst), (autocast, _) = (error(grads, exact[1]) for _, grads in (found, plain))
+    ours, theirs = [], []
+    for seed in range(5):
+        loss, grads = outcome(*exact, torch.float32, seed)
+        for each, errors in ((called, ours), (plain, theirs)):
+            found, its = outcome(*each, BF16, seed)
+            errors.append([abs(found / loss - 1), *error(its, grads)])
+    (loss, mine, worst), (_, autocast, _) = (torch.tensor(x).median(0).values for x in (ours, theirs))
+    assert loss <= (1e-3 if called[0].proposals is None else 3e-2), loss  # other proposals, another loss
     assert mine <= 1.5 * autocast and worst < 0.5, (mine, autocast, worst)
 
 
@@ -62,8 +69,9 @@ def check(found, plain, exact):
 def test_loss_and_gradients_are_those_of_autocast(name):
     model = build(name).to(memory_format=torch.channels_last)
     before = {key: value.clone() for key, value in model.state_dict().items() if "running_" not in key}
-    found, plain = outcome(model, Lowered(model, BF16)), outcome(model, model)
-    check(found, plain, outcome(model, model, torch.float32))
+    called = Lowered(model, BF16)
+    check((model, called), (model, model), (model, model))
+    found, plain = outcome(model, called), outcome(model, model)
     if name == "batch-norm-from-scratch":  # all weights are multiplied as they are
         assert found[0] == plain[0] and error(found[1], plain[1]) == (0, 0)
     assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
@@ -103,9 +111,8 @@ def test_recomputing_changes_no_gradient(name):
     inside = {parameter for block in blocks for parameter in block.parameters()}
     called = Lowered(recomputed, BF16)
     assert blocks and called._full and inside.isdisjoint(called._full.values())
-    found, exact = outcome(recomputed, called), outcome(kept, kept, torch.float32)
-    check(found, outcome(kept, Lowered(kept, BF16)), exact)
-    check(found, outcome(recomputed, recomputed), exact)
+    check((recomputed, called), (kept, Lowered(kept, BF16)), (kept, kept))
+    check((recomputed, called), (recomputed, recomputed), (kept, kept))
 
 
 class Copies(torch.utils._python_dispatch.TorchDispatchMode):

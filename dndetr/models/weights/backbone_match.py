@@ -13,6 +13,7 @@ from ..backbone import BLOCKS
 from ..build import build_backbone
 
 _PREFIX = "backbone."
+_PYRAMID = "backbone.pyramid."  # starts from nothing where a file has none
 _PART = re.compile(r"(?:layer(\d)\.\d+|conv\d|bn\d)\..*")
 Shapes = dict[str, torch.Size]
 
@@ -30,7 +31,9 @@ def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], pa
     kind, own_kind = _kind(there), _kind(here)
     stages, needed = len(kind.blocks), len(own_kind.blocks)
     what = f"it seems to be a {kind}"
-    if not stages:
+    if any(name.startswith("model.") for name in here):
+        what = "the model's is of transformers: give a checkpoint of a detector with one like it, or leave out --init"
+    elif not stages:
         beginning = f"{_PREFIX}{next(iter(there))}"
         what = f"it is no ResNet, or hardly the beginning of one (it has {beginning}): give another file"
     elif (variant := _variant(there)) is not None:
@@ -53,7 +56,7 @@ def _shapes(weights: dict[str, Tensor]) -> Shapes:
     return {
         name.removeprefix(_PREFIX): value.shape
         for name, value in weights.items()
-        if name.startswith(_PREFIX) and not name.endswith("num_batches_tracked")
+        if name.startswith(_PREFIX) and not name.startswith(_PYRAMID) and not name.endswith("num_batches_tracked")
     }
 
 
@@ -64,7 +67,7 @@ def _difference(here: Shapes, there: Shapes) -> str | None:
             return f"it has no {_PREFIX}{name}"
         if there[name] != shape:
             return f"{_PREFIX}{name} is {shape_text(there[name])} there and {shape_text(shape)} here"
-    last = max(int(match[1] or 0) for match in map(_PART.fullmatch, here) if match)
+    last = max((int(match[1] or 0) for match in map(_PART.fullmatch, here) if match), default=0)
     for name in there.keys() - here.keys():
         match = _PART.fullmatch(name)
         if match and int(match[1] or 0) <= last:

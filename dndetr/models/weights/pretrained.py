@@ -190,6 +190,8 @@ def _hints(model: DNDETR, weights: dict[str, Tensor], source: Source) -> list[st
         hints.append(f"detrex trains most models with other positions, those of {flags}")
     if source.blank:
         hints.append("embeddings of noised labels are made anew, since a detector of transformers has none")
+        if source.classes is None:
+            hints.append("its classes have no names, so they are taken in their order if there are as many")
     return hints
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...model_config import ModelConfig
 from ..build import build_model
+from ..layers import MLP
 from .head_sharing import fit_heads
 from .transformers_resnet import from_transformers_resnet, to_transformers_resnet
 
@@ -102,7 +103,6 @@ _PACKED = re.compile(r"(.*\.self_attn\.)in_proj_(weight|bias)")
 _PART = re.compile(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)")
 _BOTH = "queries.position_and_content.weight"
 _UNKNOWN = "queries.label_enc.weight"
-_LINEAR = ("weight", "bias")
 _DENOISING = (_UNKNOWN, "queries.position_head.")
 
 
@@ -124,16 +124,16 @@ def from_detector(state: Weights, config: ModelConfig, classes: int) -> Weights:
     for name in of_denoising_alone(own):
         weights[name] = torch.zeros(own[name].shape)
     for name, value in own.items():
+        place = _first(_their_names([name], config))
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, torch.zeros(value.shape, dtype=value.dtype))
         elif name not in weights:
-            raise ValueError(f"its weights lack {_first(_their_names([name], config))}: give a whole file")
+            raise ValueError(f"its weights lack {place}: give a whole file")
         elif weights[name].shape != value.shape:
             there, here = ("x".join(map(str, x.shape)) for x in (weights[name], value))
-            place = _first(_their_names([name], config))
             raise ValueError(f"{place} is {there}, and {here} by its config.json: they are of different models")
         elif not weights[name].isfinite().all():
-            raise ValueError(f"{_first(_their_names([name], config))} has NaN or infinite numbers: its training failed")
+            raise ValueError(f"{place} has NaN or infinite numbers: its training failed")
     beside = [name for name in weights if name not in own and not _is_unused(name, config)]
     if beside:
         raise ValueError(
@@ -146,8 +146,8 @@ def from_detector(state: Weights, config: ModelConfig, classes: int) -> Weights:
 def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights]:
     """Our model's tensors -> under the names that transformers writes, and those without a counterpart under ours.
 
-    What transformers has without a use for it, where there is no encoder, is zero.
-    Matching queries of a DN-DETR start from the label table's row "unknown", which becomes part of the patterns.
+    Matching queries of a DN-DETR start from the label table's row "unknown", which becomes part of the patterns. What
+    transformers has without a use for it is zero.
     """
     dab, weights = config.variant == "dn-detr", dict(weights)
     counters = [name for name in weights if name.endswith("num_batches_tracked")]
@@ -155,7 +155,7 @@ def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights
     if dab:
         if "queries.patterns.weight" in weights:
             kept["queries.patterns.weight"] = weights["queries.patterns.weight"]
-        weights["queries.patterns.weight"] = starting_content(kept, config)
+        weights["queries.patterns.weight"] = _starting_content(kept, config)
     else:
         weights = _with_their_heads(weights, config)
     if "queries.position_embed.weight" in weights:
@@ -169,14 +169,19 @@ def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights
         else:
             unpacked[name] = value
     if config.encoder_layers == 0:
-        sides = {f"layers.{n}.{part}": (config.width,) * (1 + (part == "weight")) for n in range(2) for part in _LINEAR}
-        shapes = {f"encoder.query_scale.{name}": shape for name, shape in sides.items()}
-        shapes = shapes if dab else {"projection.level_embed": (config.levels, config.width)}
-        unpacked |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+        unpacked |= _without_encoder(config)
     return {theirs: unpacked[ours] for ours, theirs in _their_names(unpacked, config).items()}, kept
 
 
-def starting_content(queries: Weights, config: ModelConfig) -> Tensor:
+def _without_encoder(config: ModelConfig) -> Weights:
+    """What transformers has, without a use for it, where there is no encoder."""
+    if config.variant != "dn-detr":
+        return {"projection.level_embed": torch.zeros(config.levels, config.width)}
+    scale = MLP(config.width, config.width, config.width).state_dict()
+    return {f"encoder.query_scale.{name}": torch.zeros_like(value) for name, value in scale.items()}
+
+
+def _starting_content(queries: Weights, config: ModelConfig) -> Tensor:
     """What a DN-DETR's matching queries start from, [patterns or 1, C]: the row "unknown", and own patterns."""
     unknown = torch.nn.functional.pad(queries[_UNKNOWN][-1:], (0, int(config.label_indicator)))
     return unknown + queries["queries.patterns.weight"] if config.patterns else unknown

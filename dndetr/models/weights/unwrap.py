@@ -44,14 +44,17 @@ def unwrap(content: Mapping, path: str | Path) -> Unwrapped:
     if not named and wrongly is not None:
         raise ValueError(f"{path} has a {type(wrongly).__name__} where its weights should be, not a dict of tensors")
     weights: dict[str, Tensor] = {}
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in named}
+    own = {"model", "config", "classes"} <= content.keys()  # a checkpoint of ours: its backbone has its own names
+    ours = {name: name for name in plain.values()} if own else from_transformers_resnet(plain.values())
     for name, value in named.items():
-        inner = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        inner = ours[plain[name]]
         if inner in weights:
             raise ValueError(f"{path} has {inner} twice, once as {name}: save the weights of one model alone")
         weights[inner] = value
+    if own:
+        return Unwrapped(weights, [], [])
     removed += [part for part in _WRAPPERS if any(part in name.split(".") for name in named)]
-    names = from_transformers_resnet(weights)
-    weights = {names[name]: value for name, value in weights.items()}
     outer = _outer(weights, path)
     if outer:
         removed.append(outer.removesuffix("."))

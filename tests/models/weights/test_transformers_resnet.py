@@ -93,6 +93,14 @@ def test_one_inside_of_a_detector_is_found():
     assert len(report.kept) == len(model.backbone.state_dict())
 
 
+def test_one_network_twice_is_refused():
+    state = theirs(SMALL["basic"]).state_dict()
+    both = state | {"conv1.weight": torch.zeros(1)}
+    model = build_model(replace(detectors.CONFIGS["dn-deformable-detr"], backbone=SMALL["basic"]), 2)
+    with pytest.raises(ValueError, match=r"x\.bin has conv1\.weight twice, once as conv1\.weight: save"):
+        initialise(model, both, "x.bin", CLASSES)
+
+
 def test_what_stands_before_stays_and_what_is_no_resnet_is_left():
     inside = {
         "model.backbone.model.embedder.embedder.convolution.weight": "model.backbone.model.conv1.weight",

@@ -1,4 +1,4 @@
-"""Whether the installed transformers is one that the plug-in was tested with."""
+"""Whether the installed transformers is one that this package was tested with."""
 
 from importlib import metadata
 
