@@ -256,8 +256,8 @@ def test_what_transformers_has_no_counterpart_of(settings, told, tmp_path, capsy
         (["--to", "transformers", "new", "--output", "a.onnx"], "give a new file"),
         (["--to", "transformers", "new", "--format", "onnx"], "--format onnx: give no format with --to transformers"),
         (["--to", "transformers", "there"], "there is already there and not empty"),
-        (["--to", "mmdet", "new"], "--to"),
-        (["--to", "transformers"], "--to"),
+        (["--to", "mmdet", "new"], "error: --to mmdet new: give transformers and a path (python"),
+        (["--to", "transformers"], "error: --to transformers: give transformers and a path (python"),
         (["--to", "transformers", "new", "--image", "none.jpg"], "none.jpg"),
     ],
 )
