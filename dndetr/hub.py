@@ -1,7 +1,11 @@
-"""Models by their names on the hub, ``owner/name``, fetched unless they are here already."""
+"""Models of transformers: which folders and files are theirs, and names on the hub, ``owner/name``, fetched once."""
 
+import json
 import re
 from pathlib import Path
+
+DETECTORS = {"dab-detr": "DAB-DETR", "deformable_detr": "Deformable DETR"}  # those that are read, by their model_type
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 # Endings of files, which no model's name has.
 _FILES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")
@@ -12,6 +16,26 @@ def is_hub_name(text: str) -> bool:
     """Whether this can only be a name on the hub: it looks like one, and nothing of what it would name is here."""
     looks = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(_FILES)
     return looks and not Path(text).exists() and not Path(text).parent.exists()
+
+
+def is_of_transformers(path: str | Path) -> bool:
+    """Whether this is a folder or hub name of transformers, of whatever model, or the file of a detector in one.
+
+    Folders are known by their config.json, which names the kind of model, as those of our runs do not. Files of other
+    models may have a backbone to take.
+    """
+    if is_hub_name(str(path)):
+        return True
+    path = Path(path)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if not path.exists() or not config.is_file() or (path.is_dir() and (path / "checkpoint.pt").exists()):
+        return False
+    try:
+        theirs = json.loads(config.read_text())
+    except ValueError:
+        return path.is_dir() or path.name in WEIGHTS  # broken, and said to be when it is read
+    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
+    return kind is not None if path.is_dir() else kind in DETECTORS
 
 
 def fetched(name: str) -> Path:
