@@ -148,7 +148,7 @@ def test_a_process_that_cannot_import_us_finds_what_we_find(run, exported, photo
     demand_alike(found, load(run("dn-detr"), "cpu").predict(photo, threshold=0.0)[0])
 
 
-@pytest.mark.parametrize("kind", ["dn-detr", "vectors"])
+@pytest.mark.parametrize("kind", ["dn-detr", pytest.param("vectors", marks=pytest.mark.slow)])
 def test_evaluation_and_training_go_on_where_they_were(kind, run, exported, tmp_path, capsys):
     path, _ = exported(kind)
     scores = []
