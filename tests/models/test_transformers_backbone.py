@@ -157,7 +157,7 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kind, outputs):
 
 def test_what_no_output_needs_is_not_there():
     stages = (
-        {name.split(".")[3] for name in built("swin", outputs=(n,)).state_dict() if ".layers." in name} for n in (4, 2)
+        {name.split(".")[4] for name in built("swin", outputs=(n,)).state_dict() if ".layers." in name} for n in (4, 2)
     )
     assert list(map(sorted, stages)) == [["0", "1", "2", "3"], ["0", "1"]]
 
@@ -226,6 +226,22 @@ def test_half_precision_is_near(kind):
         assert (one - other.float()).norm() < 0.1 * one.norm()
     sum(x.float().square().sum() for x in rough).backward()
     assert all(p.grad.dtype == torch.float32 for p in backbone.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("swin", "convnextv2", "dinov2") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in backbones.SETTINGS
+    ],
+)
+def test_it_exports_for_any_batch(kind):
+    backbone = built(kind).eval().requires_grad_(False)
+    any_batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(backbone, (images().contiguous(),), dynamic_shapes=(any_batch,))
+    other = images().contiguous()[[1, 0, 1]]
+    for found, expected in zip(program.module()(other), backbone(other), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["swin", "dinov2"])
