@@ -58,14 +58,14 @@ def test_colours_are_those_that_it_was_trained_with(folder):
     (folder / "preprocessor_config.json").write_text(json.dumps(COLOURS))
     config, _, (line,) = with_published_backbone(config_of(folder), set())
     assert (config.images.mean, config.images.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
-    assert line.endswith("--images.mean 0.5 0.4 0.3 --images.std 0.2 0.2 0.1")
+    assert line.endswith("--images.mean 0.5 0.4 0.3 --images.std 0.2 0.2 0.1, and so is this run")
 
 
 @pytest.mark.parametrize("given", ["images.mean", "images.std"])
 def test_colours_that_are_given_win(folder, given):
     (folder / "preprocessor_config.json").write_text(json.dumps(COLOURS))
     config, _, lines = with_published_backbone(config_of(folder), {given})
-    assert (config.images, lines) == (ImagesConfig(), [])
+    assert config.images == ImagesConfig() and len(lines) == 1 and lines[0].endswith("those that are given")
 
 
 @pytest.mark.parametrize("content", [{}, {**COLOURS, "do_normalize": False}, [], None])
@@ -197,10 +197,11 @@ def test_without_transformers(monkeypatch, folder):
 
 
 def test_settings_of_our_resnet_are_no_settings_of_it(folder):
-    given = {"model.backbone.depth", "model.backbone.stem", "model.backbone.norm"}
+    given = {"model.backbone.depth", "model.backbone.stem", "model.backbone.norm", "model.backbone.planes"}
     told = r"--model.backbone.depth, --model.backbone.stem: these describe our ResNet; leave them out with --model"
     with pytest.raises(ValueError, match=told):
-        with_published_backbone(config_of(folder), given)
+        with_published_backbone(config_of(folder, depth=18, stem="small"), given)
+    with_published_backbone(config_of(folder, depth=18), set())  # a preset's
 
 
 def test_flags_are_errors_before_anything_is_written(tmp_path, monkeypatch, capsys):
