@@ -175,3 +175,5 @@ def test_a_step_is_counted(folders, kind):
     flags = flags_for(folders[kind], "--batch-size", "2", "--train-images", "16")
     text = profile.profile(["--count", "--canvas", "128x128", *flags])
     assert "backbone" in text
+    with pytest.raises(ValueError, match=r"--canvas 120x130: .* multiples of 16: give --canvas 128x144"):
+        profile.profile(["--count", "--canvas", "120x130", *flags])

@@ -155,6 +155,18 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kind, outputs):
         assert parameter.requires_grad == (name.removeprefix("model.") not in backbone.idle), name
 
 
+@every_kind
+def test_gradients_have_the_strides_of_their_weights(kind):
+    backbone = built(kind, frozen=0).train().to(memory_format=torch.channels_last)
+    sum(x.square().sum() for x in backbone(images())).backward()
+    found = {
+        name: (weight.shape, weight.stride(), weight.grad.stride())
+        for name, weight in backbone.model.named_parameters()
+        if weight.grad is not None and weight.grad.stride() != weight.stride()
+    }
+    assert not found
+
+
 def test_what_no_output_needs_is_not_there():
     stages = (
         {name.split(".")[4] for name in built("swin", outputs=(n,)).state_dict() if ".layers." in name} for n in (4, 2)
