@@ -308,6 +308,12 @@ def test_settings_that_contradict_each_other(changes, told):
         BackboneConfig(**changes)
 
 
+def test_it_is_the_same_whoever_builds_it():
+    with torch.no_grad():
+        found = built("swin").idle
+    assert found == built("swin").idle != set()
+
+
 def test_fewer_stages_of_our_own_do_not_limit_those_of_others():
     config = BackboneConfig(kind="transformers", name="x", planes=(8, 8), blocks=(1, 1), outputs=(3, 4))
     assert config.outputs == (3, 4)
