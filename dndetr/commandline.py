@@ -110,10 +110,11 @@ def _unboxed(text: str) -> str:
 
 def _of_no_type(message: str) -> str:
     """What tyro says of a value that is of none of a flag's types, without each parser's own words."""
-    found = re.match(r"Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]", message)
+    found = re.match(r"Error parsing (\S+): no type matching (.+?) could be instantiated from \['(.*?)'\]", message)
     if found is None:
         return message
-    flag, types, value = found.groups()
+    flag, types, value = found[1], found[2], found[3].replace("', '", " ")
     words = {"FLOAT": "a number", "INT": "a whole number", "PATH": "a path", "STR": "a text"}
-    wanted = [words.get(kind, kind.strip("{}")) for kind in types.split("|") if kind != "{None}"]
+    kinds = [re.sub("[{}]", "", kind).split() for kind in types.split("|") if kind != "{None}"]
+    wanted = [" and ".join(words.get(part, part) for part in kind) for kind in kinds]
     return f"{flag} {value}: give {' or '.join(wanted)}"

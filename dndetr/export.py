@@ -87,8 +87,8 @@ def _to_transformers(arguments: Arguments, folder: Path) -> None:
     demand_new_folder(folder)
     require_transformers("--to transformers")
     from .detector import load
-    from .hf.detector_config import DETECTORS
     from .hf.written_config import to_transformers
+    from .hub import DETECTORS
     from .runs.model_card import model_card
     from .runs.scores import scores_of
     from .runs.written_detector import in_transformers, write_detector

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _process, commandline  # noqa: F401
 from .config import Config, from_dict
+from .hub import is_of_transformers
 from .output import unfailing
 from .presets import preset_named
 from .published_backbones import with_published_backbone
 from .runs.checkpoint import load_checkpoint
-from .runs.detector_folder import as_starting_point, compared, is_of_transformers
 from .runs.listener import Listener
 from .training.overfit import overfitting, verdict
 from .training.signals import Stopped
@@ -65,6 +65,8 @@ def starting_point(preset: str | None, overfit: int | None, init: str | None = N
     Without one, the model and the images of the transformers detector in ``init``, or else tiny.
     """
     if preset is None and init is not None and is_of_transformers(init):
+        from .runs.detector_folder import as_starting_point  # here, since other runs are to know their flags at once
+
         config = as_starting_point(init)
     else:
         config = preset_named("tiny" if preset is None else preset)
@@ -166,6 +168,7 @@ def _train(
     from .models.weights.pretrained import initialise
     from .models.weights.published import load_published
     from .runs.console import Console
+    from .runs.detector_folder import compared
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows

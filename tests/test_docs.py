@@ -11,6 +11,7 @@ import pytest
 from dndetr import train
 from dndetr.__main__ import COMMANDS
 from dndetr.presets import PRESETS
+from dndetr.runs import detector_folder
 
 PLACES = "dndetr|csrc|kernels|tests|benchmarks|docs"
 
@@ -89,7 +90,7 @@ def test_modules_that_are_named_are_there(pages):
 
 def test_commands_that_are_shown_exist_with_their_flags(pages, capsys, monkeypatch):
     # Names on the hub are not asked for.
-    monkeypatch.setattr(train, "as_starting_point", lambda name: PRESETS["dn-detr-r50"]())
+    monkeypatch.setattr(detector_folder, "as_starting_point", lambda name: PRESETS["dn-detr-r50"]())
     shown = []
     for path, page in pages.items():
         for text in [*code(page, ""), *re.findall(r"`([^`\n]*python -m dndetr[^`\n]*)`", page)]:

@@ -148,7 +148,7 @@ def test_a_process_that_cannot_import_us_finds_what_we_find(run, exported, photo
     demand_alike(found, load(run("dn-detr"), "cpu").predict(photo, threshold=0.0)[0])
 
 
-@pytest.mark.parametrize("kind", ["dn-detr", "vectors"])
+@pytest.mark.parametrize("kind", ["dn-detr", pytest.param("vectors", marks=pytest.mark.slow)])
 def test_evaluation_and_training_go_on_where_they_were(kind, run, exported, tmp_path, capsys):
     path, _ = exported(kind)
     scores = []
@@ -256,8 +256,8 @@ def test_what_transformers_has_no_counterpart_of(settings, told, tmp_path, capsy
         (["--to", "transformers", "new", "--output", "a.onnx"], "give a new file"),
         (["--to", "transformers", "new", "--format", "onnx"], "--format onnx: give no format with --to transformers"),
         (["--to", "transformers", "there"], "there is already there and not empty"),
-        (["--to", "mmdet", "new"], "--to"),
-        (["--to", "transformers"], "--to"),
+        (["--to", "mmdet", "new"], "error: --to mmdet new: give transformers and a path (python"),
+        (["--to", "transformers"], "error: --to transformers: give transformers and a path (python"),
         (["--to", "transformers", "new", "--image", "none.jpg"], "none.jpg"),
     ],
 )

@@ -80,6 +80,7 @@ def test_flags_change_what_is_asked_for(trained):
 def test_a_preset_of_another_model_is_said_to_be_one(trained):
     other = ["--preset", "dn-detr-r50", "--model.width", "32", "--model.heads", "4", "--model.hidden", "48"]
     backbone = ["--model.backbone.blocks", *"1211", "--model.backbone.planes", "16", "24", "32", "40"]
+    backbone += ["--images.recipe", "fixed", "--images.canvas", "64", "96"]
     layers = ["--model.encoder-layers", "2", "--model.decoder-layers", "2", "--model.queries", "7"]
     saved, told = trained("dab", *other, *layers, *backbone, "--model.backbone.bottleneck", "False")
     assert from_dict(saved["config"]).model.decoder_layers == 2

@@ -10,8 +10,6 @@ from ..data.classes import Classes
 from ..model_config import BackboneConfig, ModelConfig
 from ..presets import dn_deformable_detr_r50, dn_detr_r50
 
-DETECTORS = {"dab-detr": "DAB-DETR", "deformable_detr": "Deformable DETR"}
-
 
 def from_transformers(theirs: dict, processor: dict) -> tuple[Config, Classes]:
     """A detector's settings, as read from its files, as ours, and its classes, one for every row of its class heads.

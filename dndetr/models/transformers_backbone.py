@@ -32,8 +32,8 @@ class TransformersBackbone(nn.Module):
     that, and so on; norm "frozen" fixes batch norms' statistics and weights.
 
     ``multiple``: height and width of images must be multiples of it; ``idle``: names of parameters, in ``model``, that
-    no map depends on. ImportError without transformers, ValueError for
-    settings that describe no backbone, or one that only takes images of one size.
+    no map depends on. ImportError without transformers, ValueError for settings that describe no backbone, or one that
+    only takes images of one size.
     """
 
     def __init__(self, settings: str, outputs: tuple[int, ...] = (4,), frozen: int = 2, norm: str = "frozen"):
@@ -64,6 +64,7 @@ class TransformersBackbone(nn.Module):
         for part in self._frozen_parts:
             part.requires_grad_(False)
 
+    @torch.enable_grad()
     def _try_out(self, kind: str) -> tuple[Tensor, ...]:
         """The maps of one image, nowhere; parameters that none of them depends on are frozen, as nothing trains them.
 
@@ -89,6 +90,19 @@ class TransformersBackbone(nn.Module):
         for name in self.idle:
             self.model.get_parameter(name).requires_grad_(False)
         return tuple(x.detach() for x in maps)
+
+    def _apply(self, fn, recurse: bool = True):
+        """As of every module, but only filters get their channels last.
+
+        Other weights with four dimensions, as norms have, would get strides that their gradients do not have, of which
+        DistributedDataParallel warns.
+        """
+        super()._apply(fn, recurse)
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 4 and not isinstance(module, nn.Conv2d):
+                    parameter.data = parameter.data.flatten().view(parameter.shape)
+        return self
 
     def train(self, mode: bool = True):
         """Training mode, in which frozen parts keep the batch statistics they came with."""

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import torch
 
 from ..files import Unwritten, write_atomic
-from .detector_folder import is_of_transformers, read_of_transformers
+from ..hub import is_of_transformers
 from .listener import Listener, Run
 from .safetensors_file import safetensors_bytes
 from .weight_files import read_weights
@@ -72,6 +72,9 @@ def load_checkpoint(path: str | Path, needs: tuple[str, ...] = ("model",)) -> di
     FileNotFoundError or ValueError, in one line, for what cannot be a checkpoint.
     """
     if is_of_transformers(path):
+        # Imported here, since few need it and flags are to be read at once.
+        from .detector_folder import read_of_transformers
+
         return _demand_keys(read_of_transformers(path), path, needs)
     path = Path(path)
     if path.is_dir():

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from ..config import Config, from_dict, to_dict
 from ..data.classes import listed
-from ..hf.detector_config import DETECTORS, from_transformers, without_counterpart
+from ..hf.detector_config import from_transformers, without_counterpart
 from ..hf.detector_model import detector_model
-from ..hub import fetched, is_hub_name
+from ..hub import DETECTORS, WEIGHTS, fetched, is_hub_name
 from ..models.weights.transformers_detectors import Weights, from_detector, heads_differ, of_denoising_alone
 from ..presets import preset_named
 from ..settings import flat
 from .weight_files import read_weights
 from .written_detector import BESIDE, restored
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What says how a model is made or computed, not what it is.
 _OF_NEW_MODELS = (
     *("model.anchors", "model.size_bias", "model.checkpointing"),
@@ -32,26 +31,6 @@ _INSTEAD = {
     "rt_detr_v2": "dndetr.accelerate(model) makes it faster in transformers",
     "d_fine": "dndetr.accelerate(model) makes it faster in transformers",
 }
-
-
-def is_of_transformers(path: str | Path) -> bool:
-    """Whether this is a folder or hub name of transformers, of whatever model, or the file of a detector in one.
-
-    Folders are known by their config.json, which names the kind of model, as those of our runs do not. Files of other
-    models may have a backbone to take.
-    """
-    if is_hub_name(str(path)):
-        return True
-    path = Path(path)
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if not path.exists() or not config.is_file() or (path.is_dir() and (path / "checkpoint.pt").exists()):
-        return False
-    try:
-        theirs = json.loads(config.read_text())
-    except ValueError:
-        return path.is_dir() or path.name in _WEIGHTS  # broken, and said to be when it is read
-    kind = theirs.get("model_type") if isinstance(theirs, dict) else None
-    return kind is not None if path.is_dir() else kind in DETECTORS
 
 
 def read_of_transformers(path: str | Path) -> dict:
@@ -115,13 +94,13 @@ def _demand_known(kind: str | None, name: str | Path) -> None:
 
 def _state(folder: Path) -> Weights:
     """All tensors of a folder, whatever files they are divided into."""
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (folder / name).exists():
             return read_weights(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
             return _shards(index)
-    raise FileNotFoundError(f"{folder} has config.json, but no weights: {' or '.join(_WEIGHTS)}")
+    raise FileNotFoundError(f"{folder} has config.json, but no weights: {' or '.join(WEIGHTS)}")
 
 
 def _shards(index: Path) -> Weights:

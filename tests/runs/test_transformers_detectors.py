@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,13 @@ def demand_equal(path, model):
 def test_outputs_of_all_layers_are_those_of_transformers(variant, saved):
     path, model = saved(variant)
     assert demand_equal(path, model) == model.config.decoder_layers
+
+
+@pytest.mark.parametrize("variant", ["dab", "deformable-two-stage"])
+def test_transformers_is_not_needed(variant, saved, monkeypatch):
+    path, _ = saved(variant)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert len(load(path, "cpu").classes) == theirs.CLASSES
 
 
 @pytest.mark.parametrize("variant", theirs.OTHER_BACKBONES)
@@ -243,7 +251,7 @@ def test_names_on_the_hub(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(OSError, match=r"somebody/dab-detr is no folder here, the hub cannot be reached.*config\.json"):
         load("somebody/dab-detr", "cpu")
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
         load("somebody/dab-detr", "cpu")
 

@@ -6,7 +6,7 @@ import transformers_detectors as theirs
 from safetensors.torch import load_file
 
 from dndetr.detector import load
-from dndetr.runs.detector_folder import is_of_transformers
+from dndetr.hub import is_of_transformers
 
 
 def without(name):
