@@ -197,7 +197,11 @@ def _train(
             notes.append(f"--model.backbone.name {name}: {load_published(trainer.model.backbone, published)}")
         if config.init is not None:
             weights = load_checkpoint(config.init, needs=())
-            notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")
+            report = initialise(trainer.model, weights, config.init, data.classes)
+            name = config.model.backbone.name
+            if name and published is None and not any(tensor.startswith("backbone.") for tensor in report.kept):
+                raise ValueError(f"--init {config.init} has no backbone: give one, --model.backbone.name {name}")
+            notes.append(f"--init {config.init}: {report}")
         folder = None
         if processes.first:
             folder = stack.enter_context(output_folder(config.output, config.preset))
