@@ -1,6 +1,7 @@
 """Whether a file's backbone is the model's, all of it; half of one would put norms where their convolutions are not."""
 
 import re
+from collections.abc import Set
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -24,14 +25,18 @@ _PART = re.compile(
 Shapes = dict[str, torch.Size]
 
 
-def demand_whole_backbone(own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path) -> None:
+def demand_whole_backbone(
+    own: dict[str, Tensor], weights: dict[str, Tensor], path: str | Path, idle: Set[str] = frozenset()
+) -> None:
     """ValueError, with the flags that would fit, unless a file has all of the model's backbone, or nothing of one.
 
-    own: the model's tensors; weights: the file's, under our names; path: its name in messages. Stages after the model's
-    last one, step counters of batch norms, and what is made of the maps may be there or not.
+    own: the model's tensors; weights: the file's, under our names; path: its name in messages; idle: names of the
+    model's that no map depends on, which may be missing. Stages after the model's last one, step counters of batch
+    norms, and what is made of the maps may be there or not.
     """
     here, there = _shapes(own), _shapes(weights)
-    difference = _difference(here, there) if there else None
+    needed = here.keys() - {name.removeprefix(_PREFIX) for name in idle}
+    difference = _difference(here, there, needed) if there else None
     if difference is not None:
         raise ValueError(f"{path}: its backbone does not fit: {difference}; {_advice(here, there)}")
 
@@ -87,12 +92,12 @@ def _shapes(weights: dict[str, Tensor]) -> Shapes:
     }
 
 
-def _difference(here: Shapes, there: Shapes) -> str | None:
+def _difference(here: Shapes, there: Shapes, needed: Set[str]) -> str | None:
     """The first that keeps the file's backbone from being the model's, in words."""
     for name, shape in here.items():
-        if name not in there:
+        if name not in there and name in needed:
             return f"it has no {_PREFIX}{name}"
-        if there[name] != shape:
+        if there.get(name, shape) != shape:
             return f"{_PREFIX}{name} is {shape_text(there[name])} there and {shape_text(shape)} here"
     last = max((stage for name in here if (stage := _stage(name)) is not None), default=0)
     for name in there.keys() - here.keys():
@@ -168,7 +173,8 @@ def _can_be_built(kind: _Kind, shapes: Shapes, stages: int) -> bool:
     config = BackboneConfig(**kind._asdict(), outputs=(stages,))
     with torch.device("meta"):
         built = build_backbone(config).state_dict()
-    return _difference(_shapes({_PREFIX + name: value for name, value in built.items()}), shapes) is None
+    wanted = _shapes({_PREFIX + name: value for name, value in built.items()})
+    return _difference(wanted, shapes, wanted.keys()) is None
 
 
 def _flags(kind: _Kind, own: _Kind) -> str:

@@ -141,7 +141,7 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
     source = weights_of(content, path)
     own = model.state_dict()
     idle = _idle(model)
-    demand_whole_backbone({name: value for name, value in own.items() if name not in idle}, source.weights, path)
+    demand_whole_backbone(own, source.weights, path, idle)
     weights = fit_heads(source.weights, own)
     objects = model.proposals is not None and model.proposals.objects
     other_scores = source.objects is not None and source.objects != objects

@@ -51,7 +51,8 @@ class SwinKind(NamedTuple):
     def __str__(self) -> str:
         size = self.letter
         if size is None:
-            size = f"Swin of width {self.width} and {' '.join(map(str, self.depths))} blocks"
+            depths, heads = (" ".join(map(str, counts)) for counts in (self.depths, self.heads))
+            size = f"Swin of width {self.width}, {depths} blocks and {heads} heads"
         return f"{size} with windows of {self.window}"
 
 

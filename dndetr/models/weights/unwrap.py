@@ -18,7 +18,7 @@ _PREFERRED = (
 )
 # What torch adds where it wraps: DataParallel and averages, compile, sharding, checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# The first convolution of a ResNet or a Swin or, in ResNets that are not ours, of a stem of several (timm's, RT-DETR's).
+# The first convolution of a ResNet or a Swin or, in ResNets that are not ours, of a stem of several (timm, RT-DETR).
 _STEM = re.compile(
     r"(?P<outer>(?:.*\.)?)"
     r"(?:conv1\.(?:0\.)?weight|embedder\.embedder\.0\.convolution\.weight|patch_embed\.proj\.weight)"
