@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
+from .model_config import BackboneConfig
 from .transformers_installed import require_transformers
 
 FEATURE = "--model.backbone.kind transformers"
@@ -60,8 +61,9 @@ def with_published_backbone(config: Config, given: Set[str]) -> tuple[Config, Pa
     backbone = config.model.backbone
     if backbone.kind == "resnet":
         return config, None, []
-    if of_resnet := sorted(given & {f"model.backbone.{name}" for name in _OF_RESNET}):
-        flags = ", ".join(f"--{name}" for name in of_resnet)
+    other = [name for name in _OF_RESNET if getattr(backbone, name) != getattr(BackboneConfig, name)]
+    if of_resnet := [f"--model.backbone.{name}" for name in other if f"model.backbone.{name}" in given]:
+        flags = ", ".join(of_resnet)
         raise ValueError(f"{flags}: these describe our ResNet; leave them out with {FEATURE}")
     require_transformers(FEATURE)
     described = bool(backbone.settings) and "model.backbone.name" not in given  # a preset's
@@ -69,13 +71,16 @@ def with_published_backbone(config: Config, given: Set[str]) -> tuple[Config, Pa
         return config, None, []
     folder = published_folder(backbone.name)
     model = replace(config.model, backbone=replace(backbone, settings=published_settings(folder)))
-    colours = published_colours(folder)
-    images, lines = config.images, []
-    if colours is not None and colours != (images.mean, images.std) and not given & {"images.mean", "images.std"}:
-        images = replace(images, mean=colours[0], std=colours[1])
-        mean, std = (" ".join(f"{value:g}" for value in values) for values in colours)
-        lines = [f"colours as {backbone.name} was trained with: --images.mean {mean} --images.std {std}"]
-    return replace(config, model=model, images=images), folder, lines
+    config = replace(config, model=model)
+    colours, images = published_colours(folder), config.images
+    if colours is None or colours == (images.mean, images.std):
+        return config, folder, []
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in colours)
+    line = f"{backbone.name} was trained with --images.mean {mean} --images.std {std}"
+    if given & {"images.mean", "images.std"}:
+        return config, folder, [f"{line}, and this run has those that are given"]
+    images = replace(images, mean=colours[0], std=colours[1])
+    return replace(config, images=images), folder, [f"{line}, and so is this run"]
 
 
 def published_folder(name: str) -> Path:

@@ -1,6 +1,7 @@
 """The numbers of docs/models.md, counted again from the models."""
 
 import re
+from importlib.util import find_spec
 
 import detectors
 import peers
@@ -39,7 +40,14 @@ def test_every_preset_has_a_row(rows):
     assert set(rows) == set(PRESETS)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def buildable(name: str, *marks):
+    """A preset's name, for tests that build its model."""
+    missing = PRESETS[name]().model.backbone.kind == "transformers" and find_spec("transformers") is None
+    needed = pytest.mark.skipif(missing, reason='transformers is not installed (pip install -e ".[hf]")')
+    return pytest.param(name, marks=[needed, *marks])
+
+
+@pytest.mark.parametrize("preset", [buildable(name) for name in PRESETS])
 def test_parameters(rows, preset):
     with torch.device("meta"):
         model = build_model(PRESETS[preset]().model, peers.CLASSES)
@@ -66,7 +74,7 @@ def billions(preset: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "preset", [name if name == "tiny" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+    "preset", [buildable(name, *([] if name == "tiny" else [pytest.mark.slow])) for name in PRESETS]
 )
 def test_operations(rows, preset):
     count = billions(preset)

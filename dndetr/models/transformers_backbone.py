@@ -90,6 +90,19 @@ class TransformersBackbone(nn.Module):
             self.model.get_parameter(name).requires_grad_(False)
         return tuple(x.detach() for x in maps)
 
+    def _apply(self, fn, recurse: bool = True):
+        """As of every module, but only filters get their channels last.
+
+        Other weights with four dimensions, as norms have, would get strides that their gradients do not have, of which
+        DistributedDataParallel warns.
+        """
+        super()._apply(fn, recurse)
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 4 and not isinstance(module, nn.Conv2d):
+                    parameter.data = parameter.data.flatten().view(parameter.shape)
+        return self
+
     def train(self, mode: bool = True):
         """Training mode, in which frozen parts keep the batch statistics they came with."""
         super().train(mode)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dndetr.data.sample import IMAGENET, MEAN, STD, denormalise
+from dndetr.config import ImagesConfig
+from dndetr.data.sample import IMAGENET, MEAN, STD, denormalise, normalisation
 from dndetr.data.transforms import (
     FixedEvaluation,
     FixedTraining,
@@ -162,6 +163,29 @@ def _shown(picture: np.ndarray, colours: torch.Tensor) -> torch.Tensor:
 def _levels(picture: np.ndarray, colours: torch.Tensor) -> np.ndarray:
     mean, std = np.array(MEAN), np.array(STD)
     return (_shown(picture, colours).permute(1, 2, 0).numpy() * std + mean) * 255
+
+
+OTHER = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+
+
+@pytest.mark.parametrize("kind", [Unresized, OfficialTraining, OfficialEvaluation, FixedTraining, FixedEvaluation])
+def test_every_transform_ends_with_its_own_normalisation(kind):
+    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    usual, other = (
+        _shown(picture, kind(**colours).colours(picture, np.random.default_rng(3))).permute(1, 2, 0)
+        for colours in ({}, OTHER)
+    )
+    levels = usual * torch.tensor(STD) + torch.tensor(MEAN)
+    torch.testing.assert_close(other * torch.tensor(OTHER["std"]) + torch.tensor(OTHER["mean"]), levels)
+    assert not torch.allclose(usual, other)
+
+
+def test_pictures_of_another_normalisation_come_back():
+    picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    images = ImagesConfig(**OTHER)
+    image = _shown(picture, normalisation(images))
+    assert (denormalise(image, normalisation(images)) == picture).all()
+    assert torch.equal(normalisation(ImagesConfig()), IMAGENET)
 
 
 def test_normalisation_and_back():

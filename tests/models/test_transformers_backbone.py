@@ -155,9 +155,21 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kind, outputs):
         assert parameter.requires_grad == (name.removeprefix("model.") not in backbone.idle), name
 
 
+@every_kind
+def test_gradients_have_the_strides_of_their_weights(kind):
+    backbone = built(kind, frozen=0).train().to(memory_format=torch.channels_last)
+    sum(x.square().sum() for x in backbone(images())).backward()
+    found = {
+        name: (weight.shape, weight.stride(), weight.grad.stride())
+        for name, weight in backbone.model.named_parameters()
+        if weight.grad is not None and weight.grad.stride() != weight.stride()
+    }
+    assert not found
+
+
 def test_what_no_output_needs_is_not_there():
     stages = (
-        {name.split(".")[3] for name in built("swin", outputs=(n,)).state_dict() if ".layers." in name} for n in (4, 2)
+        {name.split(".")[4] for name in built("swin", outputs=(n,)).state_dict() if ".layers." in name} for n in (4, 2)
     )
     assert list(map(sorted, stages)) == [["0", "1", "2", "3"], ["0", "1"]]
 
@@ -226,6 +238,22 @@ def test_half_precision_is_near(kind):
         assert (one - other.float()).norm() < 0.1 * one.norm()
     sum(x.float().square().sum() for x in rough).backward()
     assert all(p.grad.dtype == torch.float32 for p in backbone.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("swin", "convnextv2", "dinov2") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in backbones.SETTINGS
+    ],
+)
+def test_it_exports_for_any_batch(kind):
+    backbone = built(kind).eval().requires_grad_(False)
+    any_batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(backbone, (images().contiguous(),), dynamic_shapes=(any_batch,))
+    other = images().contiguous()[[1, 0, 1]]
+    for found, expected in zip(program.module()(other), backbone(other), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["swin", "dinov2"])

@@ -2,6 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from dndetr.model_config import BackboneConfig, ModelConfig
 
@@ -58,3 +61,19 @@ def detector(kind: str, **changes) -> ModelConfig:
         levels=4,
     )
     return small if len(small.backbone.outputs) > 1 else replace(small, variant="dn-detr", levels=1)
+
+
+def published(kind: str, folder: Path, **settings) -> Path:
+    """A folder as the hub has it: a tiny model with a classifier's head where there is one, and random weights."""
+    import transformers
+
+    config = transformers.CONFIG_MAPPING[kind](**{**SETTINGS[kind], **settings})
+    torch.manual_seed(0)
+    kinds = (transformers.AutoModelForImageClassification, transformers.AutoModel, transformers.AutoBackbone)
+    whole = next(of for of in kinds if type(config) in of._model_mapping)
+    model = whole.from_config(config)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.1 * torch.rand_like(value))
+    model.save_pretrained(folder)
+    return folder

@@ -1,9 +1,11 @@
 """The whole training step: it learns, and it never makes the host wait for the device."""
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
 
+import backbones
 import detectors
 import pytest
 import torch
@@ -14,6 +16,9 @@ from dndetr.models.layers import Recomputable
 from dndetr.ops import images_of
 
 every_model = pytest.mark.parametrize("name", detectors.CONFIGS)
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason='transformers is not installed (pip install -e ".[hf]")'
+)
 DINO = ("dino-r50", "dino-r50-5scale")
 
 
@@ -36,14 +41,18 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
 
 @pytest.mark.parametrize(
     "names",
-    [("dn-deformable-detr", "dino"), pytest.param((*detectors.CONFIGS, *DINO), marks=pytest.mark.slow)],
-    ids=["two", "all"],
+    [
+        ("dn-deformable-detr", "dino"),
+        pytest.param((*detectors.CONFIGS, *DINO), marks=pytest.mark.slow),
+        pytest.param(tuple(backbones.SETTINGS), marks=[pytest.mark.slow, needs_transformers]),
+    ],
+    ids=["two", "all", "backbones"],
 )
 def test_no_whole_step_asks_the_device_for_anything(root, names):
     """Backward, clipping, AdamW and averaging too, on a device of its own kind: torch's CPU build cannot
     differentiate fake CUDA tensors. In a process of its own, since a new kind of device is there to stay."""
     command = [sys.executable, str(root / "tests" / "support" / "steps_on_a_fake_device.py"), *names]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [f"{name}:{groups}" for name in names for groups in (5, 0)]
 
