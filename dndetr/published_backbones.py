@@ -54,8 +54,9 @@ _BESIDE += ("out_features", "out_indices", "problem_type", "output_hidden_states
 def with_published_backbone(config: Config, given: Set[str]) -> tuple[Config, Path | None, list[str]]:
     """The configuration with its backbone's own in it, the folder that has the weights, and lines to show.
 
-    given: names of the settings that were not left to their defaults. No folder for our ResNet, and for a backbone
-    without a name. Raises ValueError, FileNotFoundError, OSError or ImportError, in one line, for whatever is wrong.
+    given: names of the settings that were not left to their defaults. No folder for our ResNet, for a backbone without
+    a name, and for that of a preset where ``--init`` brings its weights. Raises ValueError, FileNotFoundError, OSError
+    or ImportError, in one line, for whatever is wrong.
     """
     backbone = config.model.backbone
     if backbone.kind == "resnet":
@@ -65,7 +66,8 @@ def with_published_backbone(config: Config, given: Set[str]) -> tuple[Config, Pa
         flags = ", ".join(of_resnet)
         raise ValueError(f"{flags}: these describe our ResNet; leave them out with {FEATURE}")
     require_transformers(FEATURE)
-    if not backbone.name:
+    described = bool(backbone.settings) and "model.backbone.name" not in given  # a preset's
+    if not backbone.name or (described and config.init is not None):  # a file has the backbone's weights, too
         return config, None, []
     folder = published_folder(backbone.name)
     model = replace(config.model, backbone=replace(backbone, settings=published_settings(folder)))

@@ -209,7 +209,11 @@ def _train(
             notes.append(f"--model.backbone.name {name}: {load_published(trainer.model.backbone, published)}")
         if config.init is not None:
             weights = load_checkpoint(config.init, needs=())
-            notes.append(f"--init {config.init}: {initialise(trainer.model, weights, config.init, data.classes)}")
+            report = initialise(trainer.model, weights, config.init, data.classes)
+            name = config.model.backbone.name
+            if name and published is None and not any(tensor.startswith("backbone.") for tensor in report.kept):
+                raise ValueError(f"--init {config.init} has no backbone: give one, --model.backbone.name {name}")
+            notes.append(f"--init {config.init}: {report}")
             if is_of_transformers(config.init) and "config" in weights:
                 notes.append(f"--init {config.init}: {compared(weights, config)}")
         folder = None

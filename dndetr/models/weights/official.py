@@ -7,7 +7,7 @@ from torch import Tensor
 
 # In order; the first pattern that matches decides.
 _RENAMES = (
-    (r"backbone\.0\.body\.(.*)", r"backbone.\1"),
+    (r"backbone\.0\.(?:body\.)?(.*)", r"backbone.\1"),
     (r"(class|bbox)_embed\.(.*)", r"decoder.\1_embed.\2"),
     (r"(label_enc|refpoint_embed|tgt_embed)\.weight", r"queries.\1.weight"),
     (r"transformer\.(patterns|tgt_embed)\.weight", r"queries.\1.weight"),

@@ -1,4 +1,4 @@
-"""Starting weights from a file: our checkpoints, official DINO, DN-DETR and DAB-DETR files, detrex's, and ResNets."""
+"""Starting weights from a file: our checkpoints, official DINO, DN-DETR and DAB-DETR files, detrex's, backbones."""
 
 import re
 from collections import Counter
@@ -11,16 +11,19 @@ from torch import Tensor
 from ...data.classes import Classes, distinct_names, listed, match_classes
 from ..deformable_decoder import DeformableDecoder
 from ..dn_detr import DNDETR
+from ..transformers_backbone import TransformersBackbone
 from .backbone_match import demand_whole_backbone, shape_text
 from .detrex import is_detrex, official_from_detrex
 from .head_sharing import fit_heads
 from .official import COCO_CLASSES, encoder_heads_last, from_official
+from .official_swin import SWIN_BLOCK, from_official_swin
 from .unwrap import unwrap
 
 _DETR = re.compile(r"transformer\.decoder\.layers\.0\.multihead_attn\.")
 _CLASS_HEAD = re.compile(r"(decoder|proposals)\.class_embed\.(\d+\.)?(weight|bias)")
 _PROPOSALS_CLASS = "proposals.class_embed."
 _LABEL_TABLE = "queries.label_enc.weight"
+_CLASSIFIERS = ("fc.", "head.")  # of ResNets, of Swins
 
 
 class Source(NamedTuple):
@@ -93,13 +96,13 @@ def weights_of(content: dict, path: str | Path) -> Source:
             weights = official_from_detrex(weights)
         objects = encoder_heads_last(weights) and not detrex
         try:
-            weights = from_official(weights)
+            weights = from_official_swin(from_official(weights))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return Source(weights, None, _ids(weights, detrex), objects, detrex, *others)
-    if "conv1.weight" in weights or "layer1.0.conv1.weight" in weights:
-        weights = {f"backbone.{name}": value for name, value in weights.items() if not name.startswith("fc.")}
-        return Source(weights, None, None, None, False, *others)
+    if any(name in weights for name in ("conv1.weight", "layer1.0.conv1.weight", SWIN_BLOCK)):
+        weights = {f"backbone.{name}": value for name, value in weights.items() if not name.startswith(_CLASSIFIERS)}
+        return Source(from_official_swin(weights), None, None, None, False, *others)
     classes = content.get("classes") if "model" in content else None
     if classes is not None:
         classes = [(number, name) for number, name in classes]
@@ -107,7 +110,7 @@ def weights_of(content: dict, path: str | Path) -> Source:
             classes = None
     objects = _of_objects(content.get("config"))
     beside = {name: content[name] for name in ("blank", "notes") if "model" in content and name in content}
-    return Source(weights, classes, None, objects, False, *others, **beside)
+    return Source(from_official_swin(weights), classes, None, objects, False, *others, **beside)
 
 
 def _backbone_of_detr(weights: dict[str, Tensor], removed: list[str], aside: list[str]) -> Source:
@@ -144,7 +147,8 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
     """
     source = weights_of(content, path)
     own = model.state_dict()
-    demand_whole_backbone(own, source.weights, path)
+    idle = _idle(model)
+    demand_whole_backbone(own, source.weights, path, idle)
     weights = fit_heads(source.weights, own)
     objects = model.proposals is not None and model.proposals.objects
     other_scores = source.objects is not None and source.objects != objects
@@ -165,7 +169,7 @@ def initialise(model: DNDETR, content: dict, path: str | Path, classes: Classes)
             taken[name] = there
         elif there is not None:
             remade.append(f"{name} ({shape_text(there.shape)} there, {shape_text(value.shape)} here)")
-        elif not _is_counter(name):
+        elif not _is_counter(name) and name not in idle:
             remade.append(name)
     if not taken:
         found = listed([*source.weights, *source.aside], 3) or "no tensors"
@@ -214,6 +218,12 @@ def _rows_by_class(own: Tensor, there: Tensor, places: list[int | None], table: 
     return rows
 
 
+def _idle(model: DNDETR) -> set[str]:
+    """Names of tensors of a backbone of transformers that no map depends on, so that nobody misses them."""
+    backbone = model.backbone
+    return {f"backbone.model.{name}" for name in backbone.idle} if isinstance(backbone, TransformersBackbone) else set()
+
+
 def _is_counter(name: str) -> bool:
     """Batch norm's step counter, which no layer here reads."""
     return name.endswith("num_batches_tracked")
@@ -223,6 +233,6 @@ def _grouped(names: list[str]) -> str:
     """A few names as they are, many by the part of the model that they belong to."""
     if len(names) <= 3:
         return ", ".join(names)
-    depths = [2 if name.startswith("backbone.") else 1 for name in names]
+    depths = [3 if name.startswith("backbone.model.") else 2 if name.startswith("backbone.") else 1 for name in names]
     parts = Counter(".".join(name.split(".")[:depth]) for name, depth in zip(names, depths, strict=True))
     return ", ".join(f"{part} ({count})" for part, count in parts.items())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .official_swin import SWIN_BLOCK
 from .transformers_resnet import from_transformers_resnet
 
 # Keys of dictionaries and first parts of names under which weights are found, the ones to use first: moving averages,
@@ -17,9 +18,13 @@ _PREFERRED = (
 )
 # What torch adds where it wraps: DataParallel and averages, compile, sharding, checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# The first convolution of a ResNet or, in those that are not ours, of a stem of several (timm's, and RT-DETR's).
-_STEM = re.compile(r"(?P<outer>(?:.*\.)?)(?:conv1\.(?:0\.)?weight|embedder\.embedder\.0\.convolution\.weight)")
-_BACKBONE = re.compile(r"(^|\.)backbone\.(0\.body\.)?$")
+# The first convolution of a ResNet or a Swin or, in ResNets that are not ours, of a stem of several (timm, RT-DETR).
+_STEM = re.compile(
+    r"(?P<outer>(?:.*\.)?)"
+    r"(?:conv1\.(?:0\.)?weight|embedder\.embedder\.0\.convolution\.weight|patch_embed\.proj\.weight)"
+)
+_BLOCKS = ("layer1.0.conv1.weight", SWIN_BLOCK)
+_BACKBONE = re.compile(r"(^|\.)backbone\.(0\.(body\.)?)?$")
 
 
 class Unwrapped(NamedTuple):
@@ -82,9 +87,9 @@ def _holds_tensors(value, directly: bool = False) -> bool:
 
 
 def _outer(weights: dict[str, Tensor], path: str | Path) -> str:
-    """What stands before the names of the one model with a ResNet, wherever that is in it; empty where nothing does."""
+    """What stands before the names of the one model with a ResNet or Swin, wherever that is in it; else empty."""
     stems = [match["outer"] for match in map(_STEM.fullmatch, weights) if match]
-    found = {_BACKBONE.sub(r"\1", stem) for stem in stems if f"{stem}layer1.0.conv1.weight" in weights}
+    found = {_BACKBONE.sub(r"\1", stem) for stem in stems if any(stem + block in weights for block in _BLOCKS)}
     if "" in found or not found:
         return ""
     for key in _PREFERRED:
