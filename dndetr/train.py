@@ -165,10 +165,7 @@ def _train(
     stack: contextlib.ExitStack,
 ) -> Outcome:
     from .data.training import TrainingData
-    from .models.weights.pretrained import initialise
-    from .models.weights.published import load_published
     from .runs.console import Console
-    from .runs.detector_folder import compared
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
     from .runs.run_log import read_rows
@@ -204,18 +201,7 @@ def _train(
                 print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done{why}")
             return Outcome(folder, processes.first)
     else:
-        if published is not None:
-            name = config.model.backbone.name
-            notes.append(f"--model.backbone.name {name}: {load_published(trainer.model.backbone, published)}")
-        if config.init is not None:
-            weights = load_checkpoint(config.init, needs=())
-            report = initialise(trainer.model, weights, config.init, data.classes)
-            name = config.model.backbone.name
-            if name and published is None and not any(tensor.startswith("backbone.") for tensor in report.kept):
-                raise ValueError(f"--init {config.init} has no backbone: give one, --model.backbone.name {name}")
-            notes.append(f"--init {config.init}: {report}")
-            if is_of_transformers(config.init) and "config" in weights:
-                notes.append(f"--init {config.init}: {compared(weights, config)}")
+        notes += _start_from(trainer, published)
         folder = None
         if processes.first:
             folder = stack.enter_context(output_folder(config.output, config.preset))
@@ -236,6 +222,27 @@ def _train(
         if not config.quiet:
             print(text)
     return Outcome(folder, processes.first, signal=trainer.signal)
+
+
+def _start_from(trainer: "Trainer", published: Path | None) -> list[str]:
+    """Load what a new run starts from -> a line for each file; published: the folder that has the backbone's weights."""
+    from .models.weights.pretrained import initialise
+    from .models.weights.published import load_published
+    from .runs.detector_folder import compared
+
+    config, notes = trainer.config, []
+    name = config.model.backbone.name
+    if published is not None:
+        notes.append(f"--model.backbone.name {name}: {load_published(trainer.model.backbone, published)}")
+    if config.init is not None:
+        weights = load_checkpoint(config.init, needs=())
+        report = initialise(trainer.model, weights, config.init, trainer.data.classes)
+        if name and published is None and not any(tensor.startswith("backbone.") for tensor in report.kept):
+            raise ValueError(f"--init {config.init} has no backbone: give one, --model.backbone.name {name}")
+        notes.append(f"--init {config.init}: {report}")
+        if is_of_transformers(config.init) and "config" in weights:
+            notes.append(f"--init {config.init}: {compared(weights, config)}")
+    return notes
 
 
 def _summary(trainer: "Trainer") -> str:
