@@ -225,7 +225,7 @@ def _train(
 
 
 def _start_from(trainer: "Trainer", published: Path | None) -> list[str]:
-    """Load what a new run starts from -> a line for each file; published: the folder that has the backbone's weights."""
+    """Load what a new run starts from -> a line for each file; published: the folder with the backbone's weights."""
     from .models.weights.pretrained import initialise
     from .models.weights.published import load_published
     from .runs.detector_folder import compared
