@@ -39,7 +39,7 @@ import dndetr
 print(dndetr.load("{title}").predict("photo.jpg"))
 ```
 
-`dndetr.safetensors` has what dndetr keeps beside, and in its header all settings of the run. transformers has no use
+`dndetr.safetensors` has what dndetr keeps beside, and in its header the settings of the run. transformers has no use
 for it.
 """
 _TRAINED = """Trained by dndetr {version}. {denoised}Nothing of the training is left in the weights, so transformers
