@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from short_runs import environment, short_run, write_pictures
 from dndetr import evaluate, export, load, train
 from dndetr.config import from_dict, to_dict
 from dndetr.runs.checkpoint import load_checkpoint
+from dndetr.runs.model_card import model_card
 
 transformers = pytest.importorskip("transformers", reason='transformers is not installed (pip install -e ".[hf]")')
 
@@ -218,6 +220,14 @@ def test_the_card(exported, run):
     assert "| preset | dn-detr-r50 |" in card and "| epochs | 1 of 1 |" in card
 
 
+def test_any_name_of_data_is_read_from_the_card():
+    yaml = pytest.importorskip("yaml")
+    name = 'bees: "\N{HONEYBEE}" # é'
+    config = replace(train.parse([]), data=name)
+    card = model_card("new", "dab-detr", "DAB-DETR", config, [(1, "bee")], {"AP": 0.5})
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == [config.data_name]
+
+
 def test_a_detector_of_theirs_can_be_given_on(exported, pictures, tmp_path, capsys):
     """What was never ours has an image to be compared on, and no denoising to speak of."""
     path, _ = exported("two-stages")
@@ -244,6 +254,7 @@ def test_a_detector_of_theirs_can_be_given_on(exported, pictures, tmp_path, caps
         ({"preset": "dn-detr-r50", "model.backbone.norm": "group"}, "--model.backbone.norm group: give frozen or"),
         ({"preset": "dn-detr-r50", "model.temperature": "20.5 20"}, "--model.temperature 20.5 20"),
         (_VECTORS | {"model.width": "48"}, "--model.width 48: give a multiple of 32"),
+        (_VECTORS | {"model.decoder-layers": "1"}, "--model.decoder-layers 1: give 2 or more, or two stages"),
         (_VECTORS | {"model.proposals": "selected"}, "--model.proposals selected: give objects"),
         (_VECTORS | {"model.position-shift": "0"}, "--model.position-shift 0.0: give 0.5"),
     ],

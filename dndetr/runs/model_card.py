@@ -81,7 +81,7 @@ def model_card(name: str, kind: str, architecture: str, config: Config, classes:
     metrics = [
         f"    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}\n" for key, value in found.items()
     ]
-    quoted = {"data": json.dumps(data), "name": json.dumps(name)}
+    quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in (("data", data), ("name", name))}
     return _CARD.format(
         kind=kind,
         title=name,
