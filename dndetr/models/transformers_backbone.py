@@ -54,12 +54,13 @@ class TransformersBackbone(PartlyFrozen):
         _make_recomputable(self.model, stages)
         maps = self._try_out(config.model_type)
         self.widths = [x.shape[1] for x in maps]
-        self.strides = [_TRIED_ON[0] // x.shape[2] for x in maps]
+        self.strides = [_stride(x, config.model_type) for x in maps]
+        self.multiple = max(self.strides)
         self.pyramid = None
         if plain and len(outputs) > 1:
             self.pyramid = Pyramid(self.widths[0], outputs)
             self.widths, self.strides = self.pyramid.widths, self.pyramid.strides(self.strides[0])
-        self.multiple = max(self.strides)
+            self.multiple = max(self.multiple, *self.strides)  # whole patches, also where only finer maps are used
         self._freeze([*before, *list(stages)[: max(frozen - 1, 0)]] if frozen else [])
 
     @torch.enable_grad()
@@ -108,6 +109,17 @@ class TransformersBackbone(PartlyFrozen):
         self.model.config._attn_implementation = "eager" if plain_torch_only() else self._attention
         maps = list(self.model(images).feature_maps)
         return maps if self.pyramid is None else self.pyramid(maps[0])
+
+
+def _stride(x: Tensor, kind: str) -> int:
+    """Pixels from one place to the next in a map of the image that was tried; ValueError if it has two strides."""
+    height, width = (side // places for side, places in zip(_TRIED_ON, x.shape[2:], strict=True))
+    if height != width:
+        raise ValueError(
+            f"the backbone {kind} cannot be used: its maps have a stride of {height} down and {width} across, as those "
+            "for lines of text have; give another --model.backbone.name"
+        )
+    return height
 
 
 def _tensors(model: nn.Module):
@@ -162,7 +174,7 @@ def _stages(model: nn.Module, last: int, count: int) -> tuple[nn.ModuleList, lis
     if last < count:
         del module[last:]
         for parent, name, child in after:
-            if isinstance(child, nn.LayerNorm):
+            if isinstance(child, nn.LayerNorm | nn.GroupNorm):
                 setattr(parent, name, nn.Identity())  # of the last stage of all, and of its width
     return module, before
 

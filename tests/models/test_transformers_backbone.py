@@ -90,6 +90,19 @@ def test_several_outputs_of_a_plain_transformer_are_a_pyramid(kind):
     assert torch.equal(maps[3], torch.nn.functional.max_pool2d(own, 2))
 
 
+@pytest.mark.parametrize("outputs", [(1, 2), (2, 3), (2, 4)], ids=str)
+def test_canvases_hold_whole_patches_whatever_the_pyramid_makes_of_them(outputs):
+    assert built("dinov2", outputs=outputs).multiple == (32 if 4 in outputs else 16)
+
+
+def test_a_norm_behind_the_last_stage_goes_with_it():
+    """Of BiT it is a group norm."""
+    settings = {"model_type": "bit", "embedding_size": 8, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    config = replace(backbones.backbone("swin"), settings=json.dumps(settings | {"num_groups": 4}), outputs=(1, 2))
+    backbone = build_backbone(config)
+    assert (backbone.widths, backbone.strides) == ([16, 16], [4, 8])
+
+
 def test_a_pyramid_learns_at_the_full_rate_and_the_rest_at_the_backbones():
     model = build_model(backbones.detector("dinov2", outputs=(2, 3, 4)), 3)
     rest, backbone = build_optimizer(model, 1.0, 0.1).param_groups
@@ -277,6 +290,7 @@ def test_a_step_with_averages_learns(kind):
         ('{"model_type": "swin", "embed_dim": "wide"}', "no swin is like this"),
         ('{"model_type": "swin", "embed_dim": 10, "num_heads": [3, 3, 3, 3]}', "."),
         ('{"model_type": "hiera"}', "the backbone hiera cannot be used: it takes no images of 224x448"),
+        ('{"model_type": "pp_lcnet_v4"}', "the backbone pp_lcnet_v4 cannot be used: .* 16 down and 4 across"),
     ],
 )
 def test_settings_of_no_backbone_end_in_one_line(settings, told):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def load_published(backbone: TransformersBackbone, folder: Path) -> str:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be told of all of them, here
             )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{folder}: its pytorch_model.bin is damaged, or holds more than tensors, which would be code to run: copy "
+            "it again, or save it anew where it was made, model.save_pretrained(FOLDER)"
+        ) from error
     except Exception as error:  # damaged files raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{folder}: its weights cannot be read ({reason}): copy them again") from error
