@@ -119,7 +119,7 @@ def run(arguments: Arguments) -> None:
     if arguments.data is None:
         demand_data_there(config)
     data = TrainingData(config)
-    if data.classes != detector.classes:
+    if [name for _, name in data.classes] != [name for _, name in detector.classes]:
         raise ValueError(f"the classes in {config.data} are not those that {arguments.model} was trained on")
     groups = config.denoising.groups
     batch = next((batch for batch in data.validation() if batch.targets.counts.any()), None)
