@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from short_runs import environment, short_run, write_pictures
 from dndetr import evaluate, export, load, train
 from dndetr.config import from_dict, to_dict
 from dndetr.runs.checkpoint import load_checkpoint
+from dndetr.runs.model_card import model_card
 
 transformers = pytest.importorskip("transformers", reason='transformers is not installed (pip install -e ".[hf]")')
 
@@ -74,12 +77,20 @@ def weights(checkpoint: dict) -> dict:
     return checkpoint["model"] if checkpoint.get("ema") is None else checkpoint["ema"]
 
 
+def settings_without_paths(checkpoint: dict) -> dict:
+    """What a run's settings are where it is not."""
+    gone = {"data": None, "output": None, "given": {"data": Path(checkpoint["config"]["data"]).name}}
+    return checkpoint["config"] | gone
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_comes_back_to_the_bit(kind, run, exported):
     path, told = exported(kind)
     assert "the same as the model in transformers" in told and "0.001, which transformers has not" in told
     ours, back = load_checkpoint(run(kind)), load_checkpoint(path)
-    assert (back["config"], back["blank"], back["notes"]) == (ours["config"], [], [])
+    assert (back["config"], back["blank"], back["notes"]) == (settings_without_paths(ours), [], [])
+    for file in path.iterdir():
+        assert str(Path(ours["config"]["data"]).parent).encode() not in file.read_bytes(), file.name
     assert back["classes"] == [tuple(entry) for entry in ours["classes"]] == [(3, "cell"), (7, "dust"), (12, "cell")]
     assert back["model"].keys() == weights(ours).keys()
     for name, value in weights(ours).items():
@@ -151,14 +162,13 @@ def test_a_process_that_cannot_import_us_finds_what_we_find(run, exported, photo
 @pytest.mark.parametrize("kind", ["dn-detr", pytest.param("vectors", marks=pytest.mark.slow)])
 def test_evaluation_and_training_go_on_where_they_were(kind, run, exported, tmp_path, capsys):
     path, _ = exported(kind)
-    scores = []
+    scores, data = [], from_dict(load_checkpoint(run(kind))["config"]).data
     for name, model in (("by_us", run(kind)), ("by_them", path)):
-        assert evaluate.main([str(model), "--output", str(tmp_path / name)]) == 0
+        assert evaluate.main([str(model), "--data", data, "--output", str(tmp_path / name)]) == 0
         scores.append([(tmp_path / name / file).read_text() for file in ("metrics.json", "detections_val.json")])
     assert scores[0] == scores[1]
     capsys.readouterr()
     few = ["--epochs", "1", "--batch-size", "4", "--lr", "1e-20", "--workers", "0"]
-    data = from_dict(load_checkpoint(run(kind))["config"]).data
     assert train.main([*few, "--init", str(path), "--data", data, "--output", str(tmp_path / "next")]) == 0
     told = capsys.readouterr().out
     assert "the model is the file's, trained as --preset" in told and "re-made" not in told
@@ -210,6 +220,14 @@ def test_the_card(exported, run):
     assert "| preset | dn-detr-r50 |" in card and "| epochs | 1 of 1 |" in card
 
 
+def test_any_name_of_data_is_read_from_the_card():
+    yaml = pytest.importorskip("yaml")
+    name = 'bees: "\N{HONEYBEE}" # é'
+    config = replace(train.parse([]), data=name)
+    card = model_card("new", "dab-detr", "DAB-DETR", config, [(1, "bee")], {"AP": 0.5})
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == [config.data_name]
+
+
 def test_a_detector_of_theirs_can_be_given_on(exported, pictures, tmp_path, capsys):
     """What was never ours has an image to be compared on, and no denoising to speak of."""
     path, _ = exported("two-stages")
@@ -236,6 +254,7 @@ def test_a_detector_of_theirs_can_be_given_on(exported, pictures, tmp_path, caps
         ({"preset": "dn-detr-r50", "model.backbone.norm": "group"}, "--model.backbone.norm group: give frozen or"),
         ({"preset": "dn-detr-r50", "model.temperature": "20.5 20"}, "--model.temperature 20.5 20"),
         (_VECTORS | {"model.width": "48"}, "--model.width 48: give a multiple of 32"),
+        (_VECTORS | {"model.decoder-layers": "1"}, "--model.decoder-layers 1: give 2 or more, or two stages"),
         (_VECTORS | {"model.proposals": "selected"}, "--model.proposals selected: give objects"),
         (_VECTORS | {"model.position-shift": "0"}, "--model.position-shift 0.0: give 0.5"),
     ],
@@ -310,4 +329,4 @@ def test_without_transformers_it_is_said_what_to_install(run, tmp_path):
 
 def test_settings_survive_as_they_were(exported, run):
     path, _ = exported("vectors")
-    assert to_dict(load(path, "cpu").config) == load_checkpoint(run("vectors"))["config"]
+    assert to_dict(load(path, "cpu").config) == settings_without_paths(load_checkpoint(run("vectors")))

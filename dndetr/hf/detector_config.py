@@ -138,9 +138,12 @@ def _backbone(theirs: dict) -> BackboneConfig:
 def _outputs(backbone: dict) -> tuple[int, ...]:
     """Numbers of the stages whose maps are used, the stem being 0."""
     names = backbone.get("stage_names") or [f"stage{n}" for n in range(1 + len(backbone.get("depths", range(4))))]
+    without_stem = int(names[0] == "stage1")  # as PVT V2, where "stage1" is number 0
     if backbone.get("out_indices") is not None:
-        return tuple(sorted(index % len(names) for index in backbone["out_indices"]))
-    return tuple(sorted(names.index(name) for name in backbone.get("out_features") or names[-1:]))
+        numbers = [index % len(names) for index in backbone["out_indices"]]
+    else:
+        numbers = [names.index(name) for name in backbone.get("out_features") or names[-1:]]
+    return tuple(sorted(number + without_stem for number in numbers))
 
 
 def _is_ours(backbone: dict, outputs: tuple[int, ...]) -> bool:
@@ -151,6 +154,7 @@ def _is_ours(backbone: dict, outputs: tuple[int, ...]) -> bool:
         and backbone.get("hidden_act", "relu") == "relu"
         and not backbone.get("downsample_in_first_stage", False)
         and not (bottleneck and backbone.get("downsample_in_bottleneck", False))
+        and not (bottleneck and any(width % 4 for width in backbone.get("hidden_sizes", ())))  # planes are a quarter
         and len(backbone.get("depths", range(4))) <= 4
         and 0 not in outputs
     )

@@ -99,6 +99,9 @@ def _deformable(model: ModelConfig) -> dict:
         wanted |= {"proposals": "objects", "proposal_padding": "official", "proposal_size": 0.05}
     for name, value in wanted.items():
         demand(getattr(model, name) == value, f"model.{name.replace('_', '-')}", getattr(model, name), _typed(value))
+    enough = model.decoder_layers > 1 or two_stages  # it cannot tie a single layer's heads
+    layers = "2 or more, or two stages (--model.proposals objects), as Deformable DETR of transformers"
+    demand(enough, "model.decoder-layers", model.decoder_layers, layers)
     demand(model.width % 32 == 0, "model.width", model.width, "a multiple of 32, as Deformable DETR of transformers")
     return {
         "d_model": model.width,
@@ -153,6 +156,11 @@ def _of_transformers(own: BackboneConfig) -> dict:
         one = "one of them, since transformers makes no pyramid of it"
         demand(len(own.outputs) == 1, "model.backbone.outputs", own.outputs, one)
         outputs = (theirs["num_hidden_layers"],)
-    names = ["stem", *(f"stage{number}" for number in range(1, max(outputs) + 1))]
-    features = [names[number] for number in outputs]
-    return theirs | {"stage_names": names, "out_features": features, "out_indices": list(outputs)}
+    stages = [f"stage{number}" for number in range(1, max(outputs) + 1)]
+    names = theirs.get("stage_names") or ["stem", *stages]
+    features = [stages[number - 1] for number in outputs]
+    return theirs | {
+        "stage_names": names,
+        "out_features": features,
+        "out_indices": [names.index(name) for name in features],
+    }

@@ -4,6 +4,8 @@ Published weights load by name. For small models from scratch the same class tak
 small-image stem.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -195,7 +197,25 @@ def _through(stage: nn.Sequential, x: Tensor, twin: Tensor | None) -> tuple[Tens
     return x, twin
 
 
-class ResNet(nn.Module):
+class PartlyFrozen(nn.Module):
+    """A backbone of which some parts have no gradient, and keep the batch statistics that they came with."""
+
+    _frozen_parts: Sequence[nn.Module] = ()
+
+    def _freeze(self, parts: Sequence[nn.Module]) -> None:
+        self._frozen_parts = parts
+        for part in parts:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Training mode, but for the frozen parts."""
+        super().train(mode)
+        for part in self._frozen_parts:
+            part.eval()
+        return self
+
+
+class ResNet(PartlyFrozen):
     """Feature maps of a residual network, finest first.
 
     blocks and planes per stage (up to four stages, torchvision's ``layer1`` to ``layer4``, strides 4, 8, 16, 32);
@@ -247,9 +267,7 @@ class ResNet(nn.Module):
                 self.strides.append(stride)
         self._initialise()
         parts = [["conv1", "bn1", "conv2", "bn2"]] + [[f"layer{number}"] for number in range(1, stages + 1)]
-        self._frozen_parts = [getattr(self, n) for part in parts[:frozen] for n in part if getattr(self, n, None)]
-        for part in self._frozen_parts:
-            part.requires_grad_(False)
+        self._freeze([getattr(self, n) for part in parts[:frozen] for n in part if getattr(self, n, None)])
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -258,13 +276,6 @@ class ResNet(nn.Module):
             elif isinstance(module, _Block) and not isinstance(module.bn2, FrozenBatchNorm2d):
                 # A block that starts as the identity trains faster from scratch.
                 nn.init.zeros_((module.bn2 if module.conv3 is None else module.bn3).weight)
-
-    def train(self, mode: bool = True):
-        """Training mode, in which frozen parts keep the batch statistics they came with."""
-        super().train(mode)
-        for part in self._frozen_parts:
-            part.eval()
-        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> maps [B, C, h, w] of the stages in ``outputs``."""

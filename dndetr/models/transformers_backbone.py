@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ..ops._backend import plain_torch_only
 from ..published_backbones import FEATURE, as_backbone_config
 from ..transformers_installed import require_transformers
-from .backbone import FrozenBatchNorm2d
+from .backbone import FrozenBatchNorm2d, PartlyFrozen
 from .layers import Recomputable
 from .pyramid import Pyramid
 
@@ -22,7 +22,7 @@ _WHERE = "model.backbone.settings"
 _TRIED_ON = (224, 448)
 
 
-class TransformersBackbone(nn.Module):
+class TransformersBackbone(PartlyFrozen):
     """Feature maps of a backbone of transformers, finest first; interface of :class:`ResNet`.
 
     settings: its configuration as JSON; outputs: stages (1 to 4) whose maps are returned, with the norms that
@@ -61,9 +61,7 @@ class TransformersBackbone(nn.Module):
             self.pyramid = Pyramid(self.widths[0], outputs)
             self.widths, self.strides = self.pyramid.widths, self.pyramid.strides(self.strides[0])
             self.multiple = max(self.multiple, *self.strides)  # whole patches, also where only finer maps are used
-        self._frozen_parts = [*before, *list(stages)[: max(frozen - 1, 0)]] if frozen else []
-        for part in self._frozen_parts:
-            part.requires_grad_(False)
+        self._freeze([*before, *list(stages)[: max(frozen - 1, 0)]] if frozen else [])
 
     @torch.enable_grad()
     def _try_out(self, kind: str) -> tuple[Tensor, ...]:
@@ -103,13 +101,6 @@ class TransformersBackbone(nn.Module):
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() == 4 and not isinstance(module, nn.Conv2d):
                     parameter.data = parameter.data.flatten().view(parameter.shape)
-        return self
-
-    def train(self, mode: bool = True):
-        """Training mode, in which frozen parts keep the batch statistics they came with."""
-        super().train(mode)
-        for part in self._frozen_parts:
-            part.eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ..config import Config, from_dict, to_dict
 from ..data.classes import listed
 from ..hf.detector_config import from_transformers, without_counterpart
@@ -51,6 +53,9 @@ def read_of_transformers(path: str | Path) -> dict:
     state = _state(folder) if path.is_dir() else read_weights(path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dict of tensors by name")
+    if other := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        kind = type(state[other]).__name__
+        raise ValueError(f"{path} has a {kind} under {other!r}, where transformers has tensors alone: give {folder}")
     try:
         if kind == "resnet":
             if theirs.get("layer_type", "bottleneck") == "bottleneck":

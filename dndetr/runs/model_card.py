@@ -39,7 +39,7 @@ import dndetr
 print(dndetr.load("{title}").predict("photo.jpg"))
 ```
 
-`dndetr.safetensors` has what dndetr keeps beside, and in its header all settings of the run. transformers has no use
+`dndetr.safetensors` has what dndetr keeps beside, and in its header the settings of the run. transformers has no use
 for it.
 """
 _TRAINED = """Trained by dndetr {version}. {denoised}Nothing of the training is left in the weights, so transformers
@@ -81,7 +81,7 @@ def model_card(name: str, kind: str, architecture: str, config: Config, classes:
     metrics = [
         f"    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}\n" for key, value in found.items()
     ]
-    quoted = {"data": json.dumps(data), "name": json.dumps(name)}
+    quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in (("data", data), ("name", name))}
     return _CARD.format(
         kind=kind,
         title=name,

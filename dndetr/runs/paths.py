@@ -22,6 +22,26 @@ def remembered(config: Config) -> Config:
     return replace(config, **absolute, given=config.given | given)
 
 
+def given_away(config: Config) -> Config:
+    """A configuration for others to read: the data by their folder's name, and no path of the machine they were on."""
+    name = config.data_name
+    own = config.data == "shapes"
+    init = config.init if config.init is not None and is_hub_name(config.init) else None
+    backbone = config.model.backbone
+    if Path(backbone.name).is_absolute() or Path(backbone.name).exists():
+        backbone = replace(backbone, name="")  # its settings say what it is
+    return replace(
+        config,
+        data=config.data if own else None,
+        split_file=None,
+        output=None,
+        resume=None,
+        init=init,
+        model=replace(config.model, backbone=backbone),
+        given={} if own or name is None else {"data": Path(name).name},
+    )
+
+
 def with_data(
     config: Config, data: str | None, val_share: float | None = None, split_file: Path | None = None
 ) -> Config:

@@ -17,6 +17,7 @@ from ..models.build import build_model
 from ..models.weights.head_sharing import fit_heads
 from ..models.weights.transformers_detectors import Weights, of_denoising_alone, to_detector
 from ..scoring.coco import Detections, postprocess
+from .paths import given_away
 from .safetensors_file import read_safetensors, safetensors_bytes, tensor_bytes
 
 BESIDE = "dndetr.safetensors"
@@ -31,7 +32,8 @@ def write_detector(folder: Path, weights: Weights, config: Config, classes: Clas
     theirs = to_transformers(config, classes)
     tensors, kept = to_detector(weights, config.model)
     content = tensor_bytes(tensors, {"format": "pt"})
-    beside = {"model": kept, "ema": None, "config": to_dict(config), "classes": classes, "exported": _digest(content)}
+    settings = to_dict(given_away(config))
+    beside = {"model": kept, "ema": None, "config": settings, "classes": classes, "exported": _digest(content)}
     write_atomic(folder / "model.safetensors", content)
     write_atomic(folder / BESIDE, safetensors_bytes(beside))
     write_json_atomic(folder / "config.json", theirs, indent=2)

@@ -14,6 +14,7 @@ from dndetr import hub
 from dndetr.config import from_dict
 from dndetr.detector import load
 from dndetr.hf import detector_config
+from dndetr.hf.written_config import to_transformers
 from dndetr.models.weights.transformers_detectors import to_detector
 from dndetr.runs.checkpoint import load_checkpoint
 
@@ -48,7 +49,10 @@ def test_transformers_is_not_needed(variant, saved, monkeypatch):
 def test_backbones_that_ours_cannot_be(variant, saved):
     path, model = saved(variant)
     demand_equal(path, model)
-    assert load_checkpoint(path)["config"]["model"]["backbone"]["kind"] == "transformers"
+    own = from_dict(load_checkpoint(path)["config"])
+    assert own.model.backbone.kind == "transformers"
+    back, given = to_transformers(own, [(1, "cell")])["backbone_config"], model.config.backbone_config
+    assert (back["out_indices"], back["stage_names"]) == (list(given.out_indices), list(given.stage_names))
 
 
 @pytest.mark.parametrize("variant", theirs.VARIANTS)

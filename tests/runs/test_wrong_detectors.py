@@ -76,6 +76,17 @@ def test_files_that_do_not_fit_are_told_in_one_line(weights, config, told, copie
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["dndetr.safetensors", "training_args.bin"])
+def test_files_of_other_content_in_such_a_folder_are_told(name, copied):
+    path, _ = copied("dab")
+    torch.save({"model": {"a": torch.ones(1)}, "epoch": 3}, path / name)
+    with pytest.raises(
+        ValueError, match="has a dict under 'model', where transformers has tensors alone: give"
+    ) as error:
+        load(path / name, "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_missing_of_such_backbones_is_told(copied):
     path, _ = copied("deformable-swin")
     theirs.changed(path, without("layers.2.blocks.1.layernorm_after.bias"))

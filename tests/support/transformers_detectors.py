@@ -57,6 +57,12 @@ def swin(maps: int):
     return transformers.SwinConfig(out_features=[f"stage{n}" for n in range(5 - maps, 5)], **config)
 
 
+def pvt(maps: int):
+    """A backbone without a stem among its stages' names."""
+    config = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 8]}
+    return transformers.PvtV2Config(out_features=[f"stage{n}" for n in range(5 - maps, 5)], **config)
+
+
 def dinov2():
     """A plain vision transformer."""
     config = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "patch_size": 16}
@@ -79,6 +85,9 @@ VARIANTS = {
 
 OTHER_BACKBONES = {
     "dab-dinov2": lambda: dab(dinov2()),
+    "dab-pvt": lambda: dab(pvt(1)),
+    "dab-odd-resnet": lambda: dab(resnet(kind="bottleneck", hidden_sizes=[18, 26, 34, 42])),
+    "deformable-pvt": lambda: deformable(backbone=pvt(3)),
     "deformable-swin": lambda: deformable(backbone=swin(3), with_box_refine=True),
     "deformable-narrow-resnet": lambda: deformable(backbone=resnet(3, embedding_size=16)),
 }
