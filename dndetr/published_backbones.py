@@ -43,6 +43,7 @@ HUB_IDS = {
     "resnet-50": "microsoft/resnet-50",
     "resnet-101": "microsoft/resnet-101",
 }
+_UNSUITED = {"uvdoc": "straightens pages of text, and cannot be cut after a stage"}
 # Settings of our ResNet that say nothing of another network.
 _OF_RESNET = ("depth", "blocks", "planes", "bottleneck", "stem", "dilation")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -120,6 +121,8 @@ def as_backbone_config(values: Any, where: str):
     if kind in ("timm_backbone", "timm_wrapper"):
         alike = "swin-tiny, convnextv2-tiny or resnet-50"
         raise ValueError(f"{where}: this backbone is timm's ({kind}); take one of transformers' own, such as {alike}")
+    if kind in _UNSUITED:
+        raise ValueError(f"{where}: {kind} {_UNSUITED[kind]}; take another, such as swin-tiny")
     if kind not in MODEL_FOR_BACKBONE_MAPPING_NAMES:
         what = "a detector; take its backbone alone" if "backbone_config" in values else "no backbone"
         raise ValueError(f"{where}: {kind} is {what}, such as one of {', '.join(HUB_IDS)}")

@@ -112,7 +112,13 @@ class TransformersBackbone(PartlyFrozen):
 
 
 def _stride(x: Tensor, kind: str) -> int:
-    """Pixels from one place to the next in a map of the image that was tried; ValueError if it has two strides."""
+    """Pixels from one place to the next in a map of the image that was tried; ValueError if that is no one number."""
+    if any(side % places for side, places in zip(_TRIED_ON, x.shape[2:], strict=True)):
+        size = "x".join(map(str, _TRIED_ON))
+        raise ValueError(
+            f"the backbone {kind} cannot be used: its strides do not divide images of {size}; give another "
+            "--model.backbone.name"
+        )
     height, width = (side // places for side, places in zip(_TRIED_ON, x.shape[2:], strict=True))
     if height != width:
         raise ValueError(

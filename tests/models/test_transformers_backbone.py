@@ -291,6 +291,8 @@ def test_a_step_with_averages_learns(kind):
         ('{"model_type": "swin", "embed_dim": 10, "num_heads": [3, 3, 3, 3]}', "."),
         ('{"model_type": "hiera"}', "the backbone hiera cannot be used: it takes no images of 224x448"),
         ('{"model_type": "pp_lcnet_v4"}', "the backbone pp_lcnet_v4 cannot be used: .* 16 down and 4 across"),
+        ('{"model_type": "uvdoc"}', "model.backbone.settings: uvdoc straightens pages of text"),
+        ('{"model_type": "swin", "patch_size": 6, "embed_dim": 12}', "swin cannot be used: its strides do not divide"),
     ],
 )
 def test_settings_of_no_backbone_end_in_one_line(settings, told):
