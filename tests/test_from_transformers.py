@@ -1,6 +1,7 @@
 """Training, and every other command, from a detector of transformers: its model, images and classes, what is said."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from short_runs import without_pictures, write_pictures
 import dndetr
 from dndetr import evaluate, export, health, predict, train
 from dndetr.config import from_dict
+from dndetr.hf import detector_config
 from dndetr.runs.checkpoint import load_checkpoint
 
 _FEW = ["--epochs", "1", "--batch-size", "4", "--lr", "1e-20", "--workers", "0"]
@@ -128,6 +130,29 @@ def test_the_other_commands_take_it(folders, pictures, tmp_path, capsys):
         assert command.main([str(path)]) == 1
         error = capsys.readouterr().err
         assert f"{path} needs data: --data DIR" in error and error.count("\n") == 1
+
+
+def test_health_knows_classes_by_their_names(pictures, tmp_path, monkeypatch, capsys):
+    """Their numbers are rows there, and category ids in the data."""
+    recipe = replace(detector_config.dn_detr_r50(), batch_size=4)  # there are few pictures
+    monkeypatch.setattr(detector_config, "dn_detr_r50", lambda: recipe)
+    for names, status in ((("cell", "dust", "hair"), 0), (("dust", "cell", "hair"), 1)):
+        folder = tmp_path / names[0]
+        theirs.dab(num_labels=3).save_pretrained(folder)
+        theirs.changed(folder, id2label={str(row): name for row, name in enumerate(names)})
+        (folder / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 96}}')
+        arguments = [
+            "--data",
+            str(pictures),
+            "--steps",
+            "0",
+            "--workers",
+            "0",
+            "--output",
+            str(tmp_path / f"of-{names[0]}"),
+        ]
+        assert health.main([str(folder), *arguments]) == status
+    assert "are not those that" in capsys.readouterr().err
 
 
 @pytest.mark.slow
