@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..config import Config, ImagesConfig
 from ..data.classes import Classes
 from ..model_config import BackboneConfig, ModelConfig
-from ..presets import dn_deformable_detr_r50, dn_detr_r50
+from ..presets import deformable_detr_r50, dn_detr_r50
 
 
 def from_transformers(theirs: dict, processor: dict) -> tuple[Config, Classes]:
@@ -18,7 +18,7 @@ def from_transformers(theirs: dict, processor: dict) -> tuple[Config, Classes]:
     for what has no counterpart.
     """
     deformable = theirs["model_type"] == "deformable_detr"
-    recipe = dn_deformable_detr_r50() if deformable else dn_detr_r50()
+    recipe = deformable_detr_r50() if deformable else dn_detr_r50()
     model = _deformable(theirs) if deformable else _dab(theirs)
     denoising, images = replace(recipe.denoising, groups=0), _images(processor, recipe.images)
     return replace(recipe, model=model, images=images, denoising=denoising), _classes(theirs)
@@ -36,10 +36,9 @@ def _dab(theirs: dict) -> ModelConfig:
     scale = theirs.get("sine_position_embedding_scale")
     if scale is not None and not math.isclose(scale, 2 * math.pi):
         without_counterpart(theirs, sine_position_embedding_scale=None)
-    backbone = _backbone(theirs)
     return ModelConfig(
         variant="dn-detr",
-        backbone=replace(backbone, outputs=backbone.outputs[-1:]),  # whatever it gives, the last map is used
+        backbone=_backbone(theirs, last=True),
         **_shared(theirs, hidden=2048, activation="prelu"),
         width=theirs.get("hidden_size", 256),
         queries=theirs.get("num_queries", 300),
@@ -100,7 +99,8 @@ def _one_of(theirs: dict, name: str, default: str, known: tuple[str, ...]) -> st
     return value
 
 
-def _backbone(theirs: dict) -> BackboneConfig:
+def _backbone(theirs: dict, last: bool = False) -> BackboneConfig:
+    """What makes a detector's maps; last: of all that it gives, the last map alone is used."""
     backbone = theirs.get("backbone_config")
     if backbone is None and theirs.get("use_timm_backbone", True):
         maps = theirs["model_type"] == "deformable_detr" and theirs.get("num_feature_levels", 4) > 1
@@ -116,8 +116,9 @@ def _backbone(theirs: dict) -> BackboneConfig:
     without_counterpart(backbone, num_channels=3)
     kind = backbone.get("model_type")
     if kind == "timm_backbone":
-        return _timm_resnet(backbone)
-    outputs = _outputs(backbone)
+        config = _timm_resnet(backbone)
+        return replace(config, outputs=config.outputs[-1:]) if last else config
+    outputs = _outputs(backbone)[-1:] if last else _outputs(backbone)
     if kind == "resnet" and _is_ours(backbone, outputs):
         bottleneck = backbone.get("layer_type", "bottleneck") == "bottleneck"
         widths = backbone.get("hidden_sizes", (256, 512, 1024, 2048))
@@ -128,8 +129,8 @@ def _backbone(theirs: dict) -> BackboneConfig:
             outputs=outputs,
         )
     if "depths" not in backbone:  # all blocks have one stride, and of those the last one's map is used
-        last = len(backbone.get("stage_names") or range(1 + backbone.get("num_hidden_layers", 12))) - 1
-        if outputs != (last,):
+        final = len(backbone.get("stage_names") or range(1 + backbone.get("num_hidden_layers", 12))) - 1
+        if outputs != (final,):
             raise ValueError(f"its {kind} gives the maps {outputs}: of backbones without stages only the last is read")
         outputs = (4,)
     return BackboneConfig(kind="transformers", settings=json.dumps(backbone, sort_keys=True), outputs=outputs)

@@ -181,7 +181,7 @@ def test_timm_backbones_that_old_files_only_name(settings, model):
         {"model_type": "deformable_detr", "num_labels": 3, **settings}, {}
     )
     assert (config.model.backbone.depth, config.model.backbone.outputs) == model
-    assert (config.preset, config.denoising.groups, len(classes)) == ("dn-deformable-detr-r50", 0, 3)
+    assert (config.preset, config.denoising.groups, len(classes)) == ("deformable-detr-r50", 0, 3)
 
 
 def test_other_forms_of_the_weights(copied):

@@ -15,7 +15,8 @@ CLASSES = 5
 def resnet(maps: int = 1, kind: str = "basic", **config):
     """A ResNet that ours can be, with its last maps."""
     config = {"depths": [1, 2, 1, 1], "hidden_sizes": [16, 24, 32, 40], "layer_type": kind} | config
-    return transformers.ResNetConfig(out_features=[f"stage{n}" for n in range(5 - maps, 5)], **config)
+    config = {"out_features": [f"stage{n}" for n in range(5 - maps, 5)]} | config
+    return transformers.ResNetConfig(**config)
 
 
 _COMMON = {
@@ -73,6 +74,7 @@ VARIANTS = {
     "dab": dab,
     "dab-bottleneck-relu": lambda: dab(bottleneck(), activation_function="relu", encoder_layers=0),
     "dab-patterns": lambda: dab(num_patterns=3, temperature_height=10, temperature_width=15),
+    "dab-of-several-maps": lambda: dab(resnet(out_features=["stem", "stage2", "stage4"])),  # the last is used
     "deformable": deformable,
     "deformable-box-refinement": lambda: deformable(with_box_refine=True),
     "deformable-two-stage": lambda: deformable(with_box_refine=True, two_stage=True),
