@@ -6,7 +6,7 @@ run shapes/val --threshold 0.05`` on the images of ``shapes --train 1 --val 2``.
 """
 
 import json
-import tarfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,7 @@ def expected(request, tmp_path, monkeypatch) -> Path:
     """What is expected of ``run`` in the current folder."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    with tarfile.open(request.param) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(request.param, tmp_path)
     return tmp_path / "expected"
 
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 
 import pytest
@@ -101,8 +100,7 @@ def test_wheel_without_compiled_code_still_builds_and_says_why(tree, tmp_path):
 
 def test_source_distribution_can_be_built_from(root, tree, tmp_path):
     archive = build_distribution(tree, "build_sdist", "none")
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(archive, tmp_path)
     (source,) = tmp_path.iterdir()
     assert {path.name for path in (source / "csrc").iterdir()} == {path.name for path in (root / "csrc").iterdir()}
     for folder in ("csrc", "csrc/match", "kernels", "dndetr/kernels", "dndetr/ops"):

@@ -130,8 +130,9 @@ def test_images_are_those_of_float_pictures(backend, extension):
         product = torch.addmm(colours[:, 3:], colours[:, :3], planes).view(3, 64, 96)
         sizes = torch.tensor([[64, 96]])
         (image,) = normalise(torch.from_numpy(picture)[None], colours[None], sizes, backend=backend)
-        # A library may fuse what is rounded apart here: a unit in the last place of the largest term.
-        torch.testing.assert_close(image, product, rtol=0, atol=2**-21)
+        # A library may fuse what is rounded apart here, and add in another order, which depends on the processor: two
+        # units in the last place of the largest term.
+        torch.testing.assert_close(image, product, rtol=0, atol=2**-20)
         scale, shift = colours.diagonal()[:, None], colours[:, 3:]
         if colours is IMAGENET:
             assert torch.equal(image, (planes * scale + shift).view(3, 64, 96))
