@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers", reason='transformers is not i
 
 _SMALL = {"model.width": "32", "model.heads": "4", "model.hidden": "48", "model.encoder-layers": "1"}
 _SMALL |= {"model.decoder-layers": "2", "model.queries": "7", "model.backbone.depth": "18", "workers": "0"}
-_SMALL |= {"images.recipe": "fixed", "images.canvas": "64 96", "model.backbone.planes": "8 12 16 20"}
+_SMALL |= {"images.recipe": "fixed", "images.canvas": "64 96", "model.backbone.planes": "16 16 24 32"}
 _VECTORS = {"preset": "dn-deformable-detr-r50", "model.query-positions": "vectors", "model.no-label-indicator": ""}
 _VECTORS |= {"model.no-query-scale": ""}
 KINDS = {

@@ -18,6 +18,7 @@ from ..ops.stem import stem
 from .layers import Recomputable
 from .linear import half_precision, is_watched
 
+_LANES = 16  # float32 numbers in a register of AVX-512
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -141,7 +142,11 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -
     """What ``conv`` does, with these weights."""
     if conv.kernel_size == (3, 3) and conv.padding == conv.dilation == (1, 1):
         return conv3x3(x, weight, bias, conv.stride[0])
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+    stride = conv.stride[0]
+    if conv.kernel_size == (1, 1) and stride > 1 and x.is_cpu and x.shape[1] < _LANES:
+        # In the gradient of such weights oneDNN writes beyond its own memory (torch 2.13 and 2.14, AVX-512).
+        x, stride = x[:, :, ::stride, ::stride], 1
+    return F.conv2d(x, weight, bias, stride, conv.padding, conv.dilation)
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

@@ -331,3 +331,29 @@ def test_a_capture_keeps_nothing_and_uses_what_is_kept(norm):
     torch.testing.assert_close(found, kept)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         assert norm.scale_shift()[0] is kept[0]
+
+
+NARROW = """
+import torch
+from dndetr.models.backbone import ResNet
+
+torch.manual_seed(0)
+model = ResNet((1, 1, 1, 1), (8, 12, 16, 20), frozen=0).to(memory_format=torch.channels_last)
+exact = ResNet((1, 1, 1, 1), (8, 12, 16, 20), frozen=0).double()
+exact.load_state_dict(model.state_dict())
+for height in (448, 512, 448):
+    images = torch.randn(1, 3, height, 640)
+    grads = []
+    for network, x in ((model, images), (exact, images.double())):
+        (y,) = network(x)
+        shortcut = network.layer3[0].downsample[0].weight
+        grads.append(torch.autograd.grad(y.square().mean(), [network.layer2[0].downsample[0].weight, shortcut]))
+    for grad, wanted in zip(*grads):
+        assert (grad - wanted).norm() < 1e-3 * wanted.norm()
+"""
+
+
+def test_narrow_shortcuts_write_within_their_memory():
+    """In a process of its own, which oneDNN's own gradient of strided weights, of few channels, ends on AVX-512."""
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
