@@ -77,9 +77,8 @@ def test_the_run_is_read_without_the_folder(runs, kind, tmp_path):
     assert health.main([str(run), "--leak-check"]) == 0
 
 
-@both
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize(("kind", "suffix"), [("swin", ".onnx"), ("convnextv2", ".pt2")])
 def test_it_exports(runs, kind, suffix, tmp_path, capsys):
     if suffix == ".onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):

@@ -35,6 +35,16 @@ KINDS = {
 }
 
 
+# Two differ from another only in whose heads are shared, and are slow tests.
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow) if kind in ("vectors-own-heads", "vectors-one-pair") else kind
+        for kind in KINDS
+    ],
+)
+
+
 def flags(settings: dict[str, str]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", *value.split())]
 
@@ -83,7 +93,7 @@ def settings_without_paths(checkpoint: dict) -> dict:
     return checkpoint["config"] | gone
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_the_folder_comes_back_to_the_bit(kind, run, exported):
     path, told = exported(kind)
     assert "the same as the model in transformers" in told and "0.001, which transformers has not" in told
@@ -100,7 +110,7 @@ def test_the_folder_comes_back_to_the_bit(kind, run, exported):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_transformers_finds_every_tensor(kind, exported):
     path, _ = exported(kind)
     _, told = transformers.AutoModelForObjectDetection.from_pretrained(path, output_loading_info=True)
