@@ -63,7 +63,7 @@ class VectorQueries(nn.Module):
         return torch.cat((noised_both, both), dim=1), torch.cat((noised_places, places), dim=1)
 
     def _of_proposals(self, anchors: Tensor) -> Tensor:
-        # The encoding puts y first, this model x.
-        boxes = anchors.sigmoid()[..., [1, 0, 2, 3]]
-        encoding = anchor_encoding(boxes, self.label_enc.embedding_dim // 2)
+        # The encoding puts y first, this model x. (Picked by a list they would wait for its copy on the device.)
+        x, y, sides = anchors.sigmoid().split((1, 1, 2), dim=-1)
+        encoding = anchor_encoding(torch.cat((y, x, sides), dim=-1), self.label_enc.embedding_dim // 2)
         return self.pos_trans_norm(self.pos_trans(encoding))

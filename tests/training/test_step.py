@@ -42,11 +42,11 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
 @pytest.mark.parametrize(
     "names",
     [
-        ("dn-deformable-detr", "dino"),
+        ("dn-deformable-detr", "dino", "deformable-detr-two-stage"),
         pytest.param((*detectors.CONFIGS, *DINO), marks=pytest.mark.slow),
         pytest.param(tuple(backbones.SETTINGS), marks=[pytest.mark.slow, needs_transformers]),
     ],
-    ids=["two", "all", "backbones"],
+    ids=["three", "all", "backbones"],
 )
 def test_no_whole_step_asks_the_device_for_anything(root, names):
     """Backward, clipping, AdamW and averaging too, on a device of its own kind: torch's CPU build cannot
