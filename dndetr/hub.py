@@ -7,14 +7,15 @@ from pathlib import Path
 DETECTORS = {"dab-detr": "DAB-DETR", "deformable_detr": "Deformable DETR"}  # those that are read, by their model_type
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# Endings of files, which no model's name has.
+# The shape of a model's name, and endings of files, which none has.
+NAME = r"[\w-][\w.-]*/[\w.-]+"
 _FILES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")
 _BESIDE = ("config.json", "preprocessor_config.json", "dndetr.safetensors")
 
 
 def is_hub_name(text: str) -> bool:
     """Whether this can only be a name on the hub: it looks like one, and nothing of what it would name is here."""
-    looks = re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w.-]+", text) is not None and not text.endswith(_FILES)
+    looks = re.fullmatch(rf"(?!runs/){NAME}", text) is not None and not text.endswith(_FILES)
     return looks and not Path(text).exists() and not Path(text).parent.exists()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
-from .hub import fetched
+from .hub import NAME, fetched
 from .model_config import BackboneConfig
 from .transformers_installed import require_transformers
 
@@ -94,7 +94,7 @@ def published_folder(name: str) -> Path:
             )
         return path
     hub_id = HUB_IDS.get(name, name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", hub_id) or path.exists():
+    if not re.fullmatch(NAME, hub_id) or path.exists():
         known = ", ".join(HUB_IDS)
         raise ValueError(
             f"--model.backbone.name {name}: give one of {known}; or any hub id, such as {HUB_IDS['swin-tiny']}; or a "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from short_runs import environment, short_run, write_pictures
 
@@ -219,7 +220,6 @@ def test_other_classes_are_theirs(exported):
 def test_the_card(exported, run):
     path, _ = exported("dn-detr")
     card = (path / "README.md").read_text()
-    yaml = pytest.importorskip("yaml")
     about = yaml.safe_load(card.split("---\n")[1])
     assert about["library_name"] == "transformers" and about["pipeline_tag"] == "object-detection"
     assert about["datasets"] == ["data"] and "license" in about
@@ -231,7 +231,6 @@ def test_the_card(exported, run):
 
 
 def test_any_name_of_data_is_read_from_the_card():
-    yaml = pytest.importorskip("yaml")
     name = 'bees: "\N{HONEYBEE}" # é'
     config = replace(train.parse([]), data=name)
     card = model_card("new", "dab-detr", "DAB-DETR", config, [(1, "bee")], {"AP": 0.5})

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..config import ImagesConfig
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = ImagesConfig.mean, ImagesConfig.std  # ImageNet's
 
 
 @dataclass(frozen=True)

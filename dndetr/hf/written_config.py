@@ -12,7 +12,7 @@ _HAVE = (
     "of ours, transformers has DAB-DETR (the presets dn-detr-r50 and dn-detr-r101) and Deformable DETR "
     "(--model.variant dn-deformable-detr --model.query-positions vectors)"
 )
-PROCESSORS = {"dab-detr": "ConditionalDetrImageProcessor", "deformable_detr": "DeformableDetrImageProcessor"}
+_PROCESSORS = {"dab-detr": "ConditionalDetrImageProcessor", "deformable_detr": "DeformableDetrImageProcessor"}
 _CLASSES = {"dab-detr": "DabDetrForObjectDetection", "deformable_detr": "DeformableDetrForObjectDetection"}
 
 
@@ -49,7 +49,7 @@ def to_processor(config: Config, kind: str) -> dict:
     """The content of preprocessor_config.json: images as the run's evaluation has them."""
     images = config.images
     return {
-        "image_processor_type": PROCESSORS[kind],
+        "image_processor_type": _PROCESSORS[kind],
         "format": "coco_detection",
         "do_resize": images.recipe != "original",
         "size": _size(images),

@@ -78,9 +78,7 @@ def model_card(name: str, kind: str, architecture: str, config: Config, classes:
     """
     data = Path(config.data_name or "").name
     found = {key: scores[key] for key in _METRICS if scores.get(key) is not None}
-    metrics = [
-        f"    - type: {key}\n      name: {_METRICS[key]}\n      value: {value:.4f}\n" for key, value in found.items()
-    ]
+    metrics = [_METRIC.format(key=key, name=_METRICS[key], value=value) for key, value in found.items()]
     quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in (("data", data), ("name", name))}
     return _CARD.format(
         kind=kind,

@@ -1,15 +1,15 @@
 """Weights of a published backbone into the model's, all of them or none: transformers warns of gaps and goes on."""
 
-import contextlib
 import copy
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ...data.classes import listed
 from ...published_backbones import demand_weights
+from ...transformers_installed import quiet_transformers
 from ..transformers_backbone import TransformersBackbone
 
 _NORMS = "hidden_states_norms."  # of the maps: they come with the backbone, not with classifiers
@@ -25,7 +25,7 @@ def load_published(backbone: TransformersBackbone, folder: Path) -> str:
     demand_weights(folder)
     model = backbone.model
     try:
-        with _silent():
+        with quiet_transformers():
             loaded, found = type(model).from_pretrained(
                 folder,
                 config=copy.deepcopy(model.config),
@@ -64,19 +64,3 @@ def _what_is_wrong(missing: Sequence[str], others: Sequence[str], needed: int) -
         )
     what = "are missing" if missing else "are of another shape"
     return f"{listed(missing or others, 2)} {what} in its weights: copy them, and config.json, again"
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Within, transformers prints neither bars nor reports: what matters of them is said here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
