@@ -23,10 +23,10 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     return torch.cat(((low + high) * 0.5, high - low), dim=-1)
 
 
-def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Intersection over union of boxes that broadcast against each other, and the union's area.
 
-    a_xyxy, b_xyxy [..., 4] -> two tensors [...]. The division adds 1e-6 to the union, as the official code does.
+    a_xyxy, b_xyxy [..., 4] -> two tensors [...]. The division adds ``eps`` to the union, as the official code does.
     """
     area_a = (a_xyxy[..., 2] - a_xyxy[..., 0]) * (a_xyxy[..., 3] - a_xyxy[..., 1])
     area_b = (b_xyxy[..., 2] - b_xyxy[..., 0]) * (b_xyxy[..., 3] - b_xyxy[..., 1])
@@ -35,20 +35,20 @@ def iou_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     overlap = _at_least(high - low, 0)
     intersection = overlap[..., 0] * overlap[..., 1]
     union = area_a + area_b - intersection
-    return intersection / (union + 1e-6), union
+    return intersection / (union + eps), union
 
 
-def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (arXiv 1902.09630) of boxes that broadcast against each other, 1e-6 in both divisions.
+def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor, eps: float = 1e-6) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes that broadcast against each other, ``eps`` in both divisions.
 
     a_xyxy, b_xyxy [..., 4] -> [...], in [-1, 1].
     """
-    iou, union = iou_and_union(a_xyxy, b_xyxy)
+    iou, union = iou_and_union(a_xyxy, b_xyxy, eps)
     low = _smaller(a_xyxy[..., :2], b_xyxy[..., :2])
     high = _larger(a_xyxy[..., 2:], b_xyxy[..., 2:])
     extent = _at_least(high - low, 0)
     hull = extent[..., 0] * extent[..., 1]
-    return iou - (hull - union) / (hull + 1e-6)
+    return iou - (hull - union) / (hull + eps)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = EPS) -> Tensor:

@@ -99,7 +99,7 @@ def match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cos
         slots,
         *logits.stride()[:3],
         *boxes.stride()[:3],
-        *weights,
+        *weights[:4],
         PRECISE=tl.float64 if cost.dtype == torch.float64 else tl.float32,
         BLOCK_N=block_n,
         BLOCK_T=block_t,

@@ -1,11 +1,12 @@
-"""The set loss of all decoder layers at once: focal, L1 and generalised IoU, for matched and denoising queries.
+"""The set loss of all decoder layers at once: class, L1 and generalised IoU, for matched and denoising queries.
 
-    label = sum over queries and classes of  a_t (1 - p_t)^2 (-ln p_t) / normalizer
+    label = sum over queries and classes of the class loss / normalizer
     l1    = sum over matched pairs of |box - target|_1 / normalizer
     giou  = sum over matched pairs of (1 - GIoU) / normalizer
 
-with p = sigmoid(logit), p_t = p for the target's class and 1 - p elsewhere, a_t = alpha or 1 - alpha. A matching query
-without a partner has no target class. Both parts have normalizers of their own.
+Class losses are in class_loss.py. The focal one is a_t (1 - p_t)^2 (-ln p_t), with p = sigmoid(logit), p_t = p for the
+target's class and 1 - p elsewhere, a_t = alpha or 1 - alpha. A matching query without a partner has no target class.
+Both parts have normalizers of their own.
 
 A denoising query's target is the object it was made from, so its part needs no matching. A group has R slots for each
 object, next to each other: the first restores the object, the others have no target class and no box (R = 2 is the
@@ -29,33 +30,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Targets
-from ..boxes import cxcywh_to_xyxy, generalized_iou
+from ..boxes import cxcywh_to_xyxy, generalized_iou, iou_and_union
 from . import _backend
+from .class_loss import KINDS, Kind, class_loss
 from .group_attention import GroupLayout
 from .match import Matches, invert
 
 
 class LossWeights(NamedTuple):
-    """Coefficients of the loss terms, and the focal loss's alpha."""
+    """Coefficients of the loss terms, and what they are made of.
+
+    alpha, kind: of the class loss; noised: its kind for denoising queries; eps: added to the divisors of IoU and GIoU.
+    """
 
     label: float = 1.0
     l1: float = 5.0
     giou: float = 2.0
     alpha: float = 0.25
+    kind: Kind = "focal"
+    noised: Kind = "focal"
+    eps: float = 1e-6
 
 
 PARTS = ("label", "l1", "giou", "dn_label", "dn_l1", "dn_giou")
-
-
-def focal_loss(logits: Tensor, labels: Tensor, alpha: float) -> Tensor:
-    """Focal loss (arXiv 1708.02002, gamma 2) summed over classes.
-
-    logits [..., K], labels [...] int64 in [0, K), or negative for no class -> [...].
-    """
-    positive = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
-    away = torch.where(positive, -logits, logits)
-    weight = positive.to(logits.dtype) * (2 * alpha - 1) + (1 - alpha)
-    return (weight * away.sigmoid().square() * F.softplus(away, threshold=40)).sum(-1)
 
 
 def set_loss_reference(
@@ -90,12 +87,18 @@ def set_loss_reference(
     else:
         label, truth = partner, boxes.detach()
     apart = boxes - truth
-    terms = (
-        focal_loss(logits, label, weights.alpha).masked_fill(~counts, 0),
-        (apart * apart.detach().sign()).sum(-1).masked_fill(~paired, 0),  # |apart|, with slope 0 at 0
-        (1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))).masked_fill(~paired, 0),
-    )
+    corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)
+    overlap = iou_and_union(*corners, weights.eps)[0].detach().masked_fill(~paired, 0)
     halves = (slice(noised, None), slice(noised))
+    classes = [
+        class_loss(logits[:, :, half], label[:, :, half], overlap[:, :, half], kind, weights.alpha)
+        for half, kind in zip(halves, (weights.kind, weights.noised), strict=True)
+    ]
+    terms = (
+        torch.cat(classes[::-1], dim=2).masked_fill(~counts, 0),
+        (apart * apart.detach().sign()).sum(-1).masked_fill(~paired, 0),  # |apart|, with slope 0 at 0
+        (1 - generalized_iou(*corners, weights.eps)).masked_fill(~paired, 0),
+    )
     sums = [term[:, :, half].sum((1, 2)) for half in halves for term in terms]
     parts = torch.stack(sums, dim=1) / normalizers.to(precise).repeat_interleave(3)
     coefficients = (weights.label, weights.l1, weights.giou) * 2
@@ -248,8 +251,11 @@ def set_loss(
         if tensor.shape != shape:
             given = f"logits {list(logits.shape)} and {layout}"
             raise ValueError(f"set_loss: {name} must be {list(shape)} with {given}, got {list(tensor.shape)}")
+    for field, kind in zip(("kind", "noised"), (weights.kind, weights.noised), strict=True):
+        if kind not in KINDS:
+            raise ValueError(f"set_loss: weights.{field} must be one of {', '.join(KINDS)}, got {kind!r}")
     name, _ = _backend.choose("set_loss", backend, logits.device.type)
-    if name == "reference":
+    if name == "reference" or weights[4:] != LossWeights()[4:]:
         return set_loss_reference(logits, boxes, matches, layout, targets, normalizers, weights, counted, proposals)
     return torch.ops.dndetr.set_loss(
         logits,
@@ -263,7 +269,7 @@ def set_loss(
         layout.groups,
         per_object,
         proposals,
-        [float(weight) for weight in weights],
+        [float(weight) for weight in weights[:4]],
         name,
     )
 
@@ -355,7 +361,7 @@ def _self_test(device_type: str, backend: str) -> float:
         expected = [parts.detach(), *torch.autograd.grad(total, inputs)]
     given = (logits.detach(), boxes.detach(), matches.target, targets.labels, targets.boxes, targets.counts)
     numbers = layout.groups, _per_object(layout, targets), options["proposals"]
-    others = (*given, options["counted"], normalizers, *numbers, list(weights), backend)
+    others = (*given, options["counted"], normalizers, *numbers, list(weights[:4]), backend)
     total, parts = torch.ops.dndetr.set_loss(*others)
     grads = torch.ops.dndetr.set_loss_backward(torch.ones_like(total), None, *others)
     return _backend.largest_error((parts, *grads), expected)

@@ -52,8 +52,10 @@ def _criterion(config: Config) -> Criterion:
     """Matching and losses with the configured weights."""
     loss = config.loss
     return Criterion(
-        CostWeights(loss.cost_label, loss.cost_l1, loss.cost_giou, loss.alpha),
-        LossWeights(loss.label, loss.l1, loss.giou, loss.alpha),
+        CostWeights(loss.cost_label, loss.cost_l1, loss.cost_giou, loss.alpha, loss.position),
+        LossWeights(
+            loss.label, loss.l1, loss.giou, loss.alpha, loss.kind, loss.kind if loss.noised == "same" else "focal"
+        ),
     )
 
 

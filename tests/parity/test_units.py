@@ -10,7 +10,7 @@ from dndetr.models.encoder import MSDeformAttn
 from dndetr.models.features import Features
 from dndetr.models.queries import Queries
 from dndetr.ops import GroupLayout, anchor_encoding, ms_deform_attn, pixel_encoding
-from dndetr.ops.set_loss import focal_loss
+from dndetr.ops.class_loss import focal_loss
 
 MSDA_CASES = goldens.unit_cases(
     "msda_core.pt", lambda c: f"{c['mode']}-{c['M']}x{c['D']}-q{c['Lq']}-l{c['L']}p{c['P']}"
