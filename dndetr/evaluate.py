@@ -26,6 +26,7 @@ _MEANINGS = {
     "ARs": "recall, small objects",
     "ARm": "recall, medium objects",
     "ARl": "recall, large objects",
+    "calibration": "expected error of scores from 0.05, IoU 0.50",
 }
 
 
@@ -66,6 +67,7 @@ def run(arguments: Arguments) -> Path:
     from .detector import load
     from .files import write_json_atomic
     from .pictures.scores import draw_confusion, draw_precision_recall
+    from .scoring.calibration import calibration_error
     from .scoring.coco import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class
     from .scoring.confusion import confusion_matrix
 
@@ -97,7 +99,7 @@ def run(arguments: Arguments) -> Path:
     with _results(arguments) as results:
         detections, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
         referee = coco_referee(ground_truth, detections, image_ids, arguments.fast_eval)
-        metrics = metrics_of(referee)
+        metrics = metrics_of(referee) | {"calibration": calibration_error(ground_truth, detections)}
         title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
         counts = confusion_matrix(ground_truth, detections, [number for number, _ in classes], arguments.threshold)
         with results.file(f"detections_{arguments.split}.json") as path:
@@ -167,8 +169,8 @@ def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[t
 
 
 def report(metrics: dict, ground_truth: dict) -> str:
-    """The twelve numbers, then a table of the classes, as lines of text."""
-    lines = [f"{name:<6} {_number(metrics[name])}   {meaning}" for name, meaning in _MEANINGS.items()]
+    """The numbers, then a table of the classes, as lines of text."""
+    lines = [f"{name:<11} {_number(metrics[name])}   {meaning}" for name, meaning in _MEANINGS.items()]
     objects: dict[int, int] = {}
     for entry in ground_truth["annotations"]:
         if not entry.get("iscrowd"):

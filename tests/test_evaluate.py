@@ -64,9 +64,11 @@ def test_a_run_scores_what_it_scored_in_training(run, tmp_path, capsys):
     assert read(tmp_path / "out" / "detections_val.json") == read(run / "detections_val.json")
     (logged,) = (row for row in read_rows(run / "metrics.jsonl") if row["event"] == "eval")
     metrics = read(tmp_path / "out" / "metrics.json")
+    error = metrics.pop("calibration")
     assert metrics == {name: logged[name] for name in metrics} and len(metrics) == 13
+    assert error is None or 0 <= error <= 1
     out = capsys.readouterr().out
-    assert all(name in out for name in (*metrics["classes"], "AP50", "ARl", str(tmp_path / "out")))
+    assert all(name in out for name in (*metrics["classes"], "AP50", "ARl", "calibration", str(tmp_path / "out")))
     for name in ("precision_recall.png", "confusion.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 300
 

@@ -33,7 +33,7 @@ def confusion_matrix(
         for place in set(range(len(true))) - set(pairs.values()):
             counts[label[true[place]["category_id"]], -1] += 1
         rest = [entry for place, entry in enumerate(detected) if place not in pairs]
-        in_crowd = (_overlaps(rest, crowds[image_id], crowd=True) >= iou).any(axis=1)
+        in_crowd = (overlap_matrix(rest, crowds[image_id], crowd=True) >= iou).any(axis=1)
         for entry, hidden in zip(rest, in_crowd, strict=True):
             if not hidden:
                 counts[-1, label[entry["category_id"]]] += 1
@@ -42,7 +42,7 @@ def confusion_matrix(
 
 def _pairs(detected: list[dict], true: list[dict], iou: float) -> dict[int, int]:
     """Place of a detection -> place of its object, each at most once."""
-    overlaps = _overlaps(detected, true)
+    overlaps = overlap_matrix(detected, true)
     rows, columns = np.nonzero(overlaps >= iou)
     same = np.array([detected[r]["category_id"] == true[c]["category_id"] for r, c in zip(rows, columns, strict=True)])
     pairs: dict[int, int] = {}
@@ -55,7 +55,7 @@ def _pairs(detected: list[dict], true: list[dict], iou: float) -> dict[int, int]
     return pairs
 
 
-def _overlaps(detected: list[dict], true: list[dict], crowd: bool = False) -> np.ndarray:
+def overlap_matrix(detected: list[dict], true: list[dict], crowd: bool = False) -> np.ndarray:
     """IoU of every detection with every object; with a crowd, the share of the detection that lies in it."""
     if not detected or not true:
         return np.zeros((len(detected), len(true)))
