@@ -25,31 +25,23 @@ DNDETR_INLINE Value larger(Value a, Value b) {
   return a > b ? a : b;
 }
 
-// What a score is multiplied by for a box of this GIoU, ((GIoU + 1) / 2)^position: a type for each kind of exponent, so that
-// loops choose before they begin.
-template <class Value>
-DNDETR_INLINE Value fit_of(Value overlap) {
-  return smaller(larger(overlap * 0.5f + 0.5f, Value{}), Value{} + 1.0f);
-}
+// What a score is multiplied by for a box of this GIoU, ((GIoU + 1) / 2)^position: a type for position 0 and one for others,
+// so that loops choose before they begin.
 struct AnyFit {
   template <class Value>
   DNDETR_INLINE Value operator()(Value) const {
     return Value{} + 1.0f;
   }
 };
-struct RootOfFit {
-  template <class Value>
-  DNDETR_INLINE Value operator()(Value overlap) const {
-    return root_of(fit_of(overlap));
-  }
-};
+
 template <class Weight>
 struct PowerOfFit {
   Weight position;
 
   template <class Value>
   DNDETR_INLINE Value operator()(Value overlap) const {
-    const Value fit = fit_of(overlap), none{};
+    const Value none{}, fit = smaller(larger(overlap * 0.5f + 0.5f, none), none + 1.0f);
+    if (position == Weight(0.5)) return root_of(fit);
     return fit > none ? exp_of(position * log_of(fit)) : none;  // log_of may take normal numbers only
   }
 };
@@ -57,7 +49,6 @@ struct PowerOfFit {
 template <class Weight, class Use>
 DNDETR_INLINE auto with_fit(Weight position, const Use& use) {
   if (position == Weight(0)) return use(AnyFit{});
-  if (position == Weight(0.5)) return use(RootOfFit{});
   return use(PowerOfFit<Weight>{position});
 }
 

@@ -143,7 +143,7 @@ def test_compiled_equals_reference(extension, name, simd):
 @pytest.mark.parametrize("position", [0.1, 0.5, 1.0])
 def test_scores_of_boxes_far_away_and_equal_ones(extension, dtype, position):
     """GIoU from -1, where the score becomes nothing, to 1."""
-    places = torch.tensor([[0.5, 0.5, 0.2, 0.2], [1e4, -1e4, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0], [1e3, 1e3, 1e4, 1e4]])
+    places = torch.tensor([[0.5, 0.5, 0.2, 0.2], [1e9, -1e9, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0], [1e3, 1e3, 1e4, 1e4]])
     boxes = places.to(dtype).expand(1, 1, 4, 4)
     logits = torch.tensor([-1.0, 2.0, 3.0, 4.0], dtype=dtype).view(1, 1, 4, 1)
     targets = Targets(torch.zeros(1, 4, dtype=torch.int64), boxes[0], torch.tensor([4], dtype=torch.int32))
@@ -228,6 +228,7 @@ from dndetr.ops.match_cost import CASES, compiled_inputs, make_case, match_cost_
 
 weights = CostWeights(1.5, 4.0, 3.0, 0.3)
 cases = [(name, case, position) for name, case in CASES.items() for position in (0.0, 0.5, 1.0, 0.3)]
+cases = [(name, *rest) for name, *rest in cases if name != "coco" or rest[-1] == 0.5]  # the slow one once
 for name, case, position in cases:
     logits, boxes, targets = make_case(name)
     weights = weights._replace(position=position)
