@@ -52,10 +52,10 @@ using StreamHandle = std::pair<int, std::uintptr_t>;
 dndetr::Stream stream_at(StreamHandle s) { return {s.first, reinterpret_cast<void*>(s.second)}; }
 #endif
 
-// `shape`: layers, batch, queries, classes, target slots; `weights`: label, l1, giou, alpha.
+// `shape`: layers, batch, queries, classes, target slots; `weights`: label, l1, giou, alpha, position.
 dndetr::MatchInputs match_inputs(std::array<int, 5> shape, Pointer logits, std::array<std::int64_t, 3> logits_strides,
                                  Pointer boxes, std::array<std::int64_t, 3> boxes_strides, std::uintptr_t labels,
-                                 Pointer target_boxes, std::uintptr_t counts, std::array<double, 4> weights) {
+                                 Pointer target_boxes, std::uintptr_t counts, std::array<double, 5> weights) {
   return {shape[0],
           shape[1],
           shape[2],
@@ -68,7 +68,7 @@ dndetr::MatchInputs match_inputs(std::array<int, 5> shape, Pointer logits, std::
           reinterpret_cast<const std::int64_t*>(labels),
           array_at(target_boxes),
           reinterpret_cast<const std::int32_t*>(counts),
-          {weights[0], weights[1], weights[2], weights[3]}};
+          {weights[0], weights[1], weights[2], weights[3], weights[4]}};
 }
 
 // `sets` and the addresses of query, target and finite.

@@ -163,7 +163,8 @@ def arch_flags(archs: Sequence[str]) -> list[str]:
 
 def compile_flags(openmp: bool) -> list[str]:
     """Flags of the C++ compiler. The instruction set is chosen at run time, so none is named here."""
-    flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=off"]
+    flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    flags += ["-ffp-contract=off", "-fno-math-errno"]  # sums as written; square roots of whole registers
     return [*flags, "-fopenmp"] if openmp else flags
 
 

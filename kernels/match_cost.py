@@ -26,6 +26,7 @@ def match_cost_kernel(
     l1_weight,
     giou_weight,
     alpha,
+    POSITION: tl.constexpr,
     PRECISE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -44,8 +45,6 @@ def match_cost_kernel(
     # Rounded as the reference's, since 1 - p magnifies the last digit of a p near one; float64 always is.
     divisor = 1.0 + tl.exp(-logit)
     p = tl.div_rn(1.0, divisor) if tl.float32 == PRECISE else 1.0 / divisor
-    positive = alpha * (1.0 - p) * (1.0 - p) * -tl.log(p + 1e-8)
-    negative = (1.0 - alpha) * p * p * -tl.log(1.0 - p + 1e-8)
 
     a = boxes + layer * boxes_layer_stride + image * boxes_image_stride + n * boxes_query_stride
     ax = tl.load(a + 0, mask=in_n, other=0.0).to(PRECISE)[None, :]
@@ -71,6 +70,14 @@ def match_cost_kernel(
     hull = hull_w * hull_h
     giou = intersection / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
+    if POSITION != 0:
+        fit = tl.minimum(tl.maximum(0.5 * giou + 0.5, 0.0), 1.0)
+        if POSITION == 0.5:
+            p *= tl.sqrt_rn(fit) if tl.float32 == PRECISE else tl.sqrt(fit)
+        else:
+            p *= tl.where(fit > 0, tl.exp(POSITION * tl.log(fit)), 0.0)
+    positive = alpha * (1.0 - p) * (1.0 - p) * -tl.log(p + 1e-8)
+    negative = (1.0 - alpha) * p * p * -tl.log(1.0 - p + 1e-8)
     value = label_weight * (positive - negative) + l1_weight * l1 - giou_weight * giou
     value = tl.where(tl.abs(logit) < float("inf"), value, float("nan"))
     value = tl.where(real[:, None], value, float("inf"))
@@ -100,6 +107,7 @@ def match_cost_forward(logits, boxes, labels, target_boxes, counts, weights, cos
         *logits.stride()[:3],
         *boxes.stride()[:3],
         *weights[:4],
+        POSITION=weights[4],
         PRECISE=tl.float64 if cost.dtype == torch.float64 else tl.float32,
         BLOCK_N=block_n,
         BLOCK_T=block_t,

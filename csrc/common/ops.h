@@ -39,11 +39,12 @@ void assign(const AssignProblems& problems, int threads, Simd simd);
 
 template <class Real>
 struct CostWeights {
-  Real label, l1, giou, alpha;
+  Real label, l1, giou, alpha, position;
 
   template <class To>
   CostWeights<To> as() const {
-    return {static_cast<To>(label), static_cast<To>(l1), static_cast<To>(giou), static_cast<To>(alpha)};
+    return {static_cast<To>(label), static_cast<To>(l1), static_cast<To>(giou), static_cast<To>(alpha),
+            static_cast<To>(position)};
   }
 };
 

@@ -1,5 +1,5 @@
-// Exponential and logarithm of vectors, to about one unit in the last place; the same on every instruction set where products
-// and sums are not fused.
+// Exponential and logarithm of vectors, to about one unit in the last place, the same on every instruction set where products
+// and sums are not fused; and the square root, correctly rounded.
 //
 // Included once per instruction set, after vectors.h.
 
@@ -77,3 +77,13 @@ DNDETR_KERNEL Reals<float> exp_of(Reals<float> x) { return exp_of_real<float>(x)
 DNDETR_KERNEL Reals<double> exp_of(Reals<double> x) { return exp_of_real<double>(x); }
 DNDETR_KERNEL Reals<float> log_of(Reals<float> x) { return log_of_real<float>(x); }
 DNDETR_KERNEL Reals<double> log_of(Reals<double> x) { return log_of_real<double>(x); }
+
+// With -fno-math-errno one instruction for all lanes.
+DNDETR_KERNEL Reals<float> root_of(Reals<float> x) {
+  for (int l = 0; l < Registers<float>::lanes; ++l) x[l] = __builtin_sqrtf(x[l]);
+  return x;
+}
+DNDETR_KERNEL Reals<double> root_of(Reals<double> x) {
+  for (int l = 0; l < Registers<double>::lanes; ++l) x[l] = __builtin_sqrt(x[l]);
+  return x;
+}

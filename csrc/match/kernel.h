@@ -280,10 +280,10 @@ DNDETR_INLINE void assign_range(const AssignProblems& a, int first, int last) {
 
 // Costs of an image's real targets with all queries of one set: row t at cost + t * queries.stride, up to whole registers.
 // Returns whether all are finite.
-template <class Cost>
-DNDETR_INLINE bool cost_rows(const MatchInputs& m, const Queries<Cost>& queries, Cost* cost) {
+template <class Cost, class Fit>
+DNDETR_INLINE bool cost_rows(const MatchInputs& m, const CostWeights<Cost>& weights, const Fit& fit,
+                             const Queries<Cost>& queries, Cost* cost) {
   using Value = Reals<Cost>;
-  const CostWeights<Cost> weights = m.weights.as<Cost>();
   const Value none{};
   Bits<Cost> odd{};
   for (int t = 0; t < m.targets_of(queries.image); ++t, cost += queries.stride) {
@@ -295,12 +295,19 @@ DNDETR_INLINE bool cost_rows(const MatchInputs& m, const Queries<Cost>& queries,
     for (int q = 0; q < queries.stride; q += kLanes<Cost>) {
       const auto part = [&](const Cost* array) DNDETR_TARGET -> Value { return vector_at<Value>(array + q); };
       const Corners<Value> a = corners(part(queries.x), part(queries.y), part(queries.w), part(queries.h));
-      const Value c = pair_cost(part(queries.logit), a, b, weights);
+      const Value c = pair_cost(part(queries.logit), a, b, weights, fit);
       odd |= ~(larger(c, -c) <= kLargest<Cost>);
       vector_at<Value>(cost + q) = c;
     }
   }
   return !any_lane(odd);
+}
+
+template <class Cost>
+DNDETR_INLINE bool cost_rows(const MatchInputs& m, const Queries<Cost>& queries, Cost* cost) {
+  const CostWeights<Cost> weights = m.weights.as<Cost>();
+  return with_fit(weights.position,
+                  [&](const auto& fit) DNDETR_TARGET { return cost_rows(m, weights, fit, queries, cost); });
 }
 
 template <class Cost>

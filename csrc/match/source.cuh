@@ -15,6 +15,8 @@ DNDETR_INLINE float exp_of(float x) { return expf(x); }
 DNDETR_INLINE double exp_of(double x) { return exp(x); }
 DNDETR_INLINE float log_of(float x) { return logf(x); }
 DNDETR_INLINE double log_of(double x) { return log(x); }
+DNDETR_INLINE float root_of(float x) { return sqrtf(x); }
+DNDETR_INLINE double root_of(double x) { return sqrt(x); }
 
 #include "cost.h"
 
@@ -89,17 +91,23 @@ struct ComputedCosts {
   }
 
   // A label that does not exist has no logits: its costs are not finite.
-  template <class Logit>
-  DNDETR_INLINE Cost cost(const Logit* logits, const Target& target, int q) const {
+  template <class Logit, class Fit>
+  DNDETR_INLINE Cost cost(const Logit* logits, const Target& target, int q, const Fit& fit) const {
     if (target.label < 0 || target.label >= m.classes) return static_cast<Cost>(NAN);
     const Cost logit = widen(fetch(logits + first_logit + q * m.logits_strides.query + target.label));
-    return pair_cost(logit, box(m.boxes, first_box + q * m.boxes_strides.query), target.box, weights);
+    return pair_cost(logit, box(m.boxes, first_box + q * m.boxes_strides.query), target.box, weights, fit);
   }
 
   // use(cost of a target and a query), for the type of the logits.
   template <class Use>
   DNDETR_INLINE void with_costs(const Use& use) const {
-    const auto with = [&](auto logits) { use([=](const Target& t, int q) { return cost(logits, t, q); }); };
+    with_fit(weights.position, [&](const auto& fit) { with_costs(fit, use); });
+  }
+
+ private:
+  template <class Fit, class Use>
+  DNDETR_INLINE void with_costs(const Fit& fit, const Use& use) const {
+    const auto with = [&](auto logits) { use([=](const Target& t, int q) { return cost(logits, t, q, fit); }); };
     if constexpr (sizeof(Cost) == 8) {
       with(static_cast<const double*>(m.logits.data));
     } else if (m.logits.dtype == Dtype::float32) {

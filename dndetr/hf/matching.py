@@ -26,9 +26,14 @@ class Matcher(nn.Module):
     def forward(self, outputs: dict, targets: list[dict], group_detr: int = 1) -> list[tuple]:
         """logits [B, N, K], pred_boxes [B, N, 4] -> per image the queries, ascending, and their targets, on the host.
 
-        group_detr: the queries are that many sets, each matched on its own.
+        group_detr: the queries are that many sets of equal size, each matched on its own, and what is left over is not:
+        losses in evaluation divide the queries of one group. ValueError where there are fewer queries than sets.
         """
-        logits, boxes = outputs["logits"], outputs["pred_boxes"]
+        queries = outputs["logits"].shape[1]
+        if queries < group_detr:
+            raise ValueError(f"matcher: group_detr={group_detr} sets need as many queries at least, got {queries}")
+        whole = queries // group_detr * group_detr
+        logits, boxes = outputs["logits"][:, :whole], outputs["pred_boxes"][:, :whole]
         padded = to_targets(targets, logits.device)
         query = match(logits[None], boxes[None], padded, self.weights, group_detr).query[0].cpu().long()
         pairs = []

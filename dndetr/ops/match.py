@@ -124,7 +124,7 @@ def match(
     if sets < 1 or logits.shape[2] % sets:
         raise ValueError(f"match: {logits.shape[2]} queries do not divide into {sets} equal sets")
     name, _ = _backend.choose("match", backend, logits.device.type)
-    if name == "reference" or weights.position:
+    if name == "reference":
         return match_reference(logits, boxes, targets, weights, sets, backend)
     weights = [float(weight) for weight in weights]
     query, target, finite = torch.ops.dndetr.match(

@@ -5,8 +5,8 @@ With p = sigmoid(logit at the target's label) and boxes a (predicted), b (target
     cost = label * (alpha (1-p)^2 (-log(p + 1e-8)) - (1-alpha) p^2 (-log(1-p + 1e-8)))
          + l1 * |a - b|_1 (cxcywh) - giou * GIoU(a, b)
 
-With ``position`` > 0 the label's term is of p ((GIoU(a, b) + 1) / 2)^position instead of p: a score counts as much as
-its box fits (Stable-DINO, arXiv 2304.04742, whose exponent is 0.5).
+With ``position`` > 0 the label's term is of p ((GIoU(a, b) + 1) / 2)^position instead of p, the fraction kept in
+[0, 1]: a score counts as much as its box fits (Stable-DINO, arXiv 2304.04742, whose exponent is 0.5).
 No gradient flows through it. Math and result are float32 (float64 for float64 input). A logit or box that is not
 finite gives a cost that is not. The memory of the result is target-major, [Y, B, T, N], which is how ``assign`` reads
 it fastest. The C++ and Triton kernels gather the one logit they need and write each cost once; the reference
@@ -46,7 +46,7 @@ def match_cost_reference(logits: Tensor, boxes: Tensor, targets: Targets, weight
     a, b = boxes.to(precise)[..., None, :, :], targets.boxes.to(precise)[..., None, :]
     overlap = generalized_iou(cxcywh_to_xyxy(a), cxcywh_to_xyxy(b))
     if weights.position:
-        p = p * (0.5 * overlap + 0.5).clamp(min=0).pow(weights.position)
+        p = p * (0.5 * overlap + 0.5).clamp(0, 1).pow(weights.position)
     positive = weights.alpha * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = (1 - weights.alpha) * p**2 * -(1 - p + 1e-8).log()
     distance = sum((x - y).abs() for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True))
@@ -98,7 +98,7 @@ def compiled_inputs(module, logits, boxes, labels, target_boxes, counts, weights
         labels.data_ptr(),
         _backend.pointer(target_boxes),
         counts.data_ptr(),
-        weights[:4],
+        weights,
     )
     del alive
 
@@ -129,7 +129,7 @@ def match_cost(
     """
     validate("match_cost", logits, boxes, targets)
     name, _ = _backend.choose("match_cost", backend, logits.device.type)
-    if name == "reference" or weights.position:
+    if name == "reference":
         return match_cost_reference(logits, boxes, targets, weights)
     return torch.ops.dndetr.match_cost(
         logits, boxes, targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights], name

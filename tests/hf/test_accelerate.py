@@ -47,6 +47,36 @@ def _rt_detr(name: str, **config):
     return model(kind(backbone_config=backbone, **(_SMALL | config)))
 
 
+def _with_groups(name: str, backbone: str, windows: int, **config):
+    """A detector that trains groups of queries, of a number that the number of groups does not divide."""
+    kind, backbone, model = (
+        getattr(transformers, name + suffix) for suffix in ("Config", f"{backbone}Config", "ForObjectDetection")
+    )
+    config = kind(
+        backbone_config=backbone(
+            image_size=64,
+            patch_size=16,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            out_indices=[1, 2],
+            num_windows=windows,
+        ),
+        d_model=32,
+        decoder_layers=2,
+        decoder_ffn_dim=64,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=4,
+        decoder_n_points=2,
+        num_queries=QUERIES,
+        group_detr=3,
+        num_labels=CLASSES,
+        dropout=0.0,
+        **config,
+    )
+    return model(config)
+
+
 MODELS = {
     "deformable": lambda: hf_models.MODELS["deformable"](with_box_refine=True),
     "deformable-two-stage": hf_models.MODELS["deformable-two-stage"],
@@ -54,14 +84,19 @@ MODELS = {
     "rt-detr-v2": lambda: _rt_detr("RTDetrV2"),
     "d-fine": lambda: _rt_detr("DFine", decoder_n_points=[3, 6, 3]),
 }
-ATTENTION_LAYERS = {"deformable": 3, "deformable-two-stage": 3, "rt-detr": 2, "rt-detr-v2": 2, "d-fine": 2}
+GROUPED = {
+    "lw-detr": lambda: _with_groups("LwDetr", "ViT", 4, projector_scale_factors=[1.0]),
+    "rf-detr": lambda: _with_groups("RfDetr", "Dinov2", 2),
+}
+ATTENTION_LAYERS = {name: 3 if name.startswith("deformable") else 2 for name in (*MODELS, *GROUPED)}
 every_model = pytest.mark.parametrize("name", MODELS)
+every_loss = pytest.mark.parametrize("name", [*MODELS, *GROUPED])
 
 
 def build(name: str):
     """A model with weights that make attention look far away."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = (MODELS | GROUPED)[name]()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "sampling_offsets" in key or "attention_weights" in key:
@@ -93,7 +128,7 @@ def assert_equal_steps(first, second):
         torch.testing.assert_close(new_gradients[key], value, rtol=1e-4, atol=1e-5 * largest, msg=key)
 
 
-@every_model
+@every_loss
 def test_outputs_losses_and_gradients_are_equal(name):
     model = build(name).train()
     before = step(model)
@@ -103,6 +138,20 @@ def test_outputs_losses_and_gradients_are_equal(name):
     assert f"deformable attention in {ATTENTION_LAYERS[name]} layers, float32 products of" in str(done)
     assert f" {len(done.linear)} linear layers, and the matcher of" in str(done)
     assert_equal_steps(before, step(model))
+
+
+@every_loss
+def test_losses_in_evaluation_are_equal(name):
+    model = build(name).eval()
+
+    def losses():
+        with torch.no_grad():
+            output = model(pixels(3), labels=labels(4, 0, 2))
+        return {"loss": output.loss} | {key: x for key, x in output.loss_dict.items() if isinstance(x, torch.Tensor)}
+
+    plain = losses()
+    dndetr.accelerate(model)
+    torch.testing.assert_close(losses(), plain, rtol=1e-4, atol=1e-4)
 
 
 @every_model
@@ -268,19 +317,31 @@ def test_the_matcher_finds_what_transformers_finds(counts):
         assert torch.equal(query, own_query) and torch.equal(target, own_target)
 
 
-def test_the_matcher_knows_sets_of_queries():
+@pytest.mark.parametrize("counts", [(5, 2), (0, 0), (30, 1)], ids=str)
+@pytest.mark.parametrize(("queries", "sets"), [(60, 3), (62, 3), (300, 13), (13, 13)], ids=str)
+def test_the_matcher_knows_sets_of_queries(queries, sets, counts):
     from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
 
     draw = torch.Generator().manual_seed(3)
     outputs = {
-        "logits": torch.randn(2, 3 * QUERIES, CLASSES, generator=draw),
-        "pred_boxes": 0.1 + 0.3 * torch.rand(2, 3 * QUERIES, 4, generator=draw),
+        "logits": torch.randn(2, queries, CLASSES, generator=draw),
+        "pred_boxes": 0.1 + 0.3 * torch.rand(2, queries, 4, generator=draw),
     }
     weights = {"class_cost": 2.0, "bbox_cost": 5.0, "giou_cost": 2.0}
-    theirs = LwDetrHungarianMatcher(**weights)(outputs, labels(5, 2), 3)
-    ours = Matcher(**weights)(outputs, labels(5, 2), 3)
+    theirs = LwDetrHungarianMatcher(**weights)(outputs, labels(*counts), sets)
+    ours = Matcher(**weights)(outputs, labels(*counts), sets)
     for (query, target), (own_query, own_target) in zip(theirs, ours, strict=True):
         assert torch.equal(query, own_query) and torch.equal(target, own_target)
+
+
+def test_fewer_queries_than_sets_are_an_error_in_both():
+    from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher
+
+    outputs = {"logits": torch.zeros(1, 2, CLASSES), "pred_boxes": torch.full((1, 2, 4), 0.5)}
+    with pytest.raises(RuntimeError, match="split_size"):
+        LwDetrHungarianMatcher()(outputs, labels(1), 3)
+    with pytest.raises(ValueError, match="3 sets need as many queries at least, got 2"):
+        Matcher()(outputs, labels(1), 3)
 
 
 @pytest.mark.parametrize("points", [[4, 4], [3, 5]], ids=str)

@@ -92,14 +92,16 @@ def test_compiled_is_cost_then_assign(extension, name, sets, simd):
     logits, boxes, targets = make_case(name)
     queries = logits.shape[2] // sets * sets
     logits, boxes = logits[:, :, :queries], boxes[:, :, :queries]
-    expected = match_reference(logits, boxes, targets, CostWeights(), sets, "reference")
-    given = [torch.full_like(x, 77) for x in (expected.query, expected.target)]
-    finite = torch.zeros(*expected.finite.shape, sets, dtype=torch.bool)
-    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()))
-    with compiled_inputs(extension, *inputs) as compiled:
-        extension.match(compiled, sets, tuple(x.data_ptr() for x in (*given, finite)), 1, simd)
-    assert torch.equal(given[0], expected.query) and torch.equal(given[1], expected.target)
-    assert finite.all()
+    for position in (0.0, 0.5, 0.3):
+        weights = CostWeights(position=position)
+        expected = match_reference(logits, boxes, targets, weights, sets, "reference")
+        given = [torch.full_like(x, 77) for x in (expected.query, expected.target)]
+        finite = torch.zeros(*expected.finite.shape, sets, dtype=torch.bool)
+        inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights))
+        with compiled_inputs(extension, *inputs) as compiled:
+            extension.match(compiled, sets, tuple(x.data_ptr() for x in (*given, finite)), 1, simd)
+        assert torch.equal(given[0], expected.query) and torch.equal(given[1], expected.target)
+        assert finite.all()
 
 
 def test_threads_do_not_change_the_answer(extension):
@@ -145,5 +147,16 @@ def test_opcheck(extension):
 
 def test_backends_agree(extension):
     logits, boxes, targets = make_case("coco")
-    for given, expected in zip(*(match(logits, boxes, targets, backend=b) for b in ("cpp", "reference")), strict=True):
-        assert torch.equal(given, expected)
+    for position in (0.0, 0.5, 1.0):
+        weights = CostWeights(position=position)
+        both = (match(logits, boxes, targets, weights, backend=name) for name in ("cpp", "reference"))
+        for given, expected in zip(*both, strict=True):
+            assert torch.equal(given, expected)
+
+
+def test_a_score_counts_as_much_as_its_box_fits():
+    """Of two queries the confident one is cheaper, until its score is that of its box."""
+    logits, boxes = torch.tensor([[[[4.0], [1.0]]]]), torch.tensor([[[[0.3, 0.3, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]]]])
+    targets = Targets(torch.zeros(1, 1, dtype=torch.int64), boxes[0, :, 1:], torch.tensor([1], dtype=torch.int32))
+    for position, query in ((0.0, 0), (0.5, 1)):
+        assert match(logits, boxes, targets, CostWeights(2.0, 0.0, 0.0, 0.25, position)).query.item() == query

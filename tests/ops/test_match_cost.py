@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -9,31 +10,50 @@ from dndetr.batch import Targets
 from dndetr.ops import CostWeights, match_cost
 from dndetr.ops.match_cost import CASES, compiled_inputs, make_case, match_cost_reference
 
+POSITIONS = (0.0, 0.5, 1.0, 0.3)
 
-def pair_cost(logit, a, b, w):
-    """Cost of one query and one target, written out in Python floats."""
-    import math
 
-    p = 1 / (1 + math.exp(-logit))
-    focal = w.alpha * (1 - p) ** 2 * -math.log(p + 1e-8) - (1 - w.alpha) * p**2 * -math.log(1 - p + 1e-8)
+def generalised_iou(a, b):
+    """Of two boxes, in Python floats."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
         (x - width / 2, y - height / 2, x + width / 2, y + height / 2) for x, y, width, height in (a, b)
     )
     inside = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - inside
     hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
-    giou = inside / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+    return inside / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+def pair_cost(logit, a, b, w):
+    """Cost of one query and one target, written out in Python floats."""
+    giou = generalised_iou(a, b)
+    p = 1 / (1 + math.exp(-logit)) * (0.5 * giou + 0.5) ** w.position
+    focal = w.alpha * (1 - p) ** 2 * -math.log(p + 1e-8) - (1 - w.alpha) * p**2 * -math.log(1 - p + 1e-8)
     return w.label * focal + w.l1 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) - w.giou * giou
 
 
-def test_formula():
+@pytest.mark.parametrize("position", POSITIONS)
+def test_formula(position):
     logits, boxes, targets = make_case("f64")
-    weights = CostWeights(1.5, 4.0, 3.0, 0.3)
+    weights = CostWeights(1.5, 4.0, 3.0, 0.3, position)
     cost = match_cost_reference(logits, boxes, targets, weights)
     for y, n, t in [(0, 0, 0), (1, 16, 15), (1, 5, 7)]:
         logit = logits[y, 0, n, targets.labels[0, t]].item()
         expected = pair_cost(logit, boxes[y, 0, n].tolist(), targets.boxes[0, t].tolist(), weights)
         assert cost[y, 0, n, t].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_the_formula_of_stable_dino(extension, backend):
+    """Section 3.3 of arXiv 2304.04742: |1 - p f|^2 BCE(p f, 1) - (p f)^2 BCE(1 - p f, 1), f = s'^0.5."""
+    logits, boxes, targets = make_case("f64")
+    cost = match_cost(logits, boxes, targets, CostWeights(2.0, 0.0, 0.0, 0.5, 0.5), backend)
+    for n, t in [(0, 0), (16, 15), (5, 7), (9, 2)]:
+        p = 1 / (1 + math.exp(-logits[1, 0, n, targets.labels[0, t]].item()))
+        rescaled = (1 + generalised_iou(boxes[1, 0, n].tolist(), targets.boxes[0, t].tolist())) / 2
+        score = p * math.sqrt(rescaled)
+        expected = abs(1 - score) ** 2 * -math.log(score) - score**2 * -math.log(1 - score)
+        assert cost[1, 0, n, t].item() == pytest.approx(expected, rel=1e-5)  # without the official code's 1e-8
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -52,8 +72,11 @@ def test_shape_dtype_padding(name):
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_cost_is_the_reference(name):
     logits, boxes, targets = make_case(name, "cuda")
-    cost = match_cost(logits, boxes, targets, backend="triton")
-    torch.testing.assert_close(cost, match_cost_reference(logits, boxes, targets, CostWeights()), rtol=1e-5, atol=1e-5)
+    for position in POSITIONS:
+        weights = CostWeights(position=position)
+        cost = match_cost(logits, boxes, targets, weights, backend="triton")
+        expected = match_cost_reference(logits, boxes, targets, weights)
+        torch.testing.assert_close(cost, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bf16", "f16"])
@@ -105,13 +128,30 @@ def compiled_cost(extension, logits, boxes, targets, weights, simd):
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_equals_reference(extension, name, simd):
     logits, boxes, targets = make_case(name)
-    logits, weights = logits * 4, CostWeights(1.5, 4.0, 3.0, 0.3)
-    cost = compiled_cost(extension, logits, boxes, targets, weights, simd)
-    tolerance = 1e-13 if cost.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(
-        cost, match_cost_reference(logits, boxes, targets, weights), rtol=tolerance, atol=tolerance
-    )
-    assert torch.equal(cost, compiled_cost(extension, logits, boxes, targets, weights, "plain"))
+    logits = logits * 4
+    for position in POSITIONS:
+        weights = CostWeights(1.5, 4.0, 3.0, 0.3, position)
+        cost = compiled_cost(extension, logits, boxes, targets, weights, simd)
+        tolerance = 1e-13 if cost.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(
+            cost, match_cost_reference(logits, boxes, targets, weights), rtol=tolerance, atol=tolerance
+        )
+        assert torch.equal(cost, compiled_cost(extension, logits, boxes, targets, weights, "plain"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("position", [0.1, 0.5, 1.0])
+def test_scores_of_boxes_far_away_and_equal_ones(extension, dtype, position):
+    """GIoU from -1, where the score becomes nothing, to 1."""
+    places = torch.tensor([[0.5, 0.5, 0.2, 0.2], [1e9, -1e9, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0], [1e3, 1e3, 1e4, 1e4]])
+    boxes = places.to(dtype).expand(1, 1, 4, 4)
+    logits = torch.tensor([-1.0, 2.0, 3.0, 4.0], dtype=dtype).view(1, 1, 4, 1)
+    targets = Targets(torch.zeros(1, 4, dtype=torch.int64), boxes[0], torch.tensor([4], dtype=torch.int32))
+    weights = CostWeights(1.0, 0.0, 0.0, 0.25, position)
+    cost, expected = (match_cost(logits, boxes, targets, weights, name) for name in ("cpp", "reference"))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(cost, expected, rtol=tolerance, atol=tolerance)
+    assert cost[0, 0, 0, 1] == pytest.approx(0.25 * -math.log(1e-8), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -132,10 +172,11 @@ def test_every_logit(extension, dtype):
 def test_a_broken_prediction_has_no_finite_cost(extension, backend, bad):
     logits, boxes, targets = make_case("uneven")
     logits[0, 0, 3], boxes[1, 0, 4, 2], boxes[2, 2, 5, 0] = bad, bad, bad
-    finite = match_cost(logits, boxes, targets, backend=backend).isfinite()
-    expected = targets.valid[None, :, None].expand_as(finite).clone()
+    expected = targets.valid[None, :, None].expand(3, 3, 37, 8).clone()
     expected[0, 0, 3] = expected[1, 0, 4] = expected[2, 2, 5] = False
-    assert torch.equal(finite, expected)
+    for position in POSITIONS:
+        cost = match_cost(logits, boxes, targets, CostWeights(position=position), backend)
+        assert torch.equal(cost.isfinite(), expected)
 
 
 def test_layouts(extension):
@@ -186,11 +227,14 @@ from dndetr.ops import CostWeights, match_cost
 from dndetr.ops.match_cost import CASES, compiled_inputs, make_case, match_cost_reference
 
 weights = CostWeights(1.5, 4.0, 3.0, 0.3)
-for name, case in CASES.items():
+positions = [(name, 0.0) for name in CASES]
+positions += [(name, position) for name in ("uneven", "bf16", "f64") for position in (0.5, 0.3)]
+for name, position in positions:
     logits, boxes, targets = make_case(name)
+    weights = weights._replace(position=position)
     given = match_cost(logits, boxes, targets, weights, backend="triton")
     expected = match_cost_reference(logits, boxes, targets, weights)
-    tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
+    tolerance = 1e-12 if given.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
     assert given.stride() == expected.stride(), name
 
@@ -205,8 +249,10 @@ labels, target_boxes, counts = targets.labels, targets.boxes, targets.counts
 inputs = (logits, boxes, labels, target_boxes, counts, list(weights))
 torch.library.opcheck(torch.ops.dndetr.match_cost.default, (*inputs, "triton"))
 
-logits[0, 0, 3] = float("inf")
-assert match_cost(logits, boxes, targets, backend="triton")[0, 0, 3, :8].isnan().all()
+logits[0, 0, 3], boxes[0, 0, 4] = float("inf"), float("nan")
+for position in (0.0, 0.5, 0.3):
+    cost = match_cost(logits, boxes, targets, CostWeights(position=position), backend="triton")
+    assert cost[0, 0, 3:5, :8].isnan().all() and cost[0, 0, 5].isfinite().all()
 """
 
 
@@ -218,8 +264,11 @@ def test_triton_in_the_interpreter(interpreter):
 
 
 @on_architectures(80, 90)
-@pytest.mark.parametrize(("logits", "precise"), [("*bf16", "fp32"), ("*fp32", "fp32"), ("*fp64", "fp64")])
-def test_triton_compiles_for_gpus(arch, logits, precise, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("logits", "precise", "position"),
+    [("*bf16", "fp32", 0.0), ("*fp32", "fp32", 0.5), ("*fp32", "fp32", 0.3), ("*fp64", "fp64", 0.5)],
+)
+def test_triton_compiles_for_gpus(arch, logits, precise, position, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -232,7 +281,7 @@ def test_triton_compiles_for_gpus(arch, logits, precise, tmp_path, monkeypatch):
     signature |= dict.fromkeys(("boxes", "target_boxes", "cost"), floats)
     signature |= {"logits": logits, "labels": "*i64", "counts": "*i32"}
     signature |= dict.fromkeys(("label_weight", "l1_weight", "giou_weight", "alpha"), "fp32")
-    constants = {"PRECISE": triton.language.dtype(precise), "BLOCK_N": 128, "BLOCK_T": 8}
+    constants = {"POSITION": position, "PRECISE": triton.language.dtype(precise), "BLOCK_N": 128, "BLOCK_T": 8}
     signature |= dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(
         ASTSource(match_cost_kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}

@@ -69,7 +69,7 @@ class Emulated:
                 self._block(), (ctypes.c_int * 6)(*shape, sets),
                 (ctypes.c_void_p * 3)(logits[0], boxes[0], target_boxes[0]), (ctypes.c_int64 * 3)(*read), logits[1],
                 (ctypes.c_int64 * 6)(*logits_strides, *boxes_strides), ctypes.c_void_p(labels), ctypes.c_void_p(counts),
-                (ctypes.c_double * 4)(*weights), *map(ctypes.c_void_p, outputs), ctypes.c_int64(self.shared),
+                (ctypes.c_double * 5)(*weights), *map(ctypes.c_void_p, outputs), ctypes.c_int64(self.shared),
             )
         )  # fmt: skip
 
@@ -136,8 +136,8 @@ def assign_here(emulated, cost, counts):
     return query
 
 
-def match_there(logits, boxes, targets, sets=1):
-    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(CostWeights()))
+def match_there(logits, boxes, targets, sets=1, weights=CostWeights()):
+    inputs = (logits, boxes, targets.labels, targets.boxes, targets.counts, list(weights))
     return match_op._match_cuda(*inputs, sets, True)
 
 
@@ -256,10 +256,12 @@ def test_emulated_match_equals_the_reference(emulated, name, sets, shared):
     logits, boxes, targets = make_case(name)
     queries = logits.shape[2] // sets * sets
     logits, boxes = logits[:, :, :queries], boxes[:, :, :queries]
-    query, target, finite = match_there(logits, boxes, targets, sets)
-    expected = match_reference(logits, boxes, targets, CostWeights(), sets, "reference")
-    assert torch.equal(query, expected.query) and torch.equal(target, expected.target)
-    assert finite.shape == (*expected.finite.shape, sets) and finite.all()
+    for position in (0.0, 0.5, 0.3):
+        weights = CostWeights(position=position)
+        query, target, finite = match_there(logits, boxes, targets, sets, weights)
+        expected = match_reference(logits, boxes, targets, weights, sets, "reference")
+        assert torch.equal(query, expected.query) and torch.equal(target, expected.target)
+        assert finite.shape == (*expected.finite.shape, sets) and finite.all()
 
 
 def test_emulated_match_with_more_targets_than_queries(emulated):
@@ -275,10 +277,11 @@ def test_emulated_match_flags_what_is_not_finite(emulated, bad):
     logits, boxes, targets = make_case("uneven")
     boxes[1, 0, 5] = logits[2, 2, 7] = bad
     targets.labels[1, 0] = 11  # a label that does not exist
-    query, target, finite = match_there(logits, boxes, targets)
-    assert finite.squeeze(2).logical_not().nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [2, 1], [2, 2]]
-    assert target[1, 0, 5] == -1 and target[2, 2, 7] == -1
-    assert ((query >= 0) == targets.valid[None, :, None]).all()
+    for position in (0.0, 0.5, 0.3):
+        query, target, finite = match_there(logits, boxes, targets, weights=CostWeights(position=position))
+        assert finite.squeeze(2).logical_not().nonzero().tolist() == [[0, 1], [1, 0], [1, 1], [2, 1], [2, 2]]
+        assert target[1, 0, 5] == -1 and target[2, 2, 7] == -1
+        assert ((query >= 0) == targets.valid[None, :, None]).all()
 
 
 @pytest.fixture
@@ -301,9 +304,11 @@ def test_gpu_solver_answers_as_the_one_in_cpp():
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_matches_as_the_cpu_does(name):
     logits, boxes, targets = make_case(name)
-    there = match(logits.cuda(), boxes.cuda(), targets.to("cuda"), backend="cuda")
-    for found, expected in zip(there, match(logits, boxes, targets), strict=True):
-        assert torch.equal(found.cpu(), expected)
+    for position in (0.0, 0.5, 0.3):
+        weights = CostWeights(position=position)
+        there = match(logits.cuda(), boxes.cuda(), targets.to("cuda"), weights, backend="cuda")
+        for found, expected in zip(there, match(logits, boxes, targets, weights), strict=True):
+            assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -343,8 +348,6 @@ def test_fake_gpu_matches_without_a_copy(fake_cuda):
         torch.empty(2, dtype=torch.int32, device="cuda"),
     )
     inputs = (torch.empty(3, 2, 30, 5, device="cuda"), torch.empty(3, 2, 30, 4, device="cuda"))
-    given = torch.ops.dndetr.match(
-        *inputs, targets.labels, targets.boxes, targets.counts, [2.0, 5.0, 2.0, 0.25], 3, True
-    )
+    given = torch.ops.dndetr.match(*inputs, targets.labels, targets.boxes, targets.counts, list(CostWeights()), 3, True)
     assert [tuple(x.shape) for x in given] == [(3, 2, 3, 8), (3, 2, 30), (3, 2, 3)]
     assert all(x.device.type == "cuda" for x in given)

@@ -86,7 +86,7 @@ extern "C" const char* emulate_match(const int* block, const int* shape, void* c
                       labels,
                       {arrays[2], boxes},
                       counts,
-                      {weights[0], weights[1], weights[2], weights[3]}};
+                      {weights[0], weights[1], weights[2], weights[3], weights[4]}};
   const MatchOutputs out{shape[5], query, target, finite};
   const int problems = m.layers * m.batch * out.sets;
   if (logits == Dtype::float64) {
