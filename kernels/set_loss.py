@@ -211,6 +211,11 @@ def _tile(classes: int) -> tuple[int, int]:
     return min(2048 // block_k, 128), block_k
 
 
+def _warps(kind: str, noised: str) -> int:
+    """Losses that know the box need more registers, so that a thread gets half as many logits."""
+    return 4 if kind == noised == "focal" else 8
+
+
 def _precise(x: torch.Tensor):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
@@ -239,6 +244,7 @@ def set_loss_forward(
     tiles = triton.cdiv(queries, block_q)
     sums = parts.new_empty((layers, 8, batch, tiles))
     label, l1, giou, alpha, eps = weights
+    kind, noised = (KINDS[number] for number in kinds)
     if sums.numel():
         set_loss_forward_kernel[(layers * batch, tiles)](
             logits,
@@ -256,14 +262,14 @@ def set_loss_forward(
             max(objects, 1),
             per_object,
             proposals,
-            KIND=KINDS[kinds[0]],
-            NOISED=KINDS[kinds[1]],
+            KIND=kind,
+            NOISED=noised,
             ALPHA=alpha,
             EPS=eps,
             PRECISE=_precise(parts),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=4,
+            num_warps=_warps(kind, noised),
         )
     set_loss_reduce_kernel[(1,)](
         sums,
@@ -307,6 +313,7 @@ def set_loss_backward(
         return
     block_q, block_k = _tile(classes)
     label, l1, giou, alpha, eps = weights
+    kind, noised = (KINDS[number] for number in kinds)
     set_loss_backward_kernel[(layers * batch, triton.cdiv(queries, block_q))](
         grad_total,
         grad_parts,
@@ -330,12 +337,12 @@ def set_loss_backward(
         LABEL=label,
         L1=l1,
         GIOU=giou,
-        KIND=KINDS[kinds[0]],
-        NOISED=KINDS[kinds[1]],
+        KIND=kind,
+        NOISED=noised,
         ALPHA=alpha,
         EPS=eps,
         PRECISE=_precise(normalizers),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
-        num_warps=4,
+        num_warps=_warps(kind, noised),
     )

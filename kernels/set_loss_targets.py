@@ -50,6 +50,12 @@ def _larger(a, b):
 
 
 @triton.jit
+def _maximum(x):
+    """Of a vector; the sum adds nothing but what is not a number, which a maximum alone may lose."""
+    return tl.max(x, 0) + tl.sum(x * 0.0, 0)
+
+
+@triton.jit
 def _largest(boxes, target_boxes, matches, place, sizes, EPS: tl.constexpr, PRECISE: tl.constexpr):
     """The largest squared overlaps of the matching and of the denoising queries of one problem."""
     problem, _layer, image = place
@@ -64,7 +70,7 @@ def _largest(boxes, target_boxes, matches, place, sizes, EPS: tl.constexpr, PREC
         square = overlap * overlap
         of_matching = _larger(of_matching, tl.where(q >= noised, square, 0.0))
         of_noised = _larger(of_noised, tl.where(q >= noised, 0.0, square))
-    return tl.reduce(of_matching, 0, _larger), tl.reduce(of_noised, 0, _larger)
+    return _maximum(of_matching), _maximum(of_noised)
 
 
 @triton.jit

@@ -133,17 +133,18 @@ def test_gradients_by_finite_differences(extension, name):
     assert torch.autograd.gradcheck(lambda *x: torch.ops.dndetr.set_loss(*x, *rest), (logits, boxes))
 
 
-@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images", "contrastive"])
+@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images", "contrastive", "position-and-focal"])
 def test_opcheck(extension, name):
     torch.library.opcheck(torch.ops.dndetr.set_loss.default, fast_arguments(name))
 
 
-@pytest.mark.parametrize("name", ["uneven", "contrastive"])
+@pytest.mark.parametrize("name", ["uneven", "contrastive", "position-and-focal"])
 def test_compiles_without_a_graph_break(extension, name):
     case, options = cases.make_case(name), cases.make_options(name)
+    weights = weights_of(name)
 
     def loss(logits, boxes):
-        return set_loss(logits, boxes, *case[2:], WEIGHTS, **options)
+        return set_loss(logits, boxes, *case[2:], weights, **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     results = []
@@ -261,8 +262,8 @@ from dndetr.ops import _set_loss_cases as cases
 from set_losses import check_precision, run
 
 for name in cases.CASES:
-    if name in ("coco", "uneven", "no-targets", "more-targets", "f16"):
-        continue  # slow, and like the others
+    if name in ("coco", "uneven", "no-targets", "more-targets", "f16") or name in cases.WEIGHTS:
+        continue  # slow, and like the others; kinds have a test of their own
     # bfloat16 is truncated here
     check_precision(name, "triton", {torch.float64: 1e-13, torch.bfloat16: 8e-3}.get(cases.CASES[name][-1], 2e-6))
 

@@ -99,7 +99,8 @@ op = importlib.import_module("dndetr.ops.set_loss")
 for name in LIKE_A_LOOP:
     check_like_a_loop(name, "triton")
 for name in cases.DENOISING:
-    check_what_counts(name, "triton")
+    if name not in cases.WEIGHTS:
+        check_what_counts(name, "triton")
 assert op._self_test("cpu", "triton") < 1e-5
 """
 
