@@ -9,7 +9,7 @@ import pytest
 import torch
 from ahead_of_time import build
 from architectures import on_architectures
-from set_losses import NAMES, WEIGHTS, run
+from set_losses import NAMES, WEIGHTS, check_precision, run
 
 from dndetr.batch import Targets
 from dndetr.config import LossConfig
@@ -211,6 +211,12 @@ def test_triton_in_the_interpreter(interpreter):
         [sys.executable, "-c", INTERPRETED], env=interpreter, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_gpu_is_as_precise_as_the_reference():
+    for name in cases.WEIGHTS:
+        check_precision(name, "triton", 1e-12 if cases.CASES[name][-1] == torch.float64 else 4e-6, "cuda")
 
 
 @on_architectures(90)
