@@ -200,7 +200,7 @@ from dndetr.ops import _set_loss_cases as cases
 from set_losses import check_precision
 from test_set_loss_kinds import check_what_is_broken_shows
 
-for name in ("iou-f16", "mal", "focal-and-mal", "position-f64", "position-no-images", "position-and-focal"):
+for name in ("iou-f16", "focal-and-mal", "position-f64", "position-no-images", "position-and-focal"):
     check_precision(name, "triton", 1e-13 if cases.CASES[name][-1] == torch.float64 else 2e-6)
 check_what_is_broken_shows("position", "triton")
 """
