@@ -20,11 +20,12 @@ from dndetr.training.criterion import Criterion
 
 op = importlib.import_module("dndetr.ops.set_loss")
 CRITERION = Criterion()
+KIND = {"set loss": "focal", "set loss by position": "position"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fused(backend, case):
-    return set_loss(*case, LossWeights(), backend)[0]
+def fused(backend, kind, case):
+    return set_loss(*case, LossWeights(kind=kind, noised=kind), backend)[0]
 
 
 def criterion(case):
@@ -72,13 +73,13 @@ def gpu_times(function, case) -> tuple[float, float]:
     return ceilings.gpu_seconds(lambda: function(case)), ceilings.gpu_seconds(both)
 
 
-@pytest.mark.parametrize("what", ["set loss", "criterion"])
+@pytest.mark.parametrize("what", [*KIND, "criterion"])
 @pytest.mark.parametrize("name", ["uneven", "coco"])
 def bench_losses(benchmark, record, name, what, device=DEVICE, seconds=2.0):
     logits, boxes, *rest = op.make_case(name, device)
     case = (logits.requires_grad_(), boxes.requires_grad_(), *rest)
-    if what == "set loss":
-        functions = {"ours": partial(fused, None), "reference": partial(fused, "reference")}
+    if what in KIND:
+        functions = {"ours": partial(fused, None, KIND[what]), "reference": partial(fused, "reference", KIND[what])}
     else:
         functions = {"ours": criterion, "layer by layer": layer_by_layer}
     found = medians(functions, case, device, seconds)

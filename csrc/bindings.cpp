@@ -250,7 +250,8 @@ void resize(std::array<int, 4> sizes, std::array<float, 4> box, std::array<bool,
 }
 
 dndetr::SetLoss set_loss_problem(std::array<int, 8> sizes, Pointer logits, Pointer boxes,
-                                 std::array<std::uintptr_t, 6> others, std::array<double, 4> weights) {
+                                 std::array<std::uintptr_t, 6> others, std::array<double, 5> weights,
+                                 std::array<int, 2> kinds) {
   return {sizes[0],        sizes[1],
           sizes[2],        sizes[3],
           sizes[4],        sizes[5],
@@ -263,7 +264,9 @@ dndetr::SetLoss set_loss_problem(std::array<int, 8> sizes, Pointer logits, Point
           reinterpret_cast<const std::int32_t*>(others[4]),
           reinterpret_cast<const void*>(others[5]),
           weights[0],      weights[1],
-          weights[2],      weights[3]};
+          weights[2],      weights[3],
+          weights[4],
+          {dndetr::ClassLoss(kinds[0]), dndetr::ClassLoss(kinds[1])}};
 }
 
 void set_loss(const dndetr::SetLoss& problem, std::uintptr_t total, std::uintptr_t parts, int threads,
@@ -368,9 +371,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("simd") = "", "Part of a picture [H, W, 3] uint8 resized as by Pillow's bilinear filter, then mirrored.");
   py::class_<dndetr::SetLoss>(m, "SetLoss", "Inputs of the set loss; whoever makes one keeps them alive.")
       .def(py::init(&set_loss_problem), py::arg("sizes"), py::arg("logits"), py::arg("boxes"), py::arg("others"),
-           py::arg("weights"));
+           py::arg("weights"), py::arg("kinds"));
   m.def("set_loss", &set_loss, py::arg("problem"), py::arg("total"), py::arg("parts"), py::arg("threads") = 1,
-        py::arg("simd") = "", "Focal, L1 and GIoU losses: -> total, parts [Y, 6].");
+        py::arg("simd") = "", "Class, L1 and GIoU losses: -> total, parts [Y, 6].");
   m.def("set_loss_backward", &set_loss_backward, py::arg("problem"), py::arg("grad_total"), py::arg("grad_parts"),
         py::arg("grad_logits"), py::arg("grad_boxes"), py::arg("threads") = 1, py::arg("simd") = "",
         "Gradients of logits and boxes; those of total and parts are given, or 0.");

@@ -34,8 +34,8 @@ namespace avx512 {
 #undef DNDETR_TARGET
 #undef DNDETR_VECTOR
 
-#define DNDETR_FOR(simd, function) \
-  (simd == Simd::avx512 ? avx512::function : simd == Simd::avx2 ? avx2::function : plain::function)
+#define DNDETR_FOR(simd, ...) \
+  (simd == Simd::avx512 ? avx512::__VA_ARGS__ : simd == Simd::avx2 ? avx2::__VA_ARGS__ : plain::__VA_ARGS__)
 #else
-#define DNDETR_FOR(simd, function) (plain::function)
+#define DNDETR_FOR(simd, ...) (plain::__VA_ARGS__)
 #endif

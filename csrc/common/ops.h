@@ -199,6 +199,9 @@ struct Resize {
 // pixels -> out [new_height, new_width, 3], on the calling thread.
 void resize(const Resize& problem, const std::uint8_t* pixels, std::uint8_t* out, Simd simd);
 
+// Class losses, in the order of dndetr/ops/class_loss.py.
+enum class ClassLoss { focal = 0, iou = 1, mal = 2, position = 3 };
+
 // The set loss of all decoder layers; everything is contiguous, denoising queries come first. A group has per_object slots
 // for each object, of which the first restores it; its first counted[image] slots have a class loss. The first `proposals`
 // layers have no denoising queries that count. What is `void` is double where logits or boxes are, else float.
@@ -211,7 +214,8 @@ struct SetLoss {
   const std::int32_t* counts;   // [B]
   const std::int32_t* counted;  // [B]
   const void* normalizers;      // [2]
-  double label, l1, giou, alpha;
+  double label, l1, giou, alpha, eps;
+  std::array<ClassLoss, 2> kinds;  // of matching and denoising queries
 
   int slots() const { return objects * per_object; }
   int denoising() const { return groups * slots(); }

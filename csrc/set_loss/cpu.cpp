@@ -1,8 +1,9 @@
-// Focal, L1 and GIoU losses of all decoder layers on the CPU; formulas are in dndetr/ops/set_loss.py.
+// Class, L1 and GIoU losses of all decoder layers on the CPU; formulas are in dndetr/ops/set_loss.py and class_loss.py.
 //
 // One task is one image of one layer. Its rows of logits are copied, those that count, to a block in the computing type,
-// negated at the target's class; loops over the block then fill whole registers whatever the number of classes. A task's
-// sums are added to the others' in a fixed order, so results do not depend on threads.
+// negated at the target's class for focal loss, and left out there for the others, whose pairs follow one by one; loops over
+// the block then fill whole registers whatever the number of classes. A task's sums are added to the others' in a fixed
+// order, so results do not depend on threads.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -28,6 +29,8 @@ constexpr int kAlignment = 64;  // bytes, the widest register
 #define DNDETR_KERNELS "set_loss/kernel.h"
 #include "common/instruction_sets.h"
 
+#include "set_loss/class_loss.h"
+
 template <class Real>
 struct Loops {
   Real (*losses)(Real*, int);
@@ -35,8 +38,9 @@ struct Loops {
 };
 
 template <class Real>
-Loops<Real> loops_for(Simd simd) {
-  return {DNDETR_FOR(simd, focal_losses<Real>), DNDETR_FOR(simd, focal_slopes<Real>)};
+Loops<Real> loops_for(ClassLoss kind, Simd simd) {
+  if (kind == ClassLoss::mal) return {DNDETR_FOR(simd, losses<Real, true>), DNDETR_FOR(simd, slopes<Real, true>)};
+  return {DNDETR_FOR(simd, losses<Real, false>), DNDETR_FOR(simd, slopes<Real, false>)};
 }
 
 template <class Real>
@@ -44,7 +48,7 @@ using Box = std::array<Real, 4>;
 
 template <class Real>
 struct BoxLoss {
-  Real l1, giou;
+  Real l1, giou, overlap;
 };
 
 // How much of max(a, b) moves with a: equal numbers share its gradient (dndetr/boxes.py).
@@ -53,10 +57,9 @@ Real share(Real a, Real b) {
   return a > b ? Real(1) : a < b ? Real(0) : Real(0.5);
 }
 
-// |a - b|_1 and 1 - GIoU of two cxcywh boxes, and, times the given scales, their gradients with respect to a.
+// |a - b|_1, 1 - GIoU and IoU of two cxcywh boxes, and, times the given scales, gradients of the first two with respect to a.
 template <class Real>
-BoxLoss<Real> box_loss(const Box<Real>& a, const Box<Real>& b, BoxLoss<Real> scale, Box<Real>& grad) {
-  constexpr Real kSmall = Real(1e-6);
+BoxLoss<Real> box_loss(const Box<Real>& a, const Box<Real>& b, Real eps, Real by_l1, Real by_giou, Box<Real>& grad) {
   Real side_a[2], area_b = 1, inner[2], outer[2], low_a[2], high_a[2], low_b[2], high_b[2], l1 = 0;
   for (int axis = 0; axis < 2; ++axis) {
     low_a[axis] = a[axis] - Real(0.5) * a[axis + 2], high_a[axis] = a[axis] + Real(0.5) * a[axis + 2];
@@ -70,12 +73,12 @@ BoxLoss<Real> box_loss(const Box<Real>& a, const Box<Real>& b, BoxLoss<Real> sca
   const Real outer_w = std::max(outer[0], Real(0)), outer_h = std::max(outer[1], Real(0));
   const Real overlap = inner_w * inner_h, hull = outer_w * outer_h;
   const Real all = side_a[0] * side_a[1] + area_b - overlap;
-  const Real giou = overlap / (all + kSmall) - (hull - all) / (hull + kSmall);
+  const Real iou = overlap / (all + eps), giou = iou - (hull - all) / (hull + eps);
 
-  const Real per_union = 1 / (all + kSmall), per_hull = 1 / (hull + kSmall);
+  const Real per_union = 1 / (all + eps), per_hull = 1 / (hull + eps);
   const Real by_area = per_hull - overlap * per_union * per_union;  // of a, the overlap being what it is
   const Real by_overlap = per_union - by_area;
-  const Real by_hull = -(all + kSmall) * per_hull * per_hull;
+  const Real by_hull = -(all + eps) * per_hull * per_hull;
   const Real other_inner[2] = {inner_h, inner_w}, other_outer[2] = {outer_h, outer_w};
   for (int axis = 0; axis < 2; ++axis) {
     const Real side = by_area * side_a[1 - axis];
@@ -83,15 +86,19 @@ BoxLoss<Real> box_loss(const Box<Real>& a, const Box<Real>& b, BoxLoss<Real> sca
     const Real around = outer[axis] >= 0 ? by_hull * other_outer[axis] : 0;
     const Real high = side + within * share(high_b[axis], high_a[axis]) + around * share(high_a[axis], high_b[axis]);
     const Real low = -(side + within * share(low_a[axis], low_b[axis]) + around * share(low_b[axis], low_a[axis]));
-    grad[axis] = -scale.giou * (low + high);
-    grad[axis + 2] = -scale.giou * Real(0.5) * (high - low);
+    grad[axis] = -by_giou * (low + high);
+    grad[axis + 2] = -by_giou * Real(0.5) * (high - low);
   }
   for (int k = 0; k < 4; ++k) {
     l1 += std::abs(a[k] - b[k]);
-    grad[k] += scale.l1 * static_cast<Real>((a[k] > b[k]) - (a[k] < b[k]));
+    grad[k] += by_l1 * static_cast<Real>((a[k] > b[k]) - (a[k] < b[k]));
   }
-  return {l1, 1 - giou};
+  return {l1, 1 - giou, iou};
 }
+
+struct Range {
+  int begin, end;
+};
 
 // One image of one layer.
 struct Task {
@@ -140,15 +147,23 @@ struct Task {
     return to;
   }
 
+  template <class Real>
+  Real logit(int q, int k) const {
+    Real to;
+    const std::int64_t place = (first + q) * p.classes + k;
+    DNDETR_WITH_ELEMENT(p.logits.dtype, load(static_cast<const Element*>(p.logits.data) + place, 1, &to))
+    return to;
+  }
+
   template <class Element, class Real>
   static void load(const Element* from, int count, Real* to) {
     for (int k = 0; k < count; ++k) to[k] = static_cast<Real>(widen(from[k]));
   }
 
-  // Logits of the queries that count in [begin, end), a block at a time, negated at the target's class:
-  // use(values, count, rows), where rows are the queries in the block and count is made whole lines.
+  // Logits of the queries of a range that count, a block at a time, at the target's class negated for focal loss and left out
+  // for others: use(values, count, rows), where rows are the queries in the block and count is made whole lines.
   template <class Real, class Use>
-  void for_each_block(int begin, int end, const Use& use) const {
+  void for_each_block(Range range, ClassLoss kind, const Use& use) const {
     struct alignas(kAlignment) Line {
       Real value[kAlignment / sizeof(Real)];
     };
@@ -156,20 +171,20 @@ struct Task {
     const int rows_of_block = std::max(1, kBlock / std::max(p.classes, 1));
     std::vector<Line> lines(std::size_t(rows_of_block) * p.classes / kLanes + 1);
     Real* const values = lines[0].value;
-    // The last line is filled up with what neither loses nor slopes.
+    constexpr Real kNothing = -std::numeric_limits<Real>::infinity();  // neither loses nor slopes
     const auto finish = [&](const std::vector<int>& rows) {
       const int size = static_cast<int>(rows.size()) * p.classes, padded = (size + kLanes - 1) / kLanes * kLanes;
-      std::fill(values + size, values + padded, -std::numeric_limits<Real>::infinity());
+      std::fill(values + size, values + padded, kNothing);
       use(values, padded, rows);
     };
     std::vector<int> rows;
     rows.reserve(rows_of_block);
-    for (int q = begin; q < end; ++q) {
+    for (int q = range.begin; q < range.end; ++q) {
       if (!counts(q)) continue;
       Real* row = values + rows.size() * p.classes;
       DNDETR_WITH_ELEMENT(p.logits.dtype,
                           load(static_cast<const Element*>(p.logits.data) + (first + q) * p.classes, p.classes, row))
-      if (const int k = label(q); k >= 0) row[k] = -row[k];
+      if (const int k = label(q); k >= 0) row[k] = kind == ClassLoss::focal ? -row[k] : kNothing;
       rows.push_back(q);
       if (static_cast<int>(rows.size()) < rows_of_block) continue;
       finish(rows);
@@ -180,39 +195,58 @@ struct Task {
 };
 
 // Half 0 are the matching queries, half 1 the denoising ones, as in the order of parts.
-struct Range {
-  int begin, end;
-};
 Range half_of(const SetLoss& p, int half) {
   return half == 0 ? Range{p.denoising(), p.queries} : Range{0, p.denoising()};
 }
 
+// Loops of both halves.
 template <class Real>
-void add_losses(const Task& task, const Loops<Real>& loops, double* sums) {
+using BothLoops = std::array<Loops<Real>, 2>;
+
+// use(pair, its class loss) for the pairs that the blocks left out.
+template <class Real, class Use>
+void for_each_left_out(const Task& task, ClassLoss kind, const std::vector<Pair<Real>>& pairs, const Use& use) {
+  if (kind == ClassLoss::focal) return;
+  const Real alpha = static_cast<Real>(task.p.alpha), stretched = stretch(pairs);
+  for (const Pair<Real>& pair : pairs) {
+    if (pair.label < 0) continue;
+    const Real logit = task.logit<Real>(pair.query, pair.label);
+    use(pair, loss_at_target(kind, logit, pair.overlap, alpha, stretched));
+  }
+}
+
+template <class Real>
+void add_losses(const Task& task, const BothLoops<Real>& loops, double* sums) {
+  const SetLoss& p = task.p;
   for (int half = 0; half < 2; ++half, sums += 3) {
-    const Range range = half_of(task.p, half);
-    task.for_each_block<Real>(range.begin, range.end, [&](Real* values, int count, const std::vector<int>& rows) {
+    const Range range = half_of(p, half);
+    const ClassLoss kind = p.kinds[half];
+    const double negative = weighted(kind) ? 1 - p.alpha : 1;
+    task.for_each_block<Real>(range, kind, [&](Real* values, int count, const std::vector<int>& rows) {
       double positive = 0;
-      const double all = loops.losses(values, count);
+      const double all = loops[half].losses(values, count);
       for (std::size_t row = 0; row < rows.size(); ++row) {
-        if (const int k = task.label(rows[row]); k >= 0) positive += values[row * task.p.classes + k];
+        if (const int k = task.label(rows[row]); k >= 0) positive += values[row * p.classes + k];
       }
-      sums[0] += (1 - task.p.alpha) * all + (2 * task.p.alpha - 1) * positive;
+      sums[0] += negative * all + (2 * p.alpha - 1) * positive;
     });
+    std::vector<Pair<Real>> pairs;
     for (int q = range.begin; q < range.end; ++q) {
       const int t = task.partner(q);
       if (t < 0) continue;
       Box<Real> unused;
-      const BoxLoss<Real> loss = box_loss(task.box<Real>(q), task.truth<Real>(t), BoxLoss<Real>{0, 0}, unused);
+      const auto loss = box_loss(task.box<Real>(q), task.truth<Real>(t), Real(p.eps), Real(0), Real(0), unused);
       sums[1] += loss.l1;
       sums[2] += loss.giou;
+      pairs.push_back({q, task.label(q), loss.overlap});
     }
+    for_each_left_out(task, kind, pairs, [&](const Pair<Real>&, LossAndSlope<Real> of) { sums[0] += of.loss; });
   }
 }
 
 // `scale` [6]: what each part's sum is multiplied by on its way to the loss.
 template <class Real>
-void write_grads(const Task& task, const Loops<Real>& loops, const Real* scale, Array grad_logits, Array grad_boxes) {
+void write_grads(const Task& task, const BothLoops<Real>& loops, const Real* scale, Array grad_logits, Array grad_boxes) {
   const SetLoss& p = task.p;
   const auto zero = [&](Array to, std::int64_t width) {
     DNDETR_WITH_ELEMENT(to.dtype, std::memset(static_cast<Element*>(to.data) + task.first * width, 0,
@@ -222,9 +256,11 @@ void write_grads(const Task& task, const Loops<Real>& loops, const Real* scale, 
   if (p.denoising() > 0) zero(grad_logits, p.classes);
   for (int half = 0; half < 2; ++half, scale += 3) {
     const Range range = half_of(p, half);
-    const Real negative = scale[0] * static_cast<Real>(1 - p.alpha), positive = -scale[0] * static_cast<Real>(p.alpha);
-    task.for_each_block<Real>(range.begin, range.end, [&](Real* values, int count, const std::vector<int>& rows) {
-      loops.slopes(values, count);
+    const ClassLoss kind = p.kinds[half];
+    const Real negative = scale[0] * static_cast<Real>(weighted(kind) ? 1 - p.alpha : 1);
+    const Real positive = -scale[0] * static_cast<Real>(p.alpha);
+    task.for_each_block<Real>(range, kind, [&](Real* values, int count, const std::vector<int>& rows) {
+      loops[half].slopes(values, count);
       for (const int q : rows) {
         const int label = task.label(q);
         DNDETR_WITH_ELEMENT(grad_logits.dtype, {
@@ -235,16 +271,23 @@ void write_grads(const Task& task, const Loops<Real>& loops, const Real* scale, 
         values += p.classes;
       }
     });
+    std::vector<Pair<Real>> pairs;
     for (int q = range.begin; q < range.end; ++q) {
       const int t = task.partner(q);
       if (t < 0) continue;
       Box<Real> grad;
-      box_loss(task.box<Real>(q), task.truth<Real>(t), BoxLoss<Real>{scale[1], scale[2]}, grad);
+      const auto loss = box_loss(task.box<Real>(q), task.truth<Real>(t), Real(p.eps), scale[1], scale[2], grad);
+      pairs.push_back({q, task.label(q), loss.overlap});
       DNDETR_WITH_ELEMENT(grad_boxes.dtype, {
         Element* to = static_cast<Element*>(grad_boxes.data) + (task.first + q) * 4;
         for (int k = 0; k < 4; ++k) to[k] = narrow<Element>(grad[k]);
       })
     }
+    for_each_left_out(task, kind, pairs, [&](const Pair<Real>& pair, LossAndSlope<Real> of) {
+      const std::int64_t place = (task.first + pair.query) * p.classes + pair.label;
+      DNDETR_WITH_ELEMENT(grad_logits.dtype,
+                          static_cast<Element*>(grad_logits.data)[place] = narrow<Element>(scale[0] * of.slope);)
+    });
   }
 }
 
@@ -262,7 +305,7 @@ std::array<double, kParts> coefficients(const SetLoss& p) { return {p.label, p.l
 
 template <class Real>
 void run_forward(const SetLoss& p, void* total, void* parts, int threads, Simd simd) {
-  const Loops<Real> loops = loops_for<Real>(simd);
+  const BothLoops<Real> loops = {loops_for<Real>(p.kinds[0], simd), loops_for<Real>(p.kinds[1], simd)};
   std::vector<std::array<double, kParts>> sums(std::size_t(p.layers) * p.batch, std::array<double, kParts>{});
   for_each_task(p, threads, [&](const Task& task, int number) { add_losses<Real>(task, loops, sums[number].data()); });
   const auto weights = coefficients(p);
@@ -282,7 +325,7 @@ void run_forward(const SetLoss& p, void* total, void* parts, int threads, Simd s
 template <class Real>
 void run_backward(const SetLoss& p, const void* grad_total, const void* grad_parts, Array grad_logits, Array grad_boxes,
                   int threads, Simd simd) {
-  const Loops<Real> loops = loops_for<Real>(simd);
+  const BothLoops<Real> loops = {loops_for<Real>(p.kinds[0], simd), loops_for<Real>(p.kinds[1], simd)};
   const auto weights = coefficients(p);
   for_each_task(p, threads, [&](const Task& task, int number) {
     Real scale[kParts];

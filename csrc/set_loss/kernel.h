@@ -1,4 +1,5 @@
-// Focal loss and its slope, whole registers at a time, on one instruction set; included as vectors.h says.
+// Class losses beside the target's class and their slopes, whole registers at a time, on one instruction set; included as
+// vectors.h says. Focal's are those at the target's class too, of the logit with its sign changed.
 
 #include "common/vectors.h"
 
@@ -20,7 +21,13 @@ DNDETR_KERNEL Reals<double> log_of_one_plus(Reals<double> e) {
   return e;
 }
 
-// sigmoid(z), 1 - sigmoid(z) and softplus(z): what all of focal loss and its slope are made of.
+template <class Real>
+DNDETR_KERNEL Reals<Real> root_of(Reals<Real> x) {
+  for (int l = 0; l < Registers<Real>::lanes; ++l) x[l] = std::sqrt(x[l]);
+  return x;
+}
+
+// sigmoid(z), 1 - sigmoid(z) and softplus(z): what all of these losses and slopes are made of.
 template <class Real>
 struct Logistic {
   Reals<Real> p, rest, softplus;
@@ -35,13 +42,13 @@ struct Logistic {
   }
 };
 
-// values[i], whole lines of them: z -> p^2 softplus; returns their sum.
-template <class Real>
-DNDETR_TARGET Real focal_losses(Real* values, int count) {
+// values[i], whole lines of them: z -> p^2 softplus, or p^1.5 softplus where p^1.5 is but a weight; returns their sum.
+template <class Real, bool kWeight>
+DNDETR_TARGET Real losses(Real* values, int count) {
   Reals<Real> sum{};
   for (int i = 0; i < count; i += Registers<Real>::lanes) {
     const Logistic<Real> l(at(values + i));
-    sum += at(values + i) = l.p * l.p * l.softplus;
+    sum += at(values + i) = l.p * (kWeight ? root_of<Real>(l.p) : l.p) * l.softplus;
   }
   Real all = 0;
   for (int lane = 0; lane < Registers<Real>::lanes; ++lane) all += sum[lane];
@@ -49,10 +56,14 @@ DNDETR_TARGET Real focal_losses(Real* values, int count) {
 }
 
 // values[i]: z -> derivative of the above.
-template <class Real>
-DNDETR_TARGET void focal_slopes(Real* values, int count) {
+template <class Real, bool kWeight>
+DNDETR_TARGET void slopes(Real* values, int count) {
   for (int i = 0; i < count; i += Registers<Real>::lanes) {
     const Logistic<Real> l(at(values + i));
-    at(values + i) = l.p * l.p * (2 * l.rest * l.softplus + l.p);
+    if constexpr (kWeight) {
+      at(values + i) = l.p * root_of<Real>(l.p) * l.p;
+    } else {
+      at(values + i) = l.p * l.p * (2 * l.rest * l.softplus + l.p);
+    }
   }
 }

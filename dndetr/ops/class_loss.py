@@ -35,6 +35,7 @@ def class_loss(logits: Tensor, labels: Tensor, overlap: Tensor, kind: Kind, alph
     positive = _positive(logits, labels)
     p = logits.sigmoid()
     target = _target(p.detach(), overlap.detach()[..., None], kind, alpha)
+    target = torch.where(positive, target, 0)  # of an overlap that is not a number other classes have no NaN
     hit = _softplus(logits) - target * logits
     miss = _softplus(logits) * (p.detach().pow(1.5) if kind == "mal" else p.square())
     if kind == "position":

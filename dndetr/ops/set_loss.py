@@ -32,9 +32,10 @@ from torch import Tensor
 from ..batch import Targets
 from ..boxes import cxcywh_to_xyxy, generalized_iou, iou_and_union
 from . import _backend
+from ._set_loss_cases import make_case, make_options
 from .class_loss import KINDS, Kind, class_loss
 from .group_attention import GroupLayout
-from .match import Matches, invert
+from .match import Matches
 
 
 class LossWeights(NamedTuple):
@@ -50,6 +51,19 @@ class LossWeights(NamedTuple):
     kind: Kind = "focal"
     noised: Kind = "focal"
     eps: float = 1e-6
+
+    @property
+    def floats(self) -> list[float]:
+        """Label, l1, giou, alpha and eps, as kernels take them."""
+        return [float(weight) for weight in (self.label, self.l1, self.giou, self.alpha, self.eps)]
+
+    @property
+    def kinds(self) -> list[int]:
+        """Places in ``KINDS`` of ``kind`` and ``noised``; ValueError for what is none."""
+        for field, kind in (("kind", self.kind), ("noised", self.noised)):
+            if kind not in KINDS:
+                raise ValueError(f"set_loss: weights.{field} must be one of {', '.join(KINDS)}, got {kind!r}")
+        return [KINDS.index(self.kind), KINDS.index(self.noised)]
 
 
 PARTS = ("label", "l1", "giou", "dn_label", "dn_l1", "dn_giou")
@@ -117,7 +131,7 @@ def _precise(logits: Tensor, boxes: Tensor) -> torch.dtype:
 
 _INPUTS = (
     "Tensor logits, Tensor boxes, Tensor target, Tensor labels, Tensor target_boxes, Tensor counts, Tensor counted, "
-    "Tensor normalizers, int groups, int per_object, int proposals, float[] weights, str backend"
+    "Tensor normalizers, int groups, int per_object, int proposals, float[] weights, int[] kinds, str backend"
 )
 torch.library.define("dndetr::set_loss", f"({_INPUTS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -128,16 +142,17 @@ torch.library.define(
 @torch.library.impl("dndetr::set_loss", ("cpu", "cuda"))
 def _forward(logits, boxes, *others):
     total, parts = _forward_fake(logits, boxes)
-    *others, groups, per_object, proposals, weights, backend = others
+    *others, groups, per_object, proposals, weights, kinds, backend = others
     inputs = _contiguous(logits, boxes, *others)
+    numbers = groups, per_object, proposals, weights, kinds
     if backend == "triton":
         from ..kernels.set_loss import set_loss_forward
 
         with torch.cuda.device_of(logits):
-            set_loss_forward(*inputs, groups, per_object, proposals, weights, total, parts)
+            set_loss_forward(*inputs, *numbers, total, parts)
     else:
         module = _backend.compiled()
-        problem = _problem(module, inputs, groups, per_object, proposals, weights)
+        problem = _problem(module, inputs, *numbers)
         module.set_loss(problem, total.data_ptr(), parts.data_ptr(), torch.get_num_threads())
     return total, parts
 
@@ -145,19 +160,20 @@ def _forward(logits, boxes, *others):
 @torch.library.impl("dndetr::set_loss_backward", ("cpu", "cuda"))
 def _backward(grad_total, grad_parts, logits, boxes, *others):
     grads = _backward_fake(grad_total, grad_parts, logits, boxes)
-    *others, groups, per_object, proposals, weights, backend = others
+    *others, groups, per_object, proposals, weights, kinds, backend = others
     inputs = _contiguous(logits, boxes, *others)
+    numbers = groups, per_object, proposals, weights, kinds
     precise = _precise(logits, boxes)
     grad_total, grad_parts = (None if x is None else x.to(precise).contiguous() for x in (grad_total, grad_parts))
     if backend == "triton":
         from ..kernels.set_loss import set_loss_backward
 
         with torch.cuda.device_of(logits):
-            set_loss_backward(grad_total, grad_parts, *inputs, groups, per_object, proposals, weights, *grads)
+            set_loss_backward(grad_total, grad_parts, *inputs, *numbers, *grads)
     else:
         module = _backend.compiled()
         given = [0 if x is None else x.data_ptr() for x in (grad_total, grad_parts)]
-        problem = _problem(module, inputs, groups, per_object, proposals, weights)
+        problem = _problem(module, inputs, *numbers)
         module.set_loss_backward(problem, *given, *map(_backend.pointer, grads), torch.get_num_threads())
     return grads
 
@@ -170,12 +186,12 @@ def _contiguous(logits, boxes, target, labels, target_boxes, counts, counted, no
     return tuple(x.contiguous() for x in inputs)
 
 
-def _problem(module, inputs, groups, per_object, proposals, weights):
+def _problem(module, inputs, groups, per_object, proposals, weights, kinds):
     """Inputs as the compiled module takes them; whoever asks keeps them alive."""
     logits, boxes, _, labels, *_ = inputs
     sizes = (*logits.shape, labels.shape[1], groups, per_object, proposals)
     pointers = [x.data_ptr() for x in inputs[2:]]
-    return module.SetLoss(sizes, _backend.pointer(logits), _backend.pointer(boxes), pointers, weights)
+    return module.SetLoss(sizes, _backend.pointer(logits), _backend.pointer(boxes), pointers, weights, kinds)
 
 
 @torch.library.register_fake("dndetr::set_loss")
@@ -190,16 +206,16 @@ def _backward_fake(grad_total, grad_parts, logits, boxes, *others):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.groups, ctx.per_object, ctx.proposals, ctx.weights, ctx.backend = inputs
+    *tensors, ctx.groups, ctx.per_object, ctx.proposals, ctx.weights, ctx.kinds, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_total, grad_parts):
-    none = (None,) * 11
+    none = (None,) * 12
     if grad_total is None and grad_parts is None:
         return None, None, *none
-    others = ctx.groups, ctx.per_object, ctx.proposals, ctx.weights, ctx.backend
+    others = ctx.groups, ctx.per_object, ctx.proposals, ctx.weights, ctx.kinds, ctx.backend
     return *torch.ops.dndetr.set_loss_backward(grad_total, grad_parts, *ctx.saved_tensors, *others), *none
 
 
@@ -251,11 +267,9 @@ def set_loss(
         if tensor.shape != shape:
             given = f"logits {list(logits.shape)} and {layout}"
             raise ValueError(f"set_loss: {name} must be {list(shape)} with {given}, got {list(tensor.shape)}")
-    for field, kind in zip(("kind", "noised"), (weights.kind, weights.noised), strict=True):
-        if kind not in KINDS:
-            raise ValueError(f"set_loss: weights.{field} must be one of {', '.join(KINDS)}, got {kind!r}")
+    kinds = weights.kinds
     name, _ = _backend.choose("set_loss", backend, logits.device.type)
-    if name == "reference" or weights[4:] != LossWeights()[4:]:
+    if name == "reference":
         return set_loss_reference(logits, boxes, matches, layout, targets, normalizers, weights, counted, proposals)
     return torch.ops.dndetr.set_loss(
         logits,
@@ -269,99 +283,29 @@ def set_loss(
         layout.groups,
         per_object,
         proposals,
-        [float(weight) for weight in weights[:4]],
+        weights.floats,
+        kinds,
         name,
     )
 
 
-# name: (Y, B, (groups, slots, matching), K, counts per image, dtype)
-CASES = {
-    "tiny": (2, 2, (2, 3, 5), 3, (2, 0), torch.float32),
-    "f64": (3, 2, (2, 4, 7), 5, (4, 1), torch.float64),
-    "uneven": (3, 3, (5, 8, 37), 11, (8, 1, 5), torch.float32),
-    "no-groups": (2, 2, (0, 8, 9), 4, (3, 8), torch.float32),
-    "no-targets": (2, 2, (2, 8, 9), 4, (0, 0), torch.float32),
-    "no-slots": (2, 2, (0, 0, 9), 4, (0, 0), torch.float32),
-    "one-class": (2, 1, (1, 4, 6), 1, (3,), torch.float32),
-    "more-targets": (1, 2, (1, 16, 4), 3, (16, 9), torch.float32),
-    "no-images": (2, 0, (2, 4, 5), 3, (), torch.float32),
-    "many-classes": (1, 1, (1, 4, 6), 1203, (4,), torch.float32),
-    "bf16": (2, 2, (2, 8, 20), 7, (3, 7), torch.bfloat16),
-    "f16": (2, 2, (2, 8, 20), 7, (3, 7), torch.float16),
-    "coco": (6, 2, (5, 32, 300), 91, (7, 20), torch.float32),
-    "contrastive": (3, 2, (2, 12, 9), 5, (5, 2), torch.float32),
-    "contrastive-f64": (3, 2, (2, 8, 7), 3, (3, 1), torch.float64),
-    "contrastive-bf16": (2, 2, (2, 16, 20), 7, (3, 7), torch.bfloat16),
-    "contrastive-f16": (2, 2, (2, 16, 20), 7, (3, 7), torch.float16),
-    "contrastive-many-classes": (2, 1, (1, 8, 6), 1203, (3,), torch.float32),
-    "contrastive-no-targets": (2, 2, (2, 8, 9), 4, (0, 0), torch.float32),
-    "contrastive-no-slots": (2, 2, (2, 0, 9), 4, (0, 0), torch.float32),
-    "contrastive-no-images": (2, 0, (2, 8, 5), 3, (), torch.float32),
-    "three-slots": (2, 2, (3, 12, 5), 4, (3, 1), torch.float32),
-    "counted": (2, 3, (2, 5, 6), 4, (2, 4, 5), torch.float32),
-    "proposals": (2, 2, (2, 4, 6), 4, (2, 4), torch.float32),
-}
-# name: (slots of an object, slots that count in each image, layers of proposals), where that is not (1, None, 0)
-DENOISING = {
-    "contrastive": (2, (12, 3), 1),
-    "contrastive-f64": (2, (8, 1), 1),
-    "contrastive-bf16": (2, None, 0),
-    "contrastive-f16": (2, (5, 16), 1),
-    "contrastive-many-classes": (2, (7,), 1),
-    "contrastive-no-targets": (2, (8, 0), 0),
-    "contrastive-no-slots": (2, (0, 0), 1),
-    "contrastive-no-images": (2, (), 1),
-    "three-slots": (3, (12, 2), 0),
-    "counted": (1, (4, 1, 0), 0),
-    "proposals": (1, None, 2),
-}
-
-
-def make_options(name: str, device: str = "cpu") -> dict:
-    """Further arguments of :func:`set_loss` for a case."""
-    _, counted, proposals = DENOISING.get(name, (1, None, 0))
-    counted = None if counted is None else torch.tensor(counted, dtype=torch.int32, device=device)
-    return {"counted": counted, "proposals": proposals}
-
-
-def make_case(name: str, device: str = "cpu", seed: int = 0) -> tuple:
-    """Arguments of :func:`set_loss` for a case, all up to the weights; the matching is random."""
-    layers, batch, layout, classes, counts, dtype = CASES[name]
-    layout = GroupLayout(*layout)
-    padded = layout.slots // DENOISING.get(name, (1,))[0]
-    draw = torch.Generator().manual_seed(seed)
-    precise = torch.promote_types(dtype, torch.float32)
-
-    def boxes(*size):
-        return torch.rand(*size, 4, generator=draw, dtype=precise) * 0.6 + 0.2
-
-    logits = 3 * torch.randn(layers, batch, layout.queries, classes, generator=draw, dtype=precise) - 1
-    labels = torch.randint(classes, (batch, padded), generator=draw)
-    targets = Targets(labels, boxes(batch, padded), torch.tensor(counts, dtype=torch.int32))
-    targets = Targets(labels * targets.valid, targets.boxes * targets.valid[..., None], targets.counts)
-    query = torch.full((layers, batch, 1, padded), -1, dtype=torch.int32)
-    for image, count in enumerate(counts):
-        for layer in range(layers):
-            found = torch.randperm(layout.matching, generator=draw)[:count]
-            query[layer, image, 0, : len(found)] = found
-    matches = Matches(query, invert(query, layout.matching), torch.ones(layers, batch, dtype=torch.bool))
-    objects = torch.tensor([sum(counts), sum(counts) * layout.groups], dtype=precise).clamp(min=1)
-    given = logits.to(device, dtype), boxes(layers, batch, layout.queries).to(device)
-    return *given, Matches(*(x.to(device) for x in matches)), layout, targets.to(device), objects.to(device)
-
-
 def _self_test(device_type: str, backend: str) -> float:
+    two = LossWeights(), LossWeights(kind="position", noised="mal", eps=1e-3)
+    return _backend.worst(_error(device_type, backend, weights) for weights in two)
+
+
+def _error(device_type: str, backend: str, weights: LossWeights) -> float:
     name = "contrastive"
     logits, boxes, *rest = make_case(name, device_type)
     inputs = [logits.requires_grad_(), boxes.requires_grad_()]
     matches, layout, targets, normalizers = rest
-    options, weights = make_options(name, device_type), LossWeights()
+    options = make_options(name, device_type)
     with torch.enable_grad():
         total, parts = set_loss_reference(*inputs, *rest, weights, **options)
         expected = [parts.detach(), *torch.autograd.grad(total, inputs)]
     given = (logits.detach(), boxes.detach(), matches.target, targets.labels, targets.boxes, targets.counts)
     numbers = layout.groups, _per_object(layout, targets), options["proposals"]
-    others = (*given, options["counted"], normalizers, *numbers, list(weights[:4]), backend)
+    others = (*given, options["counted"], normalizers, *numbers, weights.floats, weights.kinds, backend)
     total, parts = torch.ops.dndetr.set_loss(*others)
     grads = torch.ops.dndetr.set_loss_backward(torch.ones_like(total), None, *others)
     return _backend.largest_error((parts, *grads), expected)

@@ -1,4 +1,3 @@
-import importlib
 import math
 import re
 import subprocess
@@ -8,13 +7,11 @@ import pytest
 import torch
 from ahead_of_time import build
 from architectures import on_architectures
-from set_losses import NAMES, WEIGHTS, check_precision, run
+from set_losses import NAMES, WEIGHTS, check_precision, run, weights_of
 
 from dndetr.batch import Targets
 from dndetr.ops import PARTS, GroupLayout, LossWeights, Matches, _backend, set_loss
-
-# The package exports the function under the module's name.
-op = importlib.import_module("dndetr.ops.set_loss")
+from dndetr.ops import _set_loss_cases as cases
 
 SIMD = ("plain", "avx2", "avx512")
 
@@ -80,10 +77,10 @@ def test_formula(backend, extension):
 
 
 @pytest.mark.parametrize("simd", SIMD)
-@pytest.mark.parametrize("name", op.CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_as_precise_as_the_reference(on, name, simd):
     on(simd)
-    check_precision(name, "cpp", 1e-13 if op.CASES[name][-1] == torch.float64 else 2e-6)
+    check_precision(name, "cpp", 1e-13 if cases.CASES[name][-1] == torch.float64 else 2e-6)
 
 
 @pytest.mark.parametrize("simd", SIMD)
@@ -114,19 +111,20 @@ def test_every_magnitude_of_logits(on, simd):
 @pytest.mark.parametrize("name", ["uneven", "coco"])
 def test_threads_change_no_bit(on, name):
     on(threads=1)
-    alone = run(op.make_case(name), "cpp")
+    alone = run(cases.make_case(name), "cpp")
     on(threads=3)
-    together = run(op.make_case(name), "cpp")
+    together = run(cases.make_case(name), "cpp")
     assert all(torch.equal(alone[part], together[part]) for part in NAMES)
 
 
 def fast_arguments(name, backend="cpp"):
-    logits, boxes, matches, layout, targets, normalizers = op.make_case(name)
-    per_object, counted, proposals = op.DENOISING.get(name, (1, None, 0))
+    logits, boxes, matches, layout, targets, normalizers = cases.make_case(name)
+    per_object, counted, proposals = cases.DENOISING.get(name, (1, None, 0))
     counted = targets.counts if counted is None else torch.tensor(counted, dtype=torch.int32)
     tensors = (logits.requires_grad_(), boxes.requires_grad_(), matches.target, targets.labels, targets.boxes)
     numbers = layout.groups, per_object, proposals
-    return *tensors, targets.counts, counted, normalizers, *numbers, list(WEIGHTS), backend
+    weights = weights_of(name)
+    return *tensors, targets.counts, counted, normalizers, *numbers, weights.floats, weights.kinds, backend
 
 
 @pytest.mark.parametrize("name", ["f64", "contrastive-f64"])
@@ -135,17 +133,18 @@ def test_gradients_by_finite_differences(extension, name):
     assert torch.autograd.gradcheck(lambda *x: torch.ops.dndetr.set_loss(*x, *rest), (logits, boxes))
 
 
-@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images", "contrastive"])
+@pytest.mark.parametrize("name", ["tiny", "bf16", "no-groups", "no-images", "contrastive", "position-and-focal"])
 def test_opcheck(extension, name):
     torch.library.opcheck(torch.ops.dndetr.set_loss.default, fast_arguments(name))
 
 
-@pytest.mark.parametrize("name", ["uneven", "contrastive"])
+@pytest.mark.parametrize("name", ["uneven", "contrastive", "position-and-focal"])
 def test_compiles_without_a_graph_break(extension, name):
-    case, options = op.make_case(name), op.make_options(name)
+    case, options = cases.make_case(name), cases.make_options(name)
+    weights = weights_of(name)
 
     def loss(logits, boxes):
-        return set_loss(logits, boxes, *case[2:], WEIGHTS, **options)
+        return set_loss(logits, boxes, *case[2:], weights, **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     results = []
@@ -158,7 +157,7 @@ def test_compiles_without_a_graph_break(extension, name):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_any_strides(extension, backend):
-    logits, boxes, *rest = op.make_case("uneven")
+    logits, boxes, *rest = cases.make_case("uneven")
     expected = run((logits, boxes, *rest), backend)
     strided = logits.transpose(0, 3).contiguous().transpose(0, 3), boxes.transpose(1, 2).contiguous().transpose(1, 2)
     given = run((*strided, *rest), backend)
@@ -169,7 +168,7 @@ def test_any_strides(extension, backend):
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_logit_shows_in_its_layer_and_term_alone(extension, backend, broken):
-    case = op.make_case("uneven")
+    case = cases.make_case("uneven")
     clean = run(case, backend)["parts"]
     logits = case[0]
     logits[1, 0, -1, 2] = broken  # a matching query
@@ -184,7 +183,7 @@ def test_a_broken_logit_shows_in_its_layer_and_term_alone(extension, backend, br
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_broken_box_shows_where_it_is_paired(extension, backend):
-    case = op.make_case("uneven")
+    case = cases.make_case("uneven")
     matches, layout = case[2:4]
     paired, free = (int((matches.target[1, 0] >= 0).int().argmax()), int((matches.target[1, 0] < 0).int().argmax()))
     case[1][1, 0, layout.denoising + free, 1] = math.nan
@@ -197,7 +196,7 @@ def test_a_broken_box_shows_where_it_is_paired(extension, backend):
 @pytest.mark.parametrize("sizes", [(0.0, 0.0), (0.0, 0.3), (-0.1, 0.2)])
 @pytest.mark.parametrize("truth", [(0.5, 0.5, 0.2, 0.2), (0.5, 0.5, 0.0, 0.0), (0.9, 0.9, 0.1, 0.1)])
 def test_degenerate_boxes(extension, sizes, truth):
-    logits, _, matches, layout, targets, normalizers = op.make_case("f64")
+    logits, _, matches, layout, targets, normalizers = cases.make_case("f64")
     boxes = torch.tensor((0.5, 0.5, *sizes), dtype=torch.float64).expand(3, 2, 15, 4).clone()
     targets = Targets(targets.labels, torch.tensor(truth, dtype=torch.float64).expand(2, 4, 4), targets.counts)
     case = (logits, boxes, matches, layout, targets, normalizers)
@@ -209,7 +208,7 @@ def test_degenerate_boxes(extension, sizes, truth):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_larger_bucket_changes_nothing(extension, backend):
-    logits, boxes, matches, layout, targets, normalizers = op.make_case("no-groups")
+    logits, boxes, matches, layout, targets, normalizers = cases.make_case("no-groups")
     grow = torch.nn.functional.pad
     wider = Targets(grow(targets.labels, (0, 24)), grow(targets.boxes, (0, 0, 0, 24)), targets.counts)
     narrow, wide = (
@@ -219,14 +218,14 @@ def test_a_larger_bucket_changes_nothing(extension, backend):
 
 
 def test_only_what_is_asked_for_gets_a_gradient(extension):
-    logits, boxes, *rest = op.make_case("tiny")
+    logits, boxes, *rest = cases.make_case("tiny")
     total, parts = set_loss(logits.requires_grad_(), boxes, *rest)
     assert total.requires_grad and torch.autograd.grad(parts.sum(), logits)[0].shape == logits.shape
     assert not any(x.requires_grad for x in set_loss(logits.detach(), boxes, *rest))
 
 
 def test_wrong_input_is_an_error():
-    logits, boxes, matches, layout, targets, normalizers = op.make_case("tiny")
+    logits, boxes, matches, layout, targets, normalizers = cases.make_case("tiny")
     with pytest.raises(ValueError, match=r"set_loss: boxes must be \[2, 2, 11, 4\]"):
         set_loss(logits, boxes[:, :, 1:], matches, layout, targets, normalizers)
     with pytest.raises(ValueError, match="padded to 3 per image, but the denoising groups have 4 slots"):
@@ -249,25 +248,26 @@ def test_fake_tensors(fake_cuda):
         2,
         1,
         0,
-        list(WEIGHTS),
+        WEIGHTS.floats,
+        WEIGHTS.kinds,
         "triton",
     )
     assert (total.shape, total.dtype, parts.shape) == ((), torch.float32, (6, 6)) and parts.device.type == "cuda"
 
 
 INTERPRETED = """
-import importlib, math
+import math
 import torch
-op = importlib.import_module("dndetr.ops.set_loss")
+from dndetr.ops import _set_loss_cases as cases
 from set_losses import check_precision, run
 
-for name in op.CASES:
-    if name in ("coco", "uneven", "no-targets", "more-targets", "f16"):
-        continue  # slow, and like the others
+for name in cases.CASES:
+    if name in ("coco", "uneven", "no-targets", "more-targets", "f16") or name in cases.WEIGHTS:
+        continue  # slow, and like the others; kinds have a test of their own
     # bfloat16 is truncated here
-    check_precision(name, "triton", {torch.float64: 1e-13, torch.bfloat16: 8e-3}.get(op.CASES[name][-1], 2e-6))
+    check_precision(name, "triton", {torch.float64: 1e-13, torch.bfloat16: 8e-3}.get(cases.CASES[name][-1], 2e-6))
 
-case = op.make_case("tiny")
+case = cases.make_case("tiny")
 case[0][1, 0, -1, 2] = math.nan
 case[0][0, 1, 5, 1] = math.nan  # a slot without an object
 parts = run(case, "triton")["parts"]
@@ -283,9 +283,9 @@ def test_triton_in_the_interpreter(interpreter):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", op.CASES)
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in cases.WEIGHTS])
 def test_gpu_is_as_precise_as_the_reference(name):
-    check_precision(name, "triton", 1e-12 if op.CASES[name][-1] == torch.float64 else 4e-6, "cuda")
+    check_precision(name, "triton", 1e-12 if cases.CASES[name][-1] == torch.float64 else 4e-6, "cuda")
 
 
 @on_architectures(80, 90)
@@ -301,7 +301,8 @@ def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_pat
     floats = ("boxes", "grad_boxes", "target_boxes", "normalizers", "sums", "total", "parts", "grad_total")
     types |= dict.fromkeys(floats, "*fp32")
     block_q, block_k = kernels._tile(91)
-    constants = dict(zip(("LABEL", "L1", "GIOU", "ALPHA"), LossWeights()[:4], strict=True)) | {"grad_parts": None}
+    constants = dict(zip(("LABEL", "L1", "GIOU", "ALPHA", "EPS"), LossWeights().floats, strict=True))
+    constants |= {"KIND": "focal", "NOISED": "focal", "grad_parts": None}
     constants |= {"PRECISE": triton.language.float32, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK": 256}
     compiled, usage = build(function, types, constants, arch, tmp_path, divisible=(), num_warps=4)
     assert compiled.metadata.shared <= 48 * 1024

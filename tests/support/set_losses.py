@@ -1,13 +1,9 @@
 """The set loss of a case, by any backend, and how far it may be from float64."""
 
-import importlib
-
 import torch
 
 from dndetr.ops import LossWeights, set_loss
-
-# The package exports the function under the module's name.
-op = importlib.import_module("dndetr.ops.set_loss")
+from dndetr.ops import _set_loss_cases as cases
 
 WEIGHTS = LossWeights(1.5, 4.0, 3.0, 0.3)
 NAMES = ("total", "parts", "grad logits", "grad boxes")
@@ -23,13 +19,19 @@ def run(case, backend, dtype=None, weights=WEIGHTS, **options):
     return dict(zip(NAMES, (total.detach(), parts.detach(), *grads), strict=True))
 
 
+def weights_of(name):
+    """``WEIGHTS``, with what the case has of its own."""
+    return WEIGHTS._replace(**cases.WEIGHTS.get(name, {}))
+
+
 def error(given, exact):
     return ((given.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-6)).item() if exact.numel() else 0.0
 
 
 def check_precision(name, backend, rounding, device="cpu"):
     """A case is at most twice as far from float64 as plain torch, forward and each gradient."""
-    case, options = op.make_case(name, device), op.make_options(name, device)
+    case, options = cases.make_case(name, device), cases.make_options(name, device)
+    options["weights"] = weights_of(name)
     ways = ("reference", torch.float64), ("reference",), (backend,)
     exact, plain, given = (run(case, *way, **options) for way in ways)
     for part in NAMES:
