@@ -150,8 +150,8 @@ class ModelConfig:
         demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
         demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
         demand(self.one_to_many >= 0, "model.one-to-many", self.one_to_many, "0 (off) or more")
-        one_set = not (self.one_to_many and self.patterns)
-        demand(one_set, "model.one-to-many", self.one_to_many, "0 with --model.patterns, or --model.patterns 0 with it")
+        wanted = "--model.patterns 0 too, since a second set has no patterns"
+        demand(not (self.one_to_many and self.patterns), "model.one-to-many", self.one_to_many, wanted)
         demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")

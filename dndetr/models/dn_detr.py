@@ -68,8 +68,8 @@ class DNDETR(nn.Module):
         maps = self.backbone(images)
         features = self.encoder(self.projection(maps, sizes, tuple(images.shape[-2:])))
         more = self.one_to_many if self.training else 0
-        proposals = None if self.proposals is None else self.proposals(features, more)
-        content, anchors = self.queries(images.shape[0], noised, proposals, more > 0)
+        proposals = None if self.proposals is None else self.proposals(features, more=more)
+        content, anchors = self.queries(images.shape[0], noised, proposals, both=more > 0)
         matching = self.queries.matching
         layout = GroupLayout(0, 0, matching) if noised is None else noised.layout(matching)
         active, counted = (None, None) if noised is None else (noised.active, noised.counted)
