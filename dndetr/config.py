@@ -78,6 +78,10 @@ class LossConfig:
     """Classification of denoising queries: by the same kind, or focal."""
     cost_position: float | None = None
     """Exponent of the overlap that a score is multiplied by in the matching cost (default: position 0.5, others 0)."""
+    one_to_many: float = 1.0
+    """Loss of the queries of --model.one-to-many."""
+    repeats: int = 6
+    """Copies of every target that those are matched with (fewer where the room of an image would be over 2048)."""
 
     @property
     def position(self) -> float:
@@ -91,6 +95,7 @@ class LossConfig:
                 continue
             demand(0 <= value < float("inf"), f"loss.{f.name.replace('_', '-')}", value, "0 or more")
         demand(self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
+        demand_counts(self, "loss.", "repeats")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class ModelConfig:
     """Number of decoder layers."""
     queries: int = 300
     """Number of matching queries (anchors)."""
+    one_to_many: int = 0
+    """Queries of a second set, trained with repeated targets and dropped at test time (0: none; H-DETR: 1500)."""
     patterns: int = 0
     """Learned content patterns per anchor (0: none)."""
     levels: int = 1
@@ -147,6 +149,9 @@ class ModelConfig:
         demand_counts(self, "model.", "encoder_points", "decoder_points")
         demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
         demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
+        demand(self.one_to_many >= 0, "model.one-to-many", self.one_to_many, "0 (off) or more")
+        wanted = "--model.patterns 0 too, since a second set has no patterns"
+        demand(not (self.one_to_many and self.patterns), "model.one-to-many", self.one_to_many, wanted)
         demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
         if self.width % (2 * self.heads) or self.width % 4:
             raise ValueError(f"--model.width {self.width} must be a multiple of 4 and of twice its heads, {self.heads}")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dndetr.config import Config, DenoisingConfig, OptimizerConfig
+from dndetr.config import Config, DenoisingConfig, LossConfig, OptimizerConfig
 from dndetr.model_config import ModelConfig
 from dndetr.presets import PRESETS
 
@@ -77,6 +77,15 @@ def test_when_a_run_may_end(settings, told):
 def test_parts_of_the_deformable_decoder_alone(variant, part, told):
     with pytest.raises(ValueError, match=told):
         ModelConfig(variant=variant, **part)
+
+
+def test_a_second_set_of_queries_has_no_patterns_and_some_repeats():
+    with pytest.raises(ValueError, match=r"^--model.one-to-many 9: give --model.patterns 0 too"):
+        ModelConfig(one_to_many=9, patterns=3)
+    with pytest.raises(ValueError, match=r"^--model.one-to-many -1: give 0"):
+        ModelConfig(one_to_many=-1)
+    with pytest.raises(ValueError, match=r"^--loss.repeats 0: give 1 or more"):
+        LossConfig(repeats=0)
 
 
 def test_contents_are_selected_with_proposals():

@@ -28,7 +28,7 @@ _VECTORS |= {"model.no-query-scale": ""}
 KINDS = {
     "dn-detr": {"preset": "dn-detr-r50", "model.backbone.norm": "batch"},
     "dn-detr-patterns": {"preset": "dn-detr-r50", "model.patterns": "2", "model.encoder-layers": "0"},
-    "vectors": _VECTORS,
+    "vectors": _VECTORS | {"model.one-to-many": "5"},
     "vectors-plain": _VECTORS | {"model.no-box-refinement": "", "model.shared-heads": "", "model.levels": "3"},
     "vectors-own-heads": _VECTORS | {"model.no-box-refinement": ""},
     "vectors-one-pair": _VECTORS | {"model.shared-heads": ""},

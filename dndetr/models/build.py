@@ -64,7 +64,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
         )
     proposed, vectors = config.proposals != "none", config.query_positions == "vectors"
     if vectors:
-        queries = VectorQueries(width, config.queries, classes, proposed)
+        queries = VectorQueries(width, config.queries, classes, proposed, config.one_to_many)
     else:
         queries = Queries(
             width,
@@ -75,6 +75,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             anchors=config.anchors,
             indicator=config.label_indicator,
             proposed=proposed,
+            one_to_many=config.one_to_many,
         )
     proposals = None
     if proposed:
@@ -103,7 +104,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
         )
     else:
         decoder = DABDecoder(**shape)
-    model = DNDETR(backbone, projection, encoder, queries, decoder, proposals)
+    model = DNDETR(backbone, projection, encoder, queries, decoder, proposals, config.one_to_many)
     for block in model.modules():
         # Batch norm's running statistics would advance twice.
         if isinstance(block, Recomputable) and not any(isinstance(m, nn.BatchNorm2d) for m in block.modules()):

@@ -6,12 +6,22 @@ from torch import Tensor, nn
 from ..boxes import EPS
 from ..ops.anchor_encoding import anchor_encoding
 from ..ops.conditional_attention import conditional_attention
-from ..ops.group_attention import GroupLayout, group_attention
+from ..ops.group_attention import GroupLayout
 from ..ops.refine_boxes import refine_boxes
 from .encoder import xavier
 from .features import Features
 from .heads import box_head, class_head
-from .layers import MLP, FeedForward, Recomputable, ResidualNorm, Stream, lowered, merge_heads, split_heads
+from .layers import (
+    MLP,
+    FeedForward,
+    Recomputable,
+    ResidualNorm,
+    Stream,
+    lowered,
+    merge_heads,
+    query_attention,
+    split_heads,
+)
 from .linear import Linear, linear_each
 
 
@@ -43,7 +53,7 @@ class DABDecoderLayer(Recomputable):
         q_position, k_position = linear_each(position, (self.sa_qpos_proj, self.sa_kpos_proj))
         query = q_content + q_position
         q, k, v = (split_heads(part, self.heads) for part in (query, k_content + k_position, values))
-        x = self.norm1(x, self.sa_out_proj(merge_heads(group_attention(q, k, v, layout, active))))
+        x = self.norm1(x, self.sa_out_proj(query_attention(q, k, v, layout, active)))
         gate = None if self.level_gate is None else self.level_gate(query).softmax(-1)
         x = self.norm2(x, self.ca_out_proj(self._cross_attention(x.low, position, sine, features, gate)))
         return self.ffn(x)
@@ -107,7 +117,10 @@ class DABDecoder(nn.Module):
     def forward(
         self, content: Tensor, anchors: Tensor, features: Features, layout: GroupLayout, active: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4]."""
+        """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4].
+
+        Queries behind those of ``layout`` are a second set.
+        """
         x, half = Stream.of(content), content.shape[-1] // 2
         features = features._replace(tokens=lowered(features.tokens), position=lowered(features.position))
         reference = anchors.sigmoid()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..boxes import EPS
 from ..ops.anchor_encoding import anchor_encoding
-from ..ops.group_attention import GroupLayout, group_attention
+from ..ops.group_attention import GroupLayout
 from ..ops.refine_boxes import refine_boxes
 from .encoder import MSDeformAttn, xavier
 from .features import Features
@@ -21,7 +21,7 @@ from .layers import (
     ResidualNorm,
     Stream,
     lowered,
-    merge_heads,
+    query_attention,
     split_heads,
 )
 from .linear import is_watched, linear_each, shared_half_precision
@@ -50,7 +50,7 @@ class DeformableDecoderLayer(Recomputable):
         """x, position [B, Q, C], reference_points [B, Q, L, 2 or 4] -> [B, Q, C]."""
         both, v = self.self_attn.project(x.plus(position), x.low)
         q, k = (split_heads(part, self.self_attn.heads) for part in both.chunk(2, dim=-1))
-        x = self.norm2(x, self.self_attn.out_proj(merge_heads(group_attention(q, k, v, layout, active))), position)
+        x = self.norm2(x, self.self_attn.out_proj(query_attention(q, k, v, layout, active)), position)
         x = self.norm1(x, self.cross_attn(x.positioned, reference_points, features))
         return self.ffn(x)
 
@@ -132,7 +132,8 @@ class DeformableDecoder(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """content [B, Q, C], anchor logits [B, Q, 4] -> every layer's logits [B, Q, K], and its boxes [B, Q, 4].
 
-        With vectors, content is [B, Q, 2 C]: positions and content.
+        With vectors, content is [B, Q, 2 C]: positions and content. Queries behind those of ``layout`` are a second
+        set.
         """
         position = None
         if self.ref_point_head is None:

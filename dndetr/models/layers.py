@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.add_norm import add_norm
+from ..ops.group_attention import GroupLayout, group_attention
 from .activations import PReLU, activation
 from .linear import Linear, linear, linear_layers
 
@@ -98,6 +99,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, Q, D] -> [B, Q, heads * D]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def query_attention(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, active: Tensor | None) -> Tensor:
+    """Self-attention of a decoder's queries, q, k, v [B, H, Q, D] -> [B, Q, H * D]; active: as of ``group_attention``.
+
+    Queries behind those of ``layout`` are a second set: they see each other, and no others see them.
+    """
+    own, more = layout.queries, q.shape[2] - layout.queries
+    if more <= 0:
+        return merge_heads(group_attention(q, k, v, layout, active))
+    first, second = zip(*(x.split((own, more), dim=2) for x in (q, k, v)), strict=True)
+    attended = group_attention(*first, layout, active), group_attention(*second, GroupLayout(0, 0, more))
+    return torch.cat([merge_heads(x) for x in attended], dim=1)
 
 
 class PackedProjections(nn.Module):

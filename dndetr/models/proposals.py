@@ -22,7 +22,8 @@ class Proposals(NamedTuple):
     """What the encoder proposes.
 
     index [B, N] int64: tokens of the N best, best first; content [B, N, C] and anchors [B, N, 4] box logits, where
-    queries start, without gradients; logits [B, M, K] and boxes [B, M, 4] cxcywh: what the loss is of, M = N or S.
+    queries start, without gradients; logits [B, N, K] and boxes [B, N, 4] cxcywh: what the loss is of, or of all S
+    tokens. N with the next best, where a second set of queries starts.
     """
 
     index: Tensor
@@ -72,23 +73,24 @@ class ProposalHead(nn.Module):
         self.class_embed = class_head(width, classes)
         self.bbox_embed = box_head(width)
 
-    def forward(self, features: Features) -> Proposals:
-        """Features -> Proposals."""
+    def forward(self, features: Features, more: int = 0) -> Proposals:
+        """Features -> Proposals; more: so many of the next best for a second set of queries."""
+        count = self.count + more
         dtype = torch.promote_types(features.tokens.dtype, torch.float32)
         places, sound = proposed_logits(features, dtype, self.size)
         tokens = features.tokens.masked_fill(~sound[..., None], 0)
-        if (lacking := self.count - tokens.shape[1]) > 0:  # a tiny image
+        if (lacking := count - tokens.shape[1]) > 0:  # a tiny image
             tokens, sound = F.pad(tokens, (0, 0, 0, lacking)), F.pad(sound, (0, lacking))
             places = F.pad(places, (0, 0, 0, lacking), value=torch.inf)
         if self.objects:
             content, logits, corrected = self._heads(tokens, places)
-            index = self._best(logits[..., 0].detach(), sound)
+            index = self._best(logits[..., 0].detach(), sound, count)
             anchors, selected = _rows(corrected, index), _rows(content, index)
         else:
             # Gradients reach the selected tokens only, so the others' heads need none, nor corrections.
             with torch.no_grad():
                 scores = self.class_embed(self._content(tokens)).amax(-1)
-            index = self._best(scores, sound)
+            index = self._best(scores, sound, count)
             selected, logits, corrected = self._heads(_rows(tokens, index), _rows(places, index))
             anchors = corrected
         return Proposals(index, selected.detach(), anchors.detach(), logits, corrected.sigmoid())
@@ -101,10 +103,10 @@ class ProposalHead(nn.Module):
         content = self._content(tokens)
         return content, self.class_embed(content), self.bbox_embed(content) + places
 
-    def _best(self, scores: Tensor, sound: Tensor) -> Tensor:
+    def _best(self, scores: Tensor, sound: Tensor, count: int) -> Tensor:
         if not self.official:
             scores = scores.masked_fill(~sound, -torch.inf)
-        return scores.topk(self.count, dim=1).indices
+        return scores.topk(count, dim=1).indices
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Content and anchors of the decoder's queries: learned matching queries and noised ground truth."""
+"""Content and anchors of the decoder's queries: learned ones, for matching or one-to-many, and noised ground truth."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,21 @@ from torch import Tensor, nn
 from ..boxes import inverse_sigmoid
 from ..denoising import NoisedQueries
 from .proposals import Proposals
+
+
+class QueryTable(nn.Embedding):
+    """What each matching query has learned, [N, C], and each of ``one_to_many`` queries of a second set, [M, C].
+
+    The second set has a parameter of its own, ``many``, so that the detector without it has the same others.
+    """
+
+    def __init__(self, queries: int, width: int, one_to_many: int = 0):
+        super().__init__(queries, width)
+        self.many = nn.Parameter(torch.randn(one_to_many, width)) if one_to_many else None
+
+    def rows(self, both: bool) -> Tensor:
+        """[N, C] of the matching queries, or [N + M, C] of both sets."""
+        return torch.cat((self.weight, self.many)) if both else self.weight
 
 
 class Queries(nn.Module):
@@ -19,6 +34,7 @@ class Queries(nn.Module):
     "grid" (centres on a regular grid, sides 0.25).
     ``proposed``: the anchors are the encoder's proposals instead; so is the content where it is not learned, and where
     it is (mixed query selection), the i-th belongs to the i-th best, and has no indicator.
+    ``one_to_many``: so many queries of a second set, behind all others, which is there where a caller asks for it.
     """
 
     def __init__(
@@ -31,36 +47,23 @@ class Queries(nn.Module):
         anchors: str = "normal",
         indicator: bool = True,
         proposed: bool = False,
+        one_to_many: int = 0,
     ):
         super().__init__()
         if patterns and (learned_content or proposed):
             raise ValueError("patterns need queries that share their content; use --model.patterns 0")
         self.classes, self.indicator, self.count = classes, indicator, queries
         self.label_enc = nn.Embedding(classes + 1, width - indicator)
-        self.refpoint_embed = None if proposed else nn.Embedding(queries, 4)
-        self.tgt_embed = nn.Embedding(queries, width - (indicator and not proposed)) if learned_content else None
+        self.refpoint_embed = None if proposed else QueryTable(queries, 4, one_to_many)
+        content = width - (indicator and not proposed)
+        self.tgt_embed = QueryTable(queries, content, one_to_many) if learned_content else None
         self.patterns = nn.Embedding(patterns, width) if patterns else None
         if not proposed:
-            with torch.no_grad():
-                self._place_anchors(anchors)
+            for rows in self.refpoint_embed.parameters():
+                _place_anchors(rows, anchors)
         elif learned_content:
-            nn.init.xavier_uniform_(self.tgt_embed.weight)
-
-    def _place_anchors(self, kind: str) -> None:
-        anchors = self.refpoint_embed.weight
-        if kind == "uniform":
-            anchors[:, :2] = inverse_sigmoid(torch.rand_like(anchors[:, :2]))
-        elif kind == "grid":
-            count = len(anchors)
-            columns = round(count**0.5)
-            rows = -(-count // columns)
-            index = torch.arange(count)
-            row, column = index // columns, index % columns
-            in_row = torch.where(row == rows - 1, count - (rows - 1) * columns, columns)
-            centres = torch.stack(((column + 0.5) / in_row, (row + 0.5) / rows), dim=-1)
-            anchors.copy_(inverse_sigmoid(torch.cat((centres, torch.full_like(centres, 0.25)), dim=-1)))
-        elif kind != "normal":
-            raise ValueError(f"unknown anchors {kind!r}: choose normal, uniform or grid")
+            for rows in self.tgt_embed.parameters():
+                nn.init.xavier_uniform_(rows)
 
     @property
     def matching(self) -> int:
@@ -72,10 +75,10 @@ class Queries(nn.Module):
         return [self.label_enc.weight]
 
     def forward(
-        self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None
+        self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None, both: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """-> content [B, Q, C] and anchor logits [B, Q, 4], denoising queries first."""
-        content, anchors = self._matching(proposals)
+        """-> content [B, Q, C] and anchor logits [B, Q, 4], denoising queries first; both: and the second set last."""
+        content, anchors = self._learned(proposals, both)
         content, anchors = content.expand(batch, -1, -1), anchors.expand(batch, -1, -1)
         if noised is None:
             return content, anchors
@@ -85,13 +88,13 @@ class Queries(nn.Module):
         content = torch.cat((noised_content.flatten(1, 2), content), dim=1)
         return content, torch.cat((noised_anchors.flatten(1, 2), anchors), dim=1)
 
-    def _matching(self, proposals: Proposals | None) -> tuple[Tensor, Tensor]:
-        """Content [N, C] and anchors [N, 4] of the matching queries, or of each image [B, N, ...]."""
+    def _learned(self, proposals: Proposals | None, both: bool) -> tuple[Tensor, Tensor]:
+        """Content [N, C] and anchors [N, 4] of the matching queries, or both sets, or of each image [B, N, ...]."""
         if proposals is not None:
-            return proposals.content if self.tgt_embed is None else self.tgt_embed.weight[None], proposals.anchors
-        anchors = self.refpoint_embed.weight
+            return proposals.content if self.tgt_embed is None else self.tgt_embed.rows(both)[None], proposals.anchors
+        anchors = self.refpoint_embed.rows(both)
         if self.tgt_embed is not None:
-            label = self.tgt_embed.weight
+            label = self.tgt_embed.rows(both)
         else:
             label = self.label_enc.weight[self.classes].expand(len(anchors), -1)
         content = self._padded(label, 0.0)
@@ -102,3 +105,20 @@ class Queries(nn.Module):
 
     def _padded(self, label: Tensor, value: float) -> Tensor:
         return nn.functional.pad(label, (0, 1), value=value) if self.indicator else label
+
+
+@torch.no_grad()
+def _place_anchors(anchors: Tensor, kind: str) -> None:
+    if kind == "uniform":
+        anchors[:, :2] = inverse_sigmoid(torch.rand_like(anchors[:, :2]))
+    elif kind == "grid":
+        count = len(anchors)
+        columns = round(count**0.5)
+        rows = -(-count // columns)
+        index = torch.arange(count)
+        row, column = index // columns, index % columns
+        in_row = torch.where(row == rows - 1, count - (rows - 1) * columns, columns)
+        centres = torch.stack(((column + 0.5) / in_row, (row + 0.5) / rows), dim=-1)
+        anchors.copy_(inverse_sigmoid(torch.cat((centres, torch.full_like(centres, 0.25)), dim=-1)))
+    elif kind != "normal":
+        raise ValueError(f"unknown anchors {kind!r}: choose normal, uniform or grid")

@@ -9,6 +9,7 @@ from ..ops.anchor_encoding import anchor_encoding
 from .layers import MLP
 from .linear import Linear
 from .proposals import Proposals
+from .queries import QueryTable
 
 
 class VectorQueries(nn.Module):
@@ -16,10 +17,10 @@ class VectorQueries(nn.Module):
 
     Without ``proposed`` both are learned, and a query starts at a point that is made of its position. With it, both are
     made of the encoder's proposals, which is where queries start. A noised query's content is a row of the label table,
-    its position is made of its box, and it starts at the box, or at its centre.
+    its position is made of its box, and it starts at the box, or at its centre. ``one_to_many``: as of ``Queries``.
     """
 
-    def __init__(self, width: int, queries: int, classes: int, proposed: bool = False):
+    def __init__(self, width: int, queries: int, classes: int, proposed: bool = False, one_to_many: int = 0):
         super().__init__()
         self.classes, self.matching, self.proposed = classes, queries, proposed
         self.label_enc = nn.Embedding(classes + 1, width)
@@ -28,7 +29,8 @@ class VectorQueries(nn.Module):
             self.pos_trans, self.pos_trans_norm = Linear(2 * width, 2 * width), nn.LayerNorm(2 * width)
             nn.init.xavier_uniform_(self.pos_trans.weight)
         else:
-            self.position_embed, self.tgt_embed = nn.Embedding(queries, width), nn.Embedding(queries, width)
+            self.position_embed = QueryTable(queries, width, one_to_many)
+            self.tgt_embed = QueryTable(queries, width, one_to_many)
             self.reference_points = Linear(width, 2)
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
@@ -38,14 +40,14 @@ class VectorQueries(nn.Module):
         return [self.label_enc.weight, *self.position_head.parameters()]
 
     def forward(
-        self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None
+        self, batch: int, noised: NoisedQueries | None, proposals: Proposals | None = None, both: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """-> position and content side by side [B, Q, 2 C], and anchor logits [B, Q, 4], denoising queries first.
+        """-> position and content side by side [B, Q, 2 C], and anchor logits [B, Q, 4], ordered as in ``Queries``.
 
         Where queries start at points, the sizes of their anchors are 0: half of the image, to which layers add.
         """
         if proposals is None:
-            position, content = self.position_embed.weight, self.tgt_embed.weight
+            position, content = self.position_embed.rows(both), self.tgt_embed.rows(both)
             places = nn.functional.pad(self.reference_points(position), (0, 2))
             both, places = (x.expand(batch, -1, -1) for x in (torch.cat((position, content), dim=-1), places))
         else:

@@ -14,8 +14,8 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
     """Draw the rows of a metrics.jsonl as one PNG with six panels; few rows, or none, and nulls are no error.
 
     "train" rows: step, loss, matching, denoising, the unweighted terms label, l1, giou and dn_label, dn_l1, dn_giou,
-    dn_share, and every key that begins with "lr"; "eval" rows: epoch, AP, AP50, AP75, IS, IS_layers, dn_flip_rate,
-    dn_box_shift. What a run lacks is left out.
+    dn_share, one_to_many, and every key that begins with "lr"; "eval" rows: epoch, AP, AP50, AP75, IS, IS_layers,
+    dn_flip_rate, dn_box_shift. What a run lacks is left out.
     """
     rows = read_rows(metrics_path)
     train = [row for row in rows if row["event"] == "train"]
@@ -25,7 +25,8 @@ def draw_curves(metrics_path: str | Path, output_path: str | Path, title: str = 
     (total, precision, stability), (terms, rate, denoising) = page.subplots(2, 3)
 
     for name, colour, label in (
-        ("loss", INK, "total"), ("matching", BLUE, "matching part"), ("denoising", CORAL, "denoising part")
+        ("loss", INK, "total"), ("matching", BLUE, "matching part"), ("denoising", CORAL, "denoising part"),
+        ("one_to_many", GREEN, "one-to-many part"),
     ):  # fmt: skip
         _smoothed(total, *_series(train, "step", name), colour, label)
     finish(total, "Loss (log scale)", "step", log=True)

@@ -207,7 +207,7 @@ class Console(Listener):
         """The losses and the learning rate, as pieces of (text, style)."""
         shown = [
             (f"  {name} {_number(self._losses[name], 3)}", "cyan" if name == "loss" else "dim cyan")
-            for name in ("loss", "matching", "denoising")
+            for name in ("loss", "matching", "denoising", "one_to_many")
             if name in self._losses
         ]
         rate = self._losses.get("lr")

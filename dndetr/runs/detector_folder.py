@@ -21,9 +21,9 @@ from ..settings import flat
 from .weight_files import read_weights
 from .written_detector import BESIDE, restored
 
-# What says how a model is made or computed, not what it is.
+# What says how a model is made, computed or trained, not what it is.
 _OF_NEW_MODELS = (
-    *("model.anchors", "model.size_bias", "model.checkpointing"),
+    *("model.anchors", "model.size_bias", "model.checkpointing", "model.one_to_many"),
     *("model.backbone.frozen", "model.backbone.name"),
 )
 _KNOWN = f"{' and '.join(DETECTORS)}, and ResNets,"

@@ -27,7 +27,8 @@ def build_step(
     say: Callable[[str], None],
 ) -> TrainStep:
     """Everything around a model on its device; mode: "eager" or "graph"; say: is told what users should know."""
-    device = next(model.parameters()).device
+    device, layers = next(model.parameters()).device, config.model.decoder_layers
+    of_many = layers + (config.model.proposals == "selected") if config.model.one_to_many else 0
     optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
     return (GraphedStep if mode == "graph" else TrainStep)(
         model,
@@ -35,7 +36,7 @@ def build_step(
         optimizer,
         Schedule(optimizer, _factor(config, steps_per_epoch)),
         WeightAverage(model, config.optimizer.ema) if config.optimizer.ema else None,
-        Record(config.log_every, config.model.decoder_layers, device, int(config.model.proposals != "none")),
+        Record(config.log_every, layers, device, int(config.model.proposals != "none"), of_many),
         classes=classes,
         denoising=config.denoising,
         clip_norm=config.optimizer.clip_norm,
@@ -56,6 +57,8 @@ def _criterion(config: Config) -> Criterion:
         LossWeights(
             loss.label, loss.l1, loss.giou, loss.alpha, loss.kind, loss.kind if loss.noised == "same" else "focal"
         ),
+        loss.one_to_many,
+        loss.repeats,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training step minimises: one matching and one loss call for all decoder layers."""
+"""What a training step minimises: one matching and one loss call for all decoder layers of a set of queries."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,12 +11,14 @@ from ..denoising import normalizers
 from ..models.dn_detr import Predictions
 from ..ops import CostWeights, GroupLayout, LossWeights, Matches, match, set_loss
 
+_MOST = 2048  # targets of a problem, at most, on a GPU (csrc/match/cuda.cu)
+
 
 class Losses(NamedTuple):
     """total: weighted scalar; parts [Y, 6]: unweighted terms per layer, as ``dndetr.ops.PARTS``; the matching.
 
-    Of a model with two stages, the encoder's proposals are one more layer, the first (where they are all tokens, the
-    matching has it in ``finite`` alone).
+    Of a model with two stages, the encoder's proposals are one more layer, the first. Layers of one-to-many queries
+    come last, as matching ones. (Of these and of proposals of all tokens, the matching has ``finite`` alone.)
     """
 
     total: Tensor
@@ -25,11 +27,21 @@ class Losses(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """Bipartite matching of every layer's matching queries, then focal, L1 and GIoU losses of all queries."""
+    """Bipartite matching of every layer's matching queries, then class, L1 and GIoU losses of all queries.
 
-    def __init__(self, cost: CostWeights = CostWeights(), weights: LossWeights = LossWeights()):
+    one_to_many: weight of the loss of such queries, which are matched on their own with ``repeats`` copies of every
+    target (arXiv 2207.13080).
+    """
+
+    def __init__(
+        self,
+        cost: CostWeights = CostWeights(),
+        weights: LossWeights = LossWeights(),
+        one_to_many: float = 1.0,
+        repeats: int = 6,
+    ):
         super().__init__()
-        self.cost, self.weights = cost, weights
+        self.cost, self.weights, self.one_to_many, self.repeats = cost, weights, one_to_many, repeats
 
     def forward(self, predictions: Predictions, targets: Targets, objects: Tensor | None = None) -> Losses:
         """Loss of one batch; objects: as of ``normalizers``, for several processes and accumulated gradients."""
@@ -49,15 +61,29 @@ class Criterion(nn.Module):
             counted=predictions.counted,
             proposals=predictions.proposals,
         )
-        if predictions.tokens is None:
-            return Losses(total, parts, matches)
-        tokens = self._of_tokens(*predictions.tokens, targets, divisors)
-        finite = torch.cat((tokens.matches.finite, matches.finite))
-        return Losses(tokens.total + total, torch.cat((tokens.parts, parts)), matches._replace(finite=finite))
+        finite = matches.finite
+        if predictions.tokens is not None:
+            # Proposals of all tokens are to be an object at all, which is their first class.
+            objects_alone = replace(targets, labels=torch.zeros_like(targets.labels))
+            tokens = self._of_one_set(*predictions.tokens, objects_alone, divisors)
+            total, parts = tokens.total + total, torch.cat((tokens.parts, parts))
+            finite = torch.cat((tokens.matches.finite, finite))
+        if predictions.one_to_many is not None:
+            # Of a crowded batch's targets there are fewer copies, by the room for them: no shape depends on how many.
+            repeats = min(self.repeats, max(1, _MOST // max(1, targets.labels.shape[1])))
+            many = self._of_one_set(*predictions.one_to_many, repeated(targets, repeats), divisors * repeats)
+            total, parts = total + self.one_to_many * many.total, torch.cat((parts, many.parts))
+            finite = torch.cat((finite, many.matches.finite))
+        return Losses(total, parts, matches._replace(finite=finite))
 
-    def _of_tokens(self, logits: Tensor, boxes: Tensor, targets: Targets, divisors: Tensor) -> Losses:
-        """Loss of the proposals of all tokens, for being an object at all, which is their first class."""
-        targets = replace(targets, labels=torch.zeros_like(targets.labels))
+    def _of_one_set(self, logits: Tensor, boxes: Tensor, targets: Targets, divisors: Tensor) -> Losses:
+        """Loss of queries that are all matched with targets of their own."""
         matches = match(logits, boxes, targets, self.cost)
         layout = GroupLayout(0, 0, logits.shape[2])
         return Losses(*set_loss(logits, boxes, matches, layout, targets, divisors, self.weights), matches)
+
+
+def repeated(targets: Targets, times: int) -> Targets:
+    """Every target so many times, its copies next to each other, so that objects come before what is padded."""
+    labels, boxes = (x.repeat_interleave(times, dim=1) for x in (targets.labels, targets.boxes))
+    return Targets(labels, boxes, targets.counts * times)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..ops import PARTS, LossWeights
+from ..ops import PARTS
+from .criterion import Criterion
 from .delayed_copy import DelayedCopy
 from .distributed import Processes
 from .loss_window import LossWindow, Record, demand_finite, taken_apart
@@ -14,9 +15,9 @@ from .loss_window import LossWindow, Record, demand_finite, taken_apart
 class LossRows:
     """Means over all processes of the losses between two rows, weighted as the loss is."""
 
-    def __init__(self, record: Record, weights: LossWeights, processes: Processes):
+    def __init__(self, record: Record, criterion: Criterion, processes: Processes):
         self.window = LossWindow(record)
-        self._weights, self._processes, self._copies = weights, processes, DelayedCopy()
+        self._criterion, self._processes, self._copies = criterion, processes, DelayedCopy()
 
     def close(self, step: int, epoch: int, rates: list[float], note: Any) -> list[Any]:
         """Send the steps since the last row on their way to the host -> the notes that all processes passed with it."""
@@ -31,19 +32,24 @@ class LossRows:
 
         wait: for all that was sent. Raises Diverged where a loss is not finite.
         """
+        record, weights = self.window.record, self._criterion.weights
+        weighting = torch.tensor((weights.label, weights.l1, weights.giou) * 2)
         for values, (ids, about) in self._copies.receive(wait):
             for process_values, process_ids in zip(values, ids, strict=True):
-                warning = demand_finite(process_values, process_ids, about["step"], self.window.record.proposals)
+                warning = demand_finite(
+                    process_values, process_ids, about["step"], record.proposals, record.one_to_many
+                )
                 if warning is not None:
                     yield {"event": "warning", "step": about["step"], "message": warning}
             total, norm, parts, _ = taken_apart(values.mean((0, 1)))
-            weights = self._weights
-            terms = (parts * torch.tensor((weights.label, weights.l1, weights.giou) * 2)).sum(0)
+            own, many = (parts * weighting).split((len(parts) - record.one_to_many, record.one_to_many))
+            terms = own.sum(0)
             denoising = terms[3:].sum().item()
             numbers = {
                 "loss": total.item(),
                 "matching": terms[:3].sum().item(),
                 "denoising": denoising,
+                **({"one_to_many": self._criterion.one_to_many * many.sum().item()} if record.one_to_many else {}),
                 "dn_share": denoising / total.item() if total else 0.0,
                 **dict(zip(PARTS, terms.tolist(), strict=True)),
                 "grad_norm": norm.item(),
@@ -57,5 +63,6 @@ class LossRows:
         Raises Diverged if a loss since the last row is not finite: such weights are not worth keeping.
         """
         state = self.window.state()
-        demand_finite(state["values"], state["ids"], step, self.window.record.proposals)
+        record = self.window.record
+        demand_finite(state["values"], state["ids"], step, record.proposals, record.one_to_many)
         return state

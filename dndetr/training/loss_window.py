@@ -16,13 +16,21 @@ class Diverged(RuntimeError):
 class Record:
     """What each of the last steps found, on the device; the step itself writes it, so that a captured one can too.
 
-    steps: how many are kept; layers Y: of the decoder, and before them ``proposals`` (0 or 1) of an encoder. A row is
-    total loss, gradient norm, the terms of each layer, and the first image of each layer whose matching costs were not
-    finite (-1: none): [2 + Y * 6 + Y].
+    steps: how many are kept; layers Y: of the decoder, before them ``proposals`` (0 or 1) of an encoder, and behind
+    them ``one_to_many`` of such queries. A row is total loss, gradient norm, the terms of each layer, and the first
+    image of each layer whose matching costs were not finite (-1: none): [2 + Y * 6 + Y].
     """
 
-    def __init__(self, steps: int, decoder_layers: int, device: torch.device | str, proposals: int = 0):
-        self.proposals, layers = proposals, decoder_layers + proposals
+    def __init__(
+        self,
+        steps: int,
+        decoder_layers: int,
+        device: torch.device | str,
+        proposals: int = 0,
+        one_to_many: int = 0,
+    ):
+        self.proposals, self.one_to_many = proposals, one_to_many
+        layers = proposals + decoder_layers + one_to_many
         self._rows = torch.zeros(steps, 2 + layers * (len(PARTS) + 1), device=device)
         self._place = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -113,28 +121,33 @@ def taken_apart(row: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     return row[0], row[1], terms, row[2 + layers * len(PARTS) :].int().tolist()
 
 
-def demand_finite(values: Tensor, ids: list[list[int]], last_step: int, proposals: int = 0) -> str | None:
+def _layer_names(layers: int, proposals: int, one_to_many: int) -> list[str]:
+    decoder = layers - proposals - one_to_many
+    own = ["the proposals"] * proposals + [f"layer {number}" for number in range(1, decoder + 1)]
+    return own + [f"{name} of the one-to-many queries" for name in own[len(own) - one_to_many :]]
+
+
+def demand_finite(
+    values: Tensor, ids: list[list[int]], last_step: int, proposals: int = 0, one_to_many: int = 0
+) -> str | None:
     """Diverged, with step, terms, layers and images, if a loss or gradient norm in ``values`` is not finite.
 
-    values: rows of a record; ids: of the images of each; proposals: as of the record. -> a sentence where the losses
-    are finite but costs of the matching were not, else None.
+    values: rows of a record; ids: of the images of each; proposals, one_to_many: as of the record. -> a sentence where
+    the losses are finite but costs of the matching were not, else None.
     """
-
-    def name(layer: int) -> str:
-        return "the proposals" if layer < proposals else f"layer {layer - proposals + 1}"
-
     first = last_step - len(values) + 1
     found = None
     for number, (row, images) in enumerate(zip(values, ids, strict=True)):
         total, norm, parts, bad = taken_apart(row)
+        names = _layer_names(len(parts), proposals, one_to_many)
         unmatched = ", ".join(
-            f"{name(layer)} in image id {images[image]}" for layer, image in enumerate(bad) if image >= 0
+            f"{name} in image id {images[image]}" for name, image in zip(names, bad, strict=True) if image >= 0
         )
         if total.isfinite() and norm.isfinite():
             if unmatched and found is None:
                 found = f"predictions are not finite at step {first + number}: {unmatched}"
             continue
-        terms = [f"{PARTS[term]} of {name(layer)}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
+        terms = [f"{PARTS[term]} of {names[layer]}" for layer, term in (~parts.isfinite()).nonzero().tolist()]
         where = f"; predictions of {unmatched}" if unmatched else ""
         raise Diverged(
             f"the loss is not finite at step {first + number}: {', '.join(terms[:6]) or 'the gradient'} "

@@ -64,10 +64,13 @@ def _advice(batches: Sequence[Batch], config: Config, groups_for: Callable[[int]
         wishes.append(f"smaller {sizes[config.images.recipe]}")
     if groups > 0:
         wishes.append(f"--denoising.max-queries below {noised}")
+    beside = f"{config.model.queries * max(config.model.patterns, 1)}"
+    if config.model.one_to_many:
+        wishes.append(f"--model.one-to-many below {config.model.one_to_many}")
+        beside += f" and {config.model.one_to_many} one-to-many"
     wishes.append("a smaller model")
-    matching = config.model.queries * max(config.model.patterns, 1)
     return (
         f"out of memory: {images} images on a canvas of {height}x{width}, room for {slots} objects in each, "
-        f"{noised} denoising queries ({groups} groups) beside {matching}; try {', '.join(wishes)}; the last "
+        f"{noised} denoising queries ({groups} groups) beside {beside}; try {', '.join(wishes)}; the last "
         "checkpoint is intact, and --init RUN starts from its weights with other settings"
     )

@@ -92,7 +92,7 @@ class Trainer:
         criterion, self.average = self.step.criterion, self.step.average
         evaluated = model if self.average is None else self.average.model
         self.evaluator = Evaluator(evaluated, self.data, config, self.precision, processes, criterion.cost)
-        self._losses = LossRows(self.step.record, criterion.weights, processes)
+        self._losses = LossRows(self.step.record, criterion, processes)
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 

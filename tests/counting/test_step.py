@@ -71,6 +71,7 @@ def test_twice_the_images_are_twice_the_operations(plain):
 def test_what_is_left_out_is_not_counted(plain):
     one = numbers(*plain, H200)["total"]
     assert total(tiny("--denoising.groups", "0"))["flop"] < one["flop"]
+    assert total(tiny("--model.one-to-many", "30"))["flop"] > one["flop"]
     averaged = total(tiny("--optimizer.ema", "0.99"))
     assert averaged["kernels"] > one["kernels"] and averaged["flop"] == one["flop"]
 

@@ -75,12 +75,19 @@ CONFIGS = {
     ),
 }
 
+# With a second set of queries: learned anchors and content, shared content, proposals and learned content, vectors.
+HYBRID = {
+    f"hybrid-{name}": replace(CONFIGS[name], one_to_many=20)
+    for name in ("dn-deformable-detr", "dn-detr", "dino", "deformable-detr", "deformable-detr-two-stage")
+}
+
 
 def build(name: str, dtype: torch.dtype = torch.float32):
     """The detector, or a preset's, or one on a backbone of transformers, the same weights every time."""
     torch.manual_seed(0)
-    known = name in CONFIGS or name in backbones.SETTINGS
-    config = preset_named(name).model if not known else CONFIGS.get(name) or backbones.detector(name)
+    ours = CONFIGS | HYBRID
+    known = name in ours or name in backbones.SETTINGS
+    config = preset_named(name).model if not known else ours.get(name) or backbones.detector(name)
     model = build_model(config, CLASSES)
     return model if dtype == torch.float32 else model.to(dtype)  # fake tensors cannot be moved
 
@@ -164,6 +171,8 @@ def make_step(
     A model like DINO is trained with contrastive denoising.
     """
     contrastive = model.proposals is not None and not model.proposals.objects
+    layers = len(model.decoder.layers)
+    of_many = layers + contrastive if model.one_to_many else 0
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
     device = next(model.parameters()).device
@@ -173,7 +182,7 @@ def make_step(
         optimizer,
         Schedule(optimizer, factor),
         average or WeightAverage(model, 0.9),
-        Record(20, len(model.decoder.layers), device, int(model.proposals is not None)),
+        Record(20, layers, device, int(model.proposals is not None), of_many),
         classes=CLASSES,
         denoising=DenoisingConfig(groups=groups, contrastive=contrastive),
         clip_norm=0.1,

@@ -89,7 +89,7 @@ def test_weights_of_products_are_lowered_and_no_others(name):
     assert lowered == products
     others = {owner.__name__ for key, owner in owners.items() if key not in lowered}
     assert "ResidualNorm" in others
-    assert others <= {"LayerNorm", "ResidualNorm", "GroupNorm", "Embedding", "PReLU", "InputProjection"}
+    assert others <= {"LayerNorm", "ResidualNorm", "GroupNorm", "Embedding", "QueryTable", "PReLU", "InputProjection"}
     seen = {}
 
     def note(module, inputs):

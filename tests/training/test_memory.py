@@ -65,6 +65,12 @@ def test_the_batch_is_described_and_every_remedy_named(error):
         assert remedy in message
 
 
+def test_a_second_set_of_queries_is_named():
+    config = PRESETS["dn-detr-r50"]()
+    message = explained(MemoryError(), replace(config, model=replace(config.model, one_to_many=1500)))
+    assert "beside 300 and 1500 one-to-many; try" in message and "--model.one-to-many below 1500" in message
+
+
 def test_what_is_already_low_is_not_named():
     config = PRESETS["tiny"]()
     config = replace(config, batch_size=1, model=replace(config.model, checkpointing=True))

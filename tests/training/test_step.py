@@ -42,8 +42,8 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
 @pytest.mark.parametrize(
     "names",
     [
-        ("dn-deformable-detr", "dino", "deformable-detr-two-stage"),
-        pytest.param((*detectors.CONFIGS, *DINO), marks=pytest.mark.slow),
+        ("dn-deformable-detr", "hybrid-dino", "deformable-detr-two-stage"),
+        pytest.param((*detectors.CONFIGS, *detectors.HYBRID, *DINO), marks=pytest.mark.slow),
         pytest.param(tuple(backbones.SETTINGS), marks=[pytest.mark.slow, needs_transformers]),
     ],
     ids=["three", "all", "backbones"],

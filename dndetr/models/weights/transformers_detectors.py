@@ -151,7 +151,8 @@ def to_detector(weights: Weights, config: ModelConfig) -> tuple[Weights, Weights
     """
     dab, weights = config.variant == "dn-detr", dict(weights)
     counters = [name for name in weights if name.endswith("num_batches_tracked")]
-    kept = {name: weights.pop(name) for name in (*counters, *of_denoising_alone(weights))}
+    second_set = [name for name in weights if name.endswith("_embed.many")]
+    kept = {name: weights.pop(name) for name in (*counters, *of_denoising_alone(weights), *second_set)}
     if dab:
         if "queries.patterns.weight" in weights:
             kept["queries.patterns.weight"] = weights["queries.patterns.weight"]

@@ -126,6 +126,18 @@ def test_what_does_not_fit_is_reported_by_name(tmp_path):
     assert "re-made 2: " in str(report) and "ignored 1: segmentation.weight" in str(report)
 
 
+def test_a_second_set_of_queries_is_made_anew_or_dropped_with_a_line(tmp_path):
+    classes = [(1, "a"), (2, "b")]
+    plain, hybrid = (build_model(detectors.CONFIGS["dino"], 2), build_model(detectors.HYBRID["hybrid-dino"], 2))
+    for source in (plain, hybrid):
+        torch.save(source.state_dict(), tmp_path / f"{source.one_to_many}.pt")
+    report = initialise(hybrid, tmp_path / "0.pt", classes)
+    assert report.remade == ["queries.tgt_embed.many"] and not report.ignored
+    assert torch.equal(hybrid.queries.tgt_embed.weight, plain.queries.tgt_embed.weight)
+    report = initialise(plain, tmp_path / "20.pt", classes)
+    assert not report.remade and str(report).endswith("ignored 1: queries.tgt_embed.many")
+
+
 @pytest.mark.parametrize("name", ["dn-detr", "batch-norm-from-scratch"])
 def test_torchvision_backbones(name, tmp_path):
     """With the step counters of a trainable batch norm and a classifier, as published; under DataParallel's prefix."""
