@@ -1,4 +1,4 @@
-"""Our deformable attention, matcher and CPU products in place of those of a Hugging Face model, until ``undo``."""
+"""Our deformable attention, losses and CPU products in place of those of a Hugging Face model, until ``undo``."""
 
 from functools import partial
 
@@ -9,19 +9,22 @@ from ..models.linear import Linear
 from ..transformers_installed import require_transformers
 from .attention import replace_attention
 from .denoise import NAME, Denoising
-from .matching import MatchedLoss, known_matcher
+from .matching import MatchedLoss, fuses, known_matcher
 from .rebind import set_loss_function
 from .wrapped import unwrapped
 
 
 class Acceleration:
-    """What was replaced in a model: attention modules, linear layers, matcher, by name; ``print`` it, ``undo`` it."""
+    """What was replaced in a model, by name: attention modules, linear layers, matcher, and the loss function where all
+    of its losses were; ``print`` it, ``undo`` it.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.attention: list[str] = []
         self.linear: list[str] = []
         self.matcher: str | None = None
+        self.losses: str | None = None
         self._undo = []
         try:
             self._replace()
@@ -38,6 +41,7 @@ class Acceleration:
         if loss is not None and (matcher := known_matcher(loss)):
             _set_loss(self.model, MatchedLoss(loss))
             self.matcher = matcher
+            self.losses = loss.__name__ if fuses(loss, self.model.config) else None
         if self.attention or self.matcher:
             self._replace_products()
 
@@ -53,7 +57,8 @@ class Acceleration:
         if self.linear:
             layers += f", float32 products of {len(self.linear)} linear layers"
         matcher = f"the matcher of {self.matcher}" if self.matcher else "no matcher"
-        return f"{type(self.model).__name__}: replaced {layers}, and {matcher}"
+        loss = f"the losses of {self.losses}" if self.losses else matcher
+        return f"{type(self.model).__name__}: replaced {layers}, and {loss}"
 
     def undo(self) -> None:
         """Make the model what it was; denoising, where there is any, stays."""
@@ -82,14 +87,15 @@ def _set_loss(model: nn.Module, loss) -> None:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Put a Hugging Face detector on our attention, matcher and (on CPUs) products, in place -> what was replaced.
+    """Put a Hugging Face detector on our attention, losses and (on CPUs) products, in place -> what was replaced.
 
     Same outputs, losses and gradients up to rounding, same weights, ``state_dict`` and ``save_pretrained``. Attention:
     Deformable DETR, RT-DETR (v2), D-FINE, DEIMv2, LW-DETR, RF-DETR, Grounding DINO and every other model of
-    transformers that shares their layer. Matcher: the object-detection losses of all of these but Grounding DINO, and
-    of DAB-DETR and Conditional DETR. ``print`` the result to see what was found; its ``undo()`` takes all of it back.
-    What torch.compile, PEFT or data parallelism has wrapped is replaced inside the wrapper. An error (TypeError where
-    there is nothing to replace, RuntimeError for layers that are not as expected) leaves the model as it was.
+    transformers that shares their layer. Losses, with their matcher: Deformable DETR, Conditional DETR, DAB-DETR,
+    LW-DETR and RF-DETR; the matcher alone: RT-DETR (v2), D-FINE, DEIMv2. ``print`` the result to see what was found;
+    its ``undo()`` takes all of it back. What torch.compile, PEFT or data parallelism has wrapped is replaced inside the
+    wrapper. An error (TypeError where there is nothing to replace, RuntimeError for layers that are not as expected)
+    leaves the model as it was.
     """
     require_transformers("dndetr.accelerate")
     done = Acceleration(unwrapped(model))

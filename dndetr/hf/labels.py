@@ -5,15 +5,18 @@ import torch
 from ..batch import Targets
 
 
-def to_targets(labels: list[dict], device: torch.device, slots: int | None = None) -> Targets:
+def to_targets(
+    labels: list[dict], device: torch.device, slots: int | None = None, dtype: torch.dtype = torch.float32
+) -> Targets:
     """One dict per image, ``class_labels`` [n] and ``boxes`` [n, 4] cxcywh in [0, 1] -> Targets on ``device``.
 
-    slots: T, by default the largest n, at least 1. Only shapes are looked at, so nothing waits for the device.
+    slots: T, by default the largest n, at least 1; dtype: of the boxes. Only shapes are looked at, so nothing waits
+    for the device.
     """
     counts = [len(image["class_labels"]) for image in labels]
     slots = max(1, *counts) if slots is None else slots
     padded_labels = torch.zeros(len(labels), slots, dtype=torch.int64, device=device)
-    padded_boxes = torch.zeros(len(labels), slots, 4, dtype=torch.float32, device=device)
+    padded_boxes = torch.zeros(len(labels), slots, 4, dtype=dtype, device=device)
     for row, (image, count) in enumerate(zip(labels, counts, strict=True)):
         if image["boxes"].shape != (count, 4):
             raise ValueError(

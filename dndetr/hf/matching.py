@@ -1,8 +1,9 @@
-"""The Hungarian matcher of Hugging Face's losses on our batched cost and assignment.
+"""The Hungarian matcher of Hugging Face's losses on our batched cost and assignment, and with it the losses we have.
 
 transformers makes matcher and criterion anew in every call of a model's loss function. ``MatchedLoss`` calls that
-same function with our matcher under the matcher's name, so that everything else of the loss stays theirs. Costs differ
-from theirs in the 1e-6 that our generalised IoU adds to its divisors; a cost that is not finite is the worst in both.
+same function with our matcher under the matcher's name, and where the losses are ours too with our criterion under the
+criterion's, so that everything else stays theirs. Costs differ from theirs in the 1e-6 that our generalised IoU adds
+to its divisors; a cost that is not finite is the worst in both.
 """
 
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..ops import CostWeights, match
+from .criterion import covers, fused
 from .labels import to_targets
 from .rebind import rebind
 
@@ -55,11 +57,12 @@ def _with_our_matcher(criterion: type):
     return make
 
 
-# Loss function: the global name under which it finds its matcher, or its criterion, which makes the matcher.
-_MATCHERS = {
-    "DeformableDetrForObjectDetectionLoss": "DeformableDetrHungarianMatcher",
-    "LwDetrForObjectDetectionLoss": "LwDetrHungarianMatcher",
+# Loss function: the global names under which it finds its matcher and its criterion, and the kind of its class loss.
+_FUSED = {
+    "DeformableDetrForObjectDetectionLoss": ("DeformableDetrHungarianMatcher", "DeformableDetrImageLoss", "focal"),
+    "LwDetrForObjectDetectionLoss": ("LwDetrHungarianMatcher", "LwDetrImageLoss", "iou"),
 }
+# Loss function: the global name under which it finds its criterion, which makes the matcher.
 _CRITERIA = {
     "RTDetrForObjectDetectionLoss": "RTDetrLoss",
     "DFineForObjectDetectionLoss": "DFineLoss",
@@ -69,14 +72,15 @@ _CRITERIA = {
 
 @cache
 def _rebound(loss):
-    if name := _MATCHERS.get(loss.__name__):
-        return rebind(loss, **{name: Matcher})
+    if names := _FUSED.get(loss.__name__):
+        matcher, criterion, kind = names
+        return rebind(loss, **{matcher: Matcher, criterion: fused(loss.__globals__[criterion], kind)})
     name = _CRITERIA[loss.__name__]
     return rebind(loss, **{name: _with_our_matcher(loss.__globals__[name])})
 
 
 class MatchedLoss:
-    """A loss function of transformers with our matcher."""
+    """A loss function of transformers with our matcher, and with our losses where it has such."""
 
     def __init__(self, own_loss):
         self.own_loss = own_loss
@@ -90,4 +94,9 @@ def known_matcher(loss) -> str | None:
     """The name of the matcher or criterion that ``MatchedLoss`` replaces in a loss function, None where it cannot."""
     if getattr(loss, "__module__", "").split(".")[0] != "transformers":
         return None
-    return (_MATCHERS | _CRITERIA).get(loss.__name__)
+    return _FUSED.get(loss.__name__, (_CRITERIA.get(loss.__name__),))[0]
+
+
+def fuses(loss, config) -> bool:
+    """Whether ``MatchedLoss`` replaces all losses of a loss function with a known matcher, in a model so configured."""
+    return loss.__name__ in _FUSED and covers(config.focal_alpha)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hf_models import CLASSES, QUERIES, both_kinds, labels, pixels
+from hf_steps import assert_equal_steps, look_far, step
 
 import dndetr
 from dndetr.hf.attention import sample_points
@@ -47,36 +48,6 @@ def _rt_detr(name: str, **config):
     return model(kind(backbone_config=backbone, **(_SMALL | config)))
 
 
-def _with_groups(name: str, backbone: str, windows: int, **config):
-    """A detector that trains groups of queries, of a number that the number of groups does not divide."""
-    kind, backbone, model = (
-        getattr(transformers, name + suffix) for suffix in ("Config", f"{backbone}Config", "ForObjectDetection")
-    )
-    config = kind(
-        backbone_config=backbone(
-            image_size=64,
-            patch_size=16,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            out_indices=[1, 2],
-            num_windows=windows,
-        ),
-        d_model=32,
-        decoder_layers=2,
-        decoder_ffn_dim=64,
-        decoder_self_attention_heads=4,
-        decoder_cross_attention_heads=4,
-        decoder_n_points=2,
-        num_queries=QUERIES,
-        group_detr=3,
-        num_labels=CLASSES,
-        dropout=0.0,
-        **config,
-    )
-    return model(config)
-
-
 MODELS = {
     "deformable": lambda: hf_models.MODELS["deformable"](with_box_refine=True),
     "deformable-two-stage": hf_models.MODELS["deformable-two-stage"],
@@ -84,11 +55,10 @@ MODELS = {
     "rt-detr-v2": lambda: _rt_detr("RTDetrV2"),
     "d-fine": lambda: _rt_detr("DFine", decoder_n_points=[3, 6, 3]),
 }
-GROUPED = {
-    "lw-detr": lambda: _with_groups("LwDetr", "ViT", 4, projector_scale_factors=[1.0]),
-    "rf-detr": lambda: _with_groups("RfDetr", "Dinov2", 2),
-}
+GROUPED = {name: hf_models.MODELS[name] for name in ("lw", "rf")}
 ATTENTION_LAYERS = {name: 3 if name.startswith("deformable") else 2 for name in (*MODELS, *GROUPED)}
+LOSSES = dict.fromkeys(("deformable", "deformable-two-stage"), "losses of DeformableDetrForObjectDetectionLoss")
+LOSSES |= dict.fromkeys(GROUPED, "losses of LwDetrForObjectDetectionLoss")
 every_model = pytest.mark.parametrize("name", MODELS)
 every_loss = pytest.mark.parametrize("name", [*MODELS, *GROUPED])
 
@@ -96,36 +66,7 @@ every_loss = pytest.mark.parametrize("name", [*MODELS, *GROUPED])
 def build(name: str):
     """A model with weights that make attention look far away."""
     torch.manual_seed(0)
-    model = (MODELS | GROUPED)[name]()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "sampling_offsets" in key or "attention_weights" in key:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model
-
-
-def step(model, counts=(4, 0, 2)) -> tuple[dict, dict]:
-    """Outputs and gradients of a training step with padding in one image."""
-    model.zero_grad()
-    torch.manual_seed(1)
-    mask = torch.ones(len(counts), 64, 96, dtype=torch.int64)
-    mask[0, 48:] = 0
-    output = model(pixels(len(counts)), pixel_mask=mask, labels=labels(*counts))
-    output.loss.backward()
-    results = {"loss": output.loss.detach(), "logits": output.logits.detach(), "boxes": output.pred_boxes.detach()}
-    results |= {key: value.detach() for key, value in output.loss_dict.items() if isinstance(value, torch.Tensor)}
-    return results, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_steps(first, second):
-    """Equal to 1e-4; gradients also to 1e-5 of the largest, for some are rounding noise around zero."""
-    (outputs, gradients), (new_outputs, new_gradients) = first, second
-    assert outputs.keys() == new_outputs.keys() and gradients.keys() == new_gradients.keys()
-    for key, value in outputs.items():
-        torch.testing.assert_close(new_outputs[key], value, rtol=1e-4, atol=1e-4, msg=key)
-    largest = max(float(value.abs().max()) for value in gradients.values())
-    for key, value in gradients.items():
-        torch.testing.assert_close(new_gradients[key], value, rtol=1e-4, atol=1e-5 * largest, msg=key)
+    return look_far((MODELS | GROUPED)[name]())
 
 
 @every_loss
@@ -136,7 +77,7 @@ def test_outputs_losses_and_gradients_are_equal(name):
     assert len(done.attention) == ATTENTION_LAYERS[name] and done.matcher is not None
     assert len(done.linear) == sum(type(module) is Linear for module in model.modules()) > 0
     assert f"deformable attention in {ATTENTION_LAYERS[name]} layers, float32 products of" in str(done)
-    assert f" {len(done.linear)} linear layers, and the matcher of" in str(done)
+    assert f" {len(done.linear)} linear layers, and the {LOSSES.get(name, 'matcher of')}" in str(done)
     assert_equal_steps(before, step(model))
 
 
