@@ -103,6 +103,11 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 both_kinds = pytest.mark.parametrize("contrastive", [False, True], ids=["plain", "contrastive"])  # of denoising
+# Every model, and contrastive denoising where queries take masks and where they do not.
+every_kind = pytest.mark.parametrize(
+    "name, contrastive",
+    [*((name, False) for name in MODELS), ("deformable-two-stage", True), ("detr", True), ("rf", True)],
+)
 
 
 def build(name: str, seed: int = 0, **config):
