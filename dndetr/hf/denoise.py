@@ -155,6 +155,10 @@ class Denoising(nn.Module):
     def before_decoder(self, decoder, args, kwargs):
         if not self.active:
             return None
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "denoising: the decoder's self-attention has a mask already: leave decoder_attention_mask out"
+            )
         step, matching = self.step, kwargs["inputs_embeds"]
         step.layout = step.noised.layout(matching.shape[1])
         if not self.family.query_groups:

@@ -278,6 +278,9 @@ def test_mistakes_are_named():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         model(pixels(1), labels=labels(1))
+    model = dndetr.denoise(hf_models.build("detr").train())
+    with pytest.raises(ValueError, match="leave decoder_attention_mask out"):
+        model(pixels(1), labels=labels(1), decoder_attention_mask=torch.ones(1, QUERIES))
 
 
 def test_a_changed_class_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Denoised Hugging Face models in training: on real images, and under transformers' Trainer."""
 
+import itertools
 import json
 
 import hf_models
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import SHARED
-from hf_models import both_kinds, labels, pixels
+from hf_models import labels, pixels
 from PIL import Image
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
@@ -47,9 +48,14 @@ def crops():
     raise AssertionError("too few crops with objects")
 
 
-@both_kinds
-@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("name", ["dab", "conditional", "deformable"])
+@pytest.mark.parametrize(
+    "name, accelerated, contrastive",
+    [
+        *itertools.product(("dab", "conditional", "deformable"), (False, True), (False, True)),
+        ("detr", False, False),
+        ("detr", False, True),
+    ],
+)
 def test_twenty_steps_on_real_crops(name, accelerated, contrastive, crops):
     images, targets, classes = crops
     model = dndetr.denoise(hf_models.build(name, num_labels=classes).train(), groups=3, contrastive=contrastive)
@@ -138,9 +144,13 @@ def make_trainer(model, folder, steps: int, **options):
     return Trainer(model, arguments, together, Shapes(), Shapes(), callbacks=[dndetr.hf.KeepDenoising()])
 
 
-@both_kinds
-def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path):
-    whole = dndetr.denoise(hf_models.build("dab"), contrastive=contrastive)
+@pytest.mark.parametrize(
+    "name, settings",
+    [("dab", {}), ("dab", {"contrastive": True}), ("detr", {})],
+    ids=["plain", "contrastive", "detr"],
+)
+def test_the_trainer_trains_evaluates_and_resumes_exactly(name, settings, tmp_path):
+    whole = dndetr.denoise(hf_models.build(name), **settings)
     label_table = whole.denoising.embedding.label.weight.detach().clone()
     trainer = make_trainer(whole, tmp_path / "whole", 4)
     trainer.train()
@@ -149,7 +159,7 @@ def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path)
     assert len(logged) == 4 and np.isfinite(logged).all()
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
-    resumed = dndetr.denoise(hf_models.build("dab", seed=9), contrastive=contrastive)
+    resumed = dndetr.denoise(hf_models.build(name, seed=9), **settings)
     make_trainer(resumed, tmp_path / "whole", 4).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     pairs = zip(whole.named_parameters(), resumed.named_parameters(), strict=True)
     for (name, first), (_, second) in pairs:
@@ -161,6 +171,36 @@ def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     images = pixels(2)
     assert torch.equal(read.eval()(images).logits, whole.eval()(images).logits)
+
+
+def test_the_trainer_trains_kept_groups_and_a_checkpoint_is_gone_on_with(tmp_path):
+    model = dndetr.denoise(hf_models.build("rf"), keep_groups=2)
+    trainer = make_trainer(model, tmp_path, 2)
+    trainer.train()
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    again = dndetr.denoise(AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-2"), keep_groups=2)
+    again.denoising.load_state_dict(torch.load(tmp_path / "checkpoint-2" / "denoising.pt", weights_only=True))
+    assert again.config.group_detr == hf_models.GROUPS
+    losses = []
+    for each in (model, again):
+        torch.manual_seed(0)
+        losses.append(each.train()(pixels(2), labels=labels(3, 1)).loss)
+    assert torch.equal(*losses)
+
+
+def test_noised_labels_are_learned_beside_query_groups():
+    torch.manual_seed(0)
+    model = dndetr.denoise(hf_models.build("rf"), keep_groups=1).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        output = model(pixels(2), labels=labels(3, 2))
+        output.loss.backward()
+        losses.append(output.loss_dict["dn_loss_ce"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 def test_resuming_without_the_denoising_weights_is_refused(tmp_path):

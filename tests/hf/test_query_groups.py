@@ -232,6 +232,46 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was():
     assert run(model).loss.isfinite()
 
 
+@pytest.mark.parametrize("first", ["denoise", "accelerate"])
+def test_kept_groups_and_acceleration_go_together(first):
+    plain, model = (shaken("rf") for _ in range(2))
+    kinds = [type(module) for module in model.modules()]
+    dndetr.denoise(plain, groups=2, keep_groups=2)
+    if first == "accelerate":
+        done = dndetr.accelerate(model)
+    dndetr.denoise(model, groups=2, keep_groups=2).denoising.load_state_dict(plain.denoising.state_dict())
+    if first == "denoise":
+        done = dndetr.accelerate(model)
+    assert done.matcher and len(done.attention) == 2
+    outputs = [run(plain), run(model)]
+    for output in outputs:
+        output.loss.backward()
+    for key in ("loss", "logits", "pred_boxes"):
+        torch.testing.assert_close(outputs[1][key], outputs[0][key], rtol=1e-4, atol=1e-4)
+    expected, found = gradients(plain), gradients(model)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5 * largest, msg=key)
+    if first == "denoise":
+        done.undo()
+        dndetr.denoise(model, groups=0)
+    else:
+        dndetr.denoise(model, groups=0)
+        done.undo()
+    assert [type(module) for module in model.modules()] == kinds and "_loss_function" not in vars(model)
+
+
+def test_no_process_waits_for_gradients_of_idle_groups():
+    model = dndetr.denoise(shaken("lw"), keep_groups=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second step would raise
+            run(wrapped).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_mistakes_are_named():
     for name, kept, message in (
         ("dab", 1, "DabDetrForObjectDetection has no query groups: leave keep_groups out"),
