@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import SHARED
-from hf_models import labels, pixels
+from hf_models import both_kinds, labels, pixels
 from PIL import Image
 from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
@@ -144,13 +144,9 @@ def make_trainer(model, folder, steps: int, **options):
     return Trainer(model, arguments, together, Shapes(), Shapes(), callbacks=[dndetr.hf.KeepDenoising()])
 
 
-@pytest.mark.parametrize(
-    "name, settings",
-    [("dab", {}), ("dab", {"contrastive": True}), ("detr", {})],
-    ids=["plain", "contrastive", "detr"],
-)
-def test_the_trainer_trains_evaluates_and_resumes_exactly(name, settings, tmp_path):
-    whole = dndetr.denoise(hf_models.build(name), **settings)
+@both_kinds
+def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path):
+    whole = dndetr.denoise(hf_models.build("dab"), contrastive=contrastive)
     label_table = whole.denoising.embedding.label.weight.detach().clone()
     trainer = make_trainer(whole, tmp_path / "whole", 4)
     trainer.train()
@@ -159,7 +155,7 @@ def test_the_trainer_trains_evaluates_and_resumes_exactly(name, settings, tmp_pa
     assert len(logged) == 4 and np.isfinite(logged).all()
     assert np.isfinite(trainer.evaluate()["eval_loss"])
 
-    resumed = dndetr.denoise(hf_models.build(name, seed=9), **settings)
+    resumed = dndetr.denoise(hf_models.build("dab", seed=9), contrastive=contrastive)
     make_trainer(resumed, tmp_path / "whole", 4).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     pairs = zip(whole.named_parameters(), resumed.named_parameters(), strict=True)
     for (name, first), (_, second) in pairs:
