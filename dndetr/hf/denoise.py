@@ -188,7 +188,8 @@ class Denoising(nn.Module):
             return self.step if self.active else None
         memory = StorageWeakRef(queries.untyped_storage())
         if self.active:
-            self.steps[memory] = self.step
+            if self.step.layout.denoising:
+                self.steps[memory] = self.step
         elif memory not in self.steps and any(s.layout.queries == queries.shape[1] for s in self.steps.values()):
             raise RuntimeError(
                 "denoising: a layer is computed again for backward, but not from the tensor of its forward pass, so "
