@@ -1,8 +1,9 @@
 """Query denoising for a Hugging Face DETR, by PyTorch's own hooks: no class and no method of transformers is changed.
 
 In a training forward with labels, noised queries are put in front of the decoder's own, the decoder's self-attention
-gets the mask of the groups, and the loss function splits its inputs: the model's own loss of the matching queries plus
-the denoising loss. The outputs returned hold matching queries only. In any other forward no hook does anything.
+gets the mask of the groups (query_groups.py: takes no mask), and the loss function splits its inputs: the model's own
+loss of the matching queries plus the denoising loss. The outputs returned hold matching queries only. In any other
+forward no hook does anything.
 """
 
 import inspect
@@ -18,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..batch import Targets
 from ..boxes import inverse_sigmoid
-from ..denoising import NoisedQueries, denoising_loss, draw_noise, noised_queries
-from ..ops import GroupLayout, LossWeights
+from ..denoising import NoisedQueries, draw_noise, noised_queries
+from ..ops import GroupLayout
 from ..ops._backend import plain_torch_only
-from ..transformers_installed import TESTED, require_transformers
+from ..transformers_installed import require_transformers
 from .families import FAMILIES, Family, QueryEmbedding, Rows
 from .labels import to_targets
+from .query_groups import BesideQueryGroups, KeptGroups
 from .rebind import set_loss_function
 from .wrapped import of_compile_or_parallel, of_peft
 
@@ -37,7 +39,7 @@ class Step:
     targets: Targets
     noised: NoisedQueries
     layout: GroupLayout | None = None
-    mask: Tensor | None = None  # [B, 1, Q, Q], -inf where attention is blocked
+    mask: Tensor | None = None  # [B, 1, Q, Q], -inf where attention is blocked; None where attention takes no mask
     as_tuple: bool = False  # what the caller wants back
 
 
@@ -58,17 +60,19 @@ class Denoising(nn.Module):
         box_noise: float,
         weight: float,
         contrastive: bool,
+        kept_groups: KeptGroups | None,
     ):
         super().__init__()
         self.family, self.classes = family, config.num_labels
         self.groups, self.label_noise, self.box_noise, self.weight = groups, label_noise, box_noise, weight
-        self.contrastive = contrastive
-        self.embedding = QueryEmbedding(config.num_labels, config.hidden_size, family.with_position)
+        self.contrastive, self.kept_groups = contrastive, kept_groups
+        width = config.d_model if hasattr(config, "d_model") else config.hidden_size
+        self.embedding = QueryEmbedding(config.num_labels, width, family.with_position)
         self.step: Step | None = None
         self.active = False  # whether a denoised forward pass is under way
-        # The mask of each layer's input, by the memory of that input: gradient checkpointing computes layers again long
-        # after the forward pass, which may not be the last one.
-        self.masks: dict[StorageWeakRef, Tensor] = {}
+        # The forward pass of each layer's input, by the memory of that input: gradient checkpointing computes layers
+        # again long after the forward pass, which may not be the last one.
+        self.steps: dict[StorageWeakRef, Step] = {}
         self.own_loss = None
         self.handles = []
 
@@ -93,12 +97,21 @@ class Denoising(nn.Module):
         for name, rows in self.family.replaced.items():
             yield getattr(decoder, name).register_forward_hook(partial(self.after_replaced, rows))
         for layer in decoder.layers:
-            yield layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+            if self.family.query_groups:
+                beside = BesideQueryGroups(self.step_of)
+                yield layer.self_attn.register_forward_pre_hook(beside.before, with_kwargs=True)
+                yield layer.self_attn.register_forward_hook(beside.after, with_kwargs=True, always_call=True)
+            else:
+                yield layer.self_attn.register_forward_pre_hook(self.before_attention, with_kwargs=True)
+        if self.kept_groups is not None:
+            yield from self.kept_groups.attach(model)
 
     def detach(self, model: nn.Module) -> None:
         """Undo ``attach``, or as much of it as was done."""
         for handle in self.handles:
             handle.remove()
+        if self.kept_groups is not None:
+            self.kept_groups.detach(model)
         if self.own_loss is not None:
             set_loss_function(model, self.own_loss)
 
@@ -113,7 +126,7 @@ class Denoising(nn.Module):
                 "each GPU (torchrun, DistributedDataParallel), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         implementation = model.config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
+        if not self.family.query_groups and implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"denoising needs an attention that takes masks, not {implementation!r}: "
                 "load the model with attn_implementation='sdpa'"
@@ -125,7 +138,7 @@ class Denoising(nn.Module):
             )
         targets = to_targets(labels, self.embedding.label.weight.device)
         noised = self._noised(targets)
-        self.masks = {memory: mask for memory, mask in self.masks.items() if not memory.expired()}
+        self.steps = {memory: step for memory, step in self.steps.items() if not memory.expired()}
         self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
         return args, {**kwargs, "return_dict": True}
 
@@ -142,12 +155,17 @@ class Denoising(nn.Module):
     def before_decoder(self, decoder, args, kwargs):
         if not self.active:
             return None
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                "denoising: the decoder's self-attention has a mask already: leave decoder_attention_mask out"
+            )
         step, matching = self.step, kwargs["inputs_embeds"]
         step.layout = step.noised.layout(matching.shape[1])
-        blocked = step.layout.blocked(step.noised.active)
-        step.mask = torch.zeros_like(blocked, dtype=matching.dtype).masked_fill(blocked, -torch.inf)[:, None]
+        if not self.family.query_groups:
+            blocked = step.layout.blocked(step.noised.active)
+            step.mask = torch.zeros_like(blocked, dtype=matching.dtype).masked_fill(blocked, -torch.inf)[:, None]
         for name, rows in self.family.enters.items():
-            first = rows(step.noised, self.embedding, kwargs[name].shape[-1]).to(matching.dtype)
+            first = rows(step.noised, self.embedding, kwargs[name].shape[-1]).to(kwargs[name].dtype)
             kwargs[name] = torch.cat((first, kwargs[name]), dim=1)
         return args, kwargs
 
@@ -160,23 +178,24 @@ class Denoising(nn.Module):
 
     def before_attention(self, attention, args, kwargs):
         queries = kwargs["hidden_states"]
-        if (mask := self._mask(queries)) is not None:
-            kwargs["attention_mask"] = mask.to(queries.dtype)
+        if (step := self.step_of(queries)) is not None:
+            kwargs["attention_mask"] = step.mask.to(queries.dtype)
         return args, kwargs
 
-    def _mask(self, queries: Tensor) -> Tensor | None:
-        """The mask of the forward pass that a layer's input is part of, None where no noised queries are in it."""
+    def step_of(self, queries: Tensor) -> Step | None:
+        """The forward pass that a layer's input is part of, None where no noised queries are in it."""
         if torch.compiler.is_compiling() or plain_torch_only():  # traced once, with the mask as a value of the graph
-            return self.step.mask if self.active else None
+            return self.step if self.active else None
         memory = StorageWeakRef(queries.untyped_storage())
         if self.active:
-            self.masks[memory] = self.step.mask
-        elif memory not in self.masks and any(mask.shape[-1] == queries.shape[1] for mask in self.masks.values()):
+            if self.step.layout.denoising:
+                self.steps[memory] = self.step
+        elif memory not in self.steps and any(s.layout.queries == queries.shape[1] for s in self.steps.values()):
             raise RuntimeError(
                 "denoising: a layer is computed again for backward, but not from the tensor of its forward pass, so "
                 "its mask is not known: checkpoint layers without moving their inputs (activation offloading)"
             )
-        return self.masks.get(memory)
+        return self.steps.get(memory)
 
     def after_replaced(self, rows: Rows, module, args, output):
         if not self.active:
@@ -184,24 +203,26 @@ class Denoising(nn.Module):
         first = rows(self.step.noised, self.embedding, output.shape[-1])
         return torch.cat((first.to(output.dtype), output[:, first.shape[1] :]), dim=1)
 
-    def loss(self, logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, **kwargs):
+    def loss(
+        self, logits, labels, device, pred_boxes, config, outputs_class=None, outputs_coord=None, *of_encoder, **kwargs
+    ):
         """The model's own loss of the matching queries plus that of the noised ones; arguments as in transformers."""
         if not self.active:
-            return self.own_loss(logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, **kwargs)
+            every_layer = outputs_class, outputs_coord, *of_encoder
+            return self.own_loss(logits, labels, device, pred_boxes, config, *every_layer, **kwargs)
         first = self.step.layout.denoising
         own_class, own_coord = (x if x is None else x[:, :, first:] for x in (outputs_class, outputs_coord))
-        loss, loss_dict, auxiliary_outputs = self.own_loss(
-            logits[:, first:], labels, device, pred_boxes[:, first:], config, own_class, own_coord, **kwargs
-        )
+        own = logits[:, first:], labels, device, pred_boxes[:, first:], config, own_class, own_coord
+        loss, loss_dict, auxiliary_outputs = self.own_loss(*own, *of_encoder, **kwargs)
         if not config.auxiliary_loss:  # then the last layer is all that has a loss
             outputs_class, outputs_coord = logits[None], pred_boxes[None]
-        total, parts = denoising_loss(
+        total, parts = self.family.loss(
+            config,
             outputs_class[:, :, :first],
             outputs_coord[:, :, :first],
             self.step.targets,
             self.step.layout.groups,
             _mean_over_processes(self.step.targets.counts.sum()),
-            LossWeights(1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient, config.focal_alpha),
         )
         last = len(parts) - 1
         for layer, row in enumerate(parts.detach()):
@@ -239,7 +260,7 @@ class Denoising(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self):
-        return {**self.__dict__, "step": None, "active": False, "masks": {}}
+        return {**self.__dict__, "step": None, "active": False, "steps": {}}
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
@@ -270,18 +291,21 @@ def denoise(
     box_noise: float = 0.4,
     weight: float = 1.0,
     contrastive: bool = False,
+    keep_groups: int | None = None,
 ) -> nn.Module:
     """Train a Hugging Face DETR with query denoising (arXiv 2203.01305) -> the same model.
 
-    For DabDetr-, ConditionalDetr- and DeformableDetrForObjectDetection of transformers. From then on a forward pass in
-    training mode with labels also restores ``groups`` noised copies of them; ``outputs.loss`` holds both losses,
-    ``outputs.loss_dict`` also the parts ``dn_loss_ce``, ``dn_loss_bbox`` and ``dn_loss_giou`` (with ``_0``, ... for
-    earlier layers where ``config.auxiliary_loss`` is on, which is how the paper trains). All else stays the plain
-    model: outputs, evaluation, ``state_dict``, ``save_pretrained``. Make the optimizer afterwards: the model has new
-    parameters, in the submodule ``denoising`` (:class:`Denoising`).
+    For DabDetr-, ConditionalDetr-, DeformableDetr-, Detr-, LwDetr- and RfDetrForObjectDetection of transformers. From
+    then on a forward pass in training mode with labels also restores ``groups`` noised copies of them; ``outputs.loss``
+    holds both losses, ``outputs.loss_dict`` also the parts ``dn_loss_ce``, ``dn_loss_bbox`` and ``dn_loss_giou`` (with
+    ``_0``, ... for earlier layers where ``config.auxiliary_loss`` is on, which is how the paper trains). All else stays
+    the plain model: outputs, evaluation, ``state_dict``, ``save_pretrained``. Make the optimizer afterwards: the model
+    has new parameters, in the submodule ``denoising`` (:class:`Denoising`).
     ``groups=0`` takes denoising out again; label_noise and box_noise as in :func:`dndetr.denoising.noised_queries`;
     weight: of the denoising loss beside the model's own; contrastive: every copy is a positive, to be restored, and a
-    negative with more noise, to be rejected, which is in the class loss alone (DINO, arXiv 2203.03605).
+    negative with more noise, to be rejected, which is in the class loss alone (DINO, arXiv 2203.03605); keep_groups:
+    how many of the query groups of LW-DETR or RF-DETR (``config.group_detr``) training keeps, all by default. Noised
+    queries see the first group, the one that is there at test time; idle groups stay in the model and in its files.
     A PeftModel is denoised inside; what torch.compile or data parallelism has wrapped is refused (TypeError).
     """
     require_transformers("dndetr.denoise")
@@ -290,6 +314,8 @@ def denoise(
             f"dndetr.denoise: groups must be 0 or more, label_noise and box_noise between 0 and 1, "
             f"got {groups}, {label_noise}, {box_noise}"
         )
+    if groups == 0 and keep_groups is not None:
+        raise ValueError("dndetr.denoise: groups=0 takes all of denoising out: leave keep_groups out")
     outer, model = model, of_peft(model) or model
     if of_compile_or_parallel(model) is not None:
         raise TypeError(
@@ -310,8 +336,9 @@ def denoise(
     family = next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
     if family is None:
         raise TypeError(f"dndetr.denoise works on {', '.join(FAMILIES)}, not on {type(model).__name__}")
-    _check_structure(model, family)
-    added = Denoising(family, model.config, groups, label_noise, box_noise, weight, contrastive)
+    family.check(model)
+    kept = None if keep_groups is None else KeptGroups(model, keep_groups)
+    added = Denoising(family, model.config, groups, label_noise, box_noise, weight, contrastive, kept)
     like = next(model.model.decoder.parameters())
     model.add_module(NAME, added.to(like.device, like.dtype))
     try:
@@ -321,25 +348,3 @@ def denoise(
         delattr(model, NAME)
         raise
     return outer
-
-
-def _check_structure(model: nn.Module, family: Family) -> None:
-    """Raise RuntimeError where the model is not built as the hooks expect."""
-    decoder = model.model.decoder
-    expected = [
-        (type(model), {"labels"}),
-        (type(decoder), set(family.enters)),
-        *((type(layer.self_attn), {"hidden_states", "attention_mask"}) for layer in decoder.layers),
-    ]
-    for kind, names in expected:
-        if missing := names - set(inspect.signature(kind.forward).parameters):
-            raise RuntimeError(
-                f"dndetr.denoise does not fit this version of transformers: {kind.__name__}.forward has no argument "
-                f"{', '.join(sorted(missing))}; type pip install 'transformers=={TESTED}'"
-            )
-    for name in family.replaced:
-        if not isinstance(getattr(decoder, name, None), nn.Module):
-            raise RuntimeError(
-                f"dndetr.denoise does not fit this version of transformers: {type(decoder).__name__} has no {name}; "
-                f"type pip install 'transformers=={TESTED}'"
-            )

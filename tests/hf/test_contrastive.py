@@ -3,9 +3,9 @@
 import hf_models
 import torch
 import torch.nn.functional as F
-from hf_models import every_model, labels, pixels
+from hf_models import every_model, labels, pixels, reference_points
 from transformers.image_transforms import center_to_corners_format
-from transformers.loss.loss_for_object_detection import generalized_box_iou
+from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
 
 import dndetr
 from dndetr.denoising import draw_noise, noised_queries
@@ -44,24 +44,48 @@ def recorded(model) -> list:
     return calls
 
 
-def one_by_one(logits, boxes, alpha: float) -> list:
+def focal(logit, label, positive: bool, overlap, config):
+    """Class loss of one query, and what it adds to the divisor."""
+    wanted = F.one_hot(label, logit.shape[-1]).float() * positive
+    away = (logit.sigmoid() - wanted).abs()
+    balance = torch.where(wanted == 1, config.focal_alpha, 1 - config.focal_alpha)
+    term = F.binary_cross_entropy_with_logits(logit, wanted, reduction="none")
+    return (balance * away**2 * term).sum(), positive
+
+
+def quality(logit, label, positive: bool, overlap, config):
+    """The same for LW-DETR and RF-DETR: as transformers writes it, for one query."""
+    p = logit.sigmoid()
+    wanted, weight = torch.zeros_like(p), p**2
+    if positive:
+        wanted[label] = (p[label] ** config.focal_alpha * overlap ** (1 - config.focal_alpha)).clamp(min=0.01).detach()
+        weight = torch.where(wanted > 0, 1 - wanted, weight)
+    return -(wanted * p.log() + weight * (1 - p).log()).sum(), positive
+
+
+def softmax(logit, label, positive: bool, overlap, config):
+    """The same for DETR, whose last class is no object."""
+    weight = 1.0 if positive else config.eos_coefficient
+    return weight * F.cross_entropy(logit, label if positive else torch.tensor(len(logit) - 1)), weight
+
+
+def one_by_one(logits, boxes, class_loss, config) -> list:
     """Class, L1 and GIoU loss of one layer's noised queries [B, GROUPS * SLOTS, ...], a query after the other."""
-    sums = [0.0, 0.0, 0.0]
+    sums, divisor = [0.0, 0.0, 0.0], 0.0
     for image, objects in enumerate(labels(*COUNTS)):
         for group in range(GROUPS):
             for number, (label, box) in enumerate(zip(objects["class_labels"], objects["boxes"], strict=True)):
                 positive = group * SLOTS + 2 * number
-                for row in (positive, positive + 1):
-                    wanted = F.one_hot(label, logits.shape[-1]).float() * (row == positive)
-                    logit = logits[image, row]
-                    away = (logit.sigmoid() - wanted).abs()
-                    balance = torch.where(wanted == 1, alpha, 1 - alpha)
-                    term = F.binary_cross_entropy_with_logits(logit, wanted, reduction="none")
-                    sums[0] += (balance * away**2 * term).sum()
                 found = boxes[image, positive]
+                corners = [center_to_corners_format(x[None]) for x in (found, box)]
+                overlap = box_iou(*corners)[0][0, 0]
+                for row in (positive, positive + 1):
+                    term, share = class_loss(logits[image, row], label, row == positive, overlap, config)
+                    sums[0], divisor = sums[0] + term, divisor + share
                 sums[1] += (found - box).abs().sum()
-                sums[2] += 1 - generalized_box_iou(*(center_to_corners_format(x[None]) for x in (found, box)))[0, 0]
-    return [total / (sum(COUNTS) * GROUPS) for total in sums]
+                sums[2] += 1 - generalized_box_iou(*corners)[0, 0]
+    objects = sum(COUNTS) * GROUPS
+    return [sums[0] / divisor, sums[1] / objects, sums[2] / objects]
 
 
 @every_model
@@ -69,17 +93,18 @@ def test_the_loss_is_that_of_the_definition(name):
     model = contrastive(name, weight=0.5)
     calls = recorded(model)
     output = run(model)
-    ((logits, targets, device, boxes, config, all_logits, all_boxes),) = calls
+    ((logits, targets, device, boxes, config, all_logits, all_boxes, *of_encoder),) = calls
+    class_loss = {"detr": softmax, "lw": quality, "rf": quality}.get(name, focal)
     noised = GROUPS * SLOTS
     own, _, _ = model.denoising.own_loss(
         *(logits[:, noised:], targets, device, boxes[:, noised:], config),
-        *(all_logits[:, :, noised:], all_boxes[:, :, noised:]),
+        *(all_logits[:, :, noised:], all_boxes[:, :, noised:], *of_encoder),
     )
     added = 0.0
     for layer, (some_logits, some_boxes) in enumerate(zip(all_logits, all_boxes, strict=True)):
         suffix = "" if layer == len(all_logits) - 1 else f"_{layer}"
         coefficients = {"ce": 1, "bbox": config.bbox_loss_coefficient, "giou": config.giou_loss_coefficient}
-        parts = one_by_one(some_logits, some_boxes, config.focal_alpha)
+        parts = one_by_one(some_logits, some_boxes, class_loss, config)
         for (part, coefficient), value in zip(coefficients.items(), parts, strict=True):
             torch.testing.assert_close(output.loss_dict[f"dn_loss_{part}{suffix}"], value, rtol=1e-4, atol=1e-5)
             added += coefficient * value
@@ -91,7 +116,7 @@ def test_negatives_learn_a_class_and_no_box(name):
     model = contrastive(name)
     calls = recorded(model)
     loss = run(model).loss
-    of_logits, of_boxes = torch.autograd.grad(loss, calls[0][-2:])
+    of_logits, of_boxes = torch.autograd.grad(loss, calls[0][5:7])
     noised = GROUPS * SLOTS
     for image, count in enumerate(COUNTS):
         trained = [
@@ -158,12 +183,10 @@ def test_corners_that_have_passed_each_other_make_small_boxes(name):
     assert (raw.boxes[..., 2:] < 0).any()
     expected = raw.boxes.clamp(0.001, 0.999).flatten(1, 2)
     (output,) = outputs
-    points = {
-        "dab": lambda: output.reference_points[0],
-        "conditional": lambda: output.reference_points.transpose(0, 1),
-    }.get(name, lambda: output.init_reference_points)()[:, : GROUPS * SLOTS]
     live = raw.live[:, None].expand(-1, GROUPS, -1).flatten(1)
-    torch.testing.assert_close(points[live], expected[..., : points.shape[-1]][live], rtol=0, atol=1e-5)
+    if name != "detr":
+        points = reference_points(name, output)[:, : GROUPS * SLOTS]
+        torch.testing.assert_close(points[live], expected[..., : points.shape[-1]][live], rtol=0, atol=1e-5)
     if position is not None:
         torch.testing.assert_close(encoded[0][live], anchor_encoding(expected, 16)[live], rtol=0, atol=1e-4)
 

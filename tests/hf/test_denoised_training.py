@@ -1,5 +1,6 @@
 """Denoised Hugging Face models in training: on real images, and under transformers' Trainer."""
 
+import itertools
 import json
 
 import hf_models
@@ -47,9 +48,14 @@ def crops():
     raise AssertionError("too few crops with objects")
 
 
-@both_kinds
-@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
-@pytest.mark.parametrize("name", ["dab", "conditional", "deformable"])
+@pytest.mark.parametrize(
+    "name, accelerated, contrastive",
+    [
+        *itertools.product(("dab", "conditional", "deformable"), (False, True), (False, True)),
+        ("detr", False, False),
+        ("detr", False, True),
+    ],
+)
 def test_twenty_steps_on_real_crops(name, accelerated, contrastive, crops):
     images, targets, classes = crops
     model = dndetr.denoise(hf_models.build(name, num_labels=classes).train(), groups=3, contrastive=contrastive)
@@ -161,6 +167,36 @@ def test_the_trainer_trains_evaluates_and_resumes_exactly(contrastive, tmp_path)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     images = pixels(2)
     assert torch.equal(read.eval()(images).logits, whole.eval()(images).logits)
+
+
+def test_the_trainer_trains_kept_groups_and_a_checkpoint_is_gone_on_with(tmp_path):
+    model = dndetr.denoise(hf_models.build("rf"), keep_groups=2)
+    trainer = make_trainer(model, tmp_path, 2)
+    trainer.train()
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    again = dndetr.denoise(AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-2"), keep_groups=2)
+    again.denoising.load_state_dict(torch.load(tmp_path / "checkpoint-2" / "denoising.pt", weights_only=True))
+    assert again.config.group_detr == hf_models.GROUPS
+    losses = []
+    for each in (model, again):
+        torch.manual_seed(0)
+        losses.append(each.train()(pixels(2), labels=labels(3, 1)).loss)
+    assert torch.equal(*losses)
+
+
+def test_noised_labels_are_learned_beside_query_groups():
+    torch.manual_seed(0)
+    model = dndetr.denoise(hf_models.build("rf"), keep_groups=1).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        output = model(pixels(2), labels=labels(3, 2))
+        output.loss.backward()
+        losses.append(output.loss_dict["dn_loss_ce"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 def test_resuming_without_the_denoising_weights_is_refused(tmp_path):

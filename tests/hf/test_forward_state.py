@@ -96,9 +96,9 @@ def test_masks_go_with_their_passes():
     for seed in range(3):
         model(pixels(2), labels=labels(3, 1, seed=seed)).loss.backward()
     layers = len(model.model.decoder.layers)
-    assert len(model.denoising.masks) == layers
+    assert len(model.denoising.steps) == layers
     kept = [model(pixels(2), labels=labels(3, 1)).loss for _ in range(3)]
-    assert len(model.denoising.masks) == layers * len(kept)
+    assert len(model.denoising.steps) == layers * len(kept)
 
 
 def test_threads_that_share_the_module_are_refused():

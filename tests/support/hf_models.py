@@ -84,6 +84,7 @@ def _rf(**config):
 
 
 MODELS = {
+    "detr": lambda **config: _build("Detr", d_model=32, **config),
     "dab": lambda **config: _build("DabDetr", hidden_size=32, **config),
     "conditional": lambda **config: _build("ConditionalDetr", d_model=32, **config),
     "deformable": lambda **config: _build("DeformableDetr", 3, d_model=32, num_feature_levels=3, **config),
@@ -102,12 +103,26 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("name", [name for name in MODELS if name not in ("lw", "rf")])
 both_kinds = pytest.mark.parametrize("contrastive", [False, True], ids=["plain", "contrastive"])  # of denoising
+# Every model, and contrastive denoising where queries take masks and where they do not.
+every_kind = pytest.mark.parametrize(
+    "name, contrastive",
+    [*((name, False) for name in MODELS), ("deformable-two-stage", True), ("detr", True), ("rf", True)],
+)
 
 
 def build(name: str, seed: int = 0, **config):
     """A plain model, the same weights every time."""
     torch.manual_seed(seed)
     return MODELS[name](**config)
+
+
+def reference_points(name: str, output) -> torch.Tensor:
+    """Where queries start [B, Q, 2 or 4], of what a model without heads returns; DETR has no such points."""
+    if name == "dab":
+        return output.reference_points[0]
+    if name == "conditional":
+        return output.reference_points.transpose(0, 1)
+    return output.intermediate_reference_points[0] if name in ("lw", "rf") else output.init_reference_points
 
 
 def labels(*counts: int, seed: int = 0) -> list[dict]:
