@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..models.linear import Linear
+from ..models import linear
 from ..transformers_installed import require_transformers
 from .attention import replace_attention
 from .denoise import NAME, Denoising
@@ -42,14 +42,14 @@ class Acceleration:
             _set_loss(self.model, MatchedLoss(loss))
             self.matcher = matcher
             self.losses = loss.__name__ if fuses(loss, self.model.config) else None
-        if self.attention or self.matcher:
+        if (self.attention or self.matcher) and linear.onednn_is_faster():
             self._replace_products()
 
     def _replace_products(self) -> None:
         for name, module in self.model.named_modules():
             if type(module) is nn.Linear and module.weight.is_cpu and module.weight.dtype == torch.float32:
                 self.linear.append(name)
-                module.__class__ = Linear
+                module.__class__ = linear.Linear
                 self._undo.append(partial(setattr, module, "__class__", nn.Linear))
 
     def __str__(self) -> str:

@@ -1,8 +1,9 @@
-"""Linear layers whose float32 products on a CPU are oneDNN's, their weights' gradients ours, and ReLUs done in place.
+"""Linear layers whose float32 products on a CPU are the fastest there are, and ReLUs done in place.
 
 torch sends a float32 ``linear`` on a CPU to MKL, which on processors of other makers than Intel's reaches half of what
-oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. Only the
-order of summation differs. bfloat16 products are oneDNN's in torch as well.
+oneDNN does with the same numbers (docs/ops.md), and the products of a detector are most of its step there. So they are
+oneDNN's there, their weights' gradients ours; only the order of summation differs. On Intel's, MKL is ahead of both.
+bfloat16 products are oneDNN's in torch as well.
 
 On a GPU in half precision, products with a ReLU or a PReLU with one slope behind them are ours, and so are those that
 give the gradient of what such an activation was given; the others are torch's. One short kernel of ours adds up the
@@ -10,8 +11,10 @@ gradient of a bias. Everything else, and all that torch compiles, traces or tran
 """
 
 import functools
+import platform
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,6 @@ from ..ops.column_sums import column_sums, prelu_column_sums, relu_column_sums
 from ..ops.weight_gradients import weight_gradients
 from . import activations
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _NARROW = 16  # inputs or outputs; below, the product is over before what surrounds it
 
 
@@ -53,6 +55,15 @@ class Linear(nn.Linear):
         del self._qconfig
 
 
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is there and multiplies float32 numbers faster than torch's own choice, MKL, on this processor."""
+    about = Path("/proc/cpuinfo")
+    maker = about.read_text().partition("\n\n")[0] if about.is_file() else platform.processor()
+    mkl_is_fast = torch.backends.mkl.is_available() and "GenuineIntel" in maker
+    return torch.backends.mkldnn.is_available() and not mkl_is_fast
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False, slope: Tensor | None = None
 ) -> Tensor:
@@ -70,7 +81,7 @@ def linear(
         x.dtype == torch.float32
         and x.is_cpu
         and weight.dtype == torch.float32
-        and _HAS_ONEDNN
+        and onednn_is_faster()
         and x.numel() > 0
         and min(weight.shape) >= _NARROW
         and type(weight) in (Tensor, nn.Parameter)  # not one that quantisation or sharding put in its place

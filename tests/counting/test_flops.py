@@ -23,9 +23,10 @@ def test_a_linear_layer_is_three_products(dtype):
 
 def test_onednn_products_are_counted_as_those_of_torch(monkeypatch):
     x, weight = torch.randn(ROWS, INPUTS), torch.randn(OUTPUTS, INPUTS)
-    counted = [operations(lambda function=function: function(x, weight)) for function in (linear, F.linear)]
-    monkeypatch.setattr(linear_module, "_HAS_ONEDNN", False)
-    counted.append(operations(lambda: linear(x, weight)))
+    counted = [operations(lambda: F.linear(x, weight))]
+    for faster in (True, False):
+        monkeypatch.setattr(linear_module, "onednn_is_faster", lambda faster=faster: faster)
+        counted.append(operations(lambda: linear(x, weight)))
     assert counted == [{"products": ONE, "convolutions": 0, "3x3 convolutions": 0}] * 3
 
 

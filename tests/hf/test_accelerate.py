@@ -15,6 +15,7 @@ from hf_steps import assert_equal_steps, look_far, step
 import dndetr
 from dndetr.hf.attention import sample_points
 from dndetr.hf.matching import MatchedLoss, Matcher
+from dndetr.models import linear
 from dndetr.models.linear import Linear
 
 _SMALL = {
@@ -79,6 +80,14 @@ def test_outputs_losses_and_gradients_are_equal(name):
     assert f"deformable attention in {ATTENTION_LAYERS[name]} layers, float32 products of" in str(done)
     assert f" {len(done.linear)} linear layers, and the {LOSSES.get(name, 'matcher of')}" in str(done)
     assert_equal_steps(before, step(model))
+
+
+def test_linear_layers_that_would_gain_nothing_stay_torchs(monkeypatch):
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: False)
+    model = build("deformable")
+    done = dndetr.accelerate(model)
+    assert done.attention and not done.linear and not any(type(module) is Linear for module in model.modules())
+    assert "linear" not in str(done)
 
 
 @every_loss

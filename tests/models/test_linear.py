@@ -12,10 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dndetr.models import linear as module
 from dndetr.models.activations import PReLU
 from dndetr.models.layers import MLP
-from dndetr.models.linear import Linear, linear
+from dndetr.models.linear import Linear, linear, onednn_is_faster
 
 SHAPES = {"tokens": (2, 70, 24), "one-row": (24,), "nobody": (2, 0, 24), "wide-batch": (3, 2, 5, 24)}
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _onednn_wherever_it_is(monkeypatch):
+    """Whoever made the processor."""
+    monkeypatch.setattr(module, "onednn_is_faster", torch.backends.mkldnn.is_available)
 
 
 def gradients(function, x, weight, bias):
@@ -243,3 +249,20 @@ def test_only_wanted_gradients_are_computed(wanted, monkeypatch):
     linear(*leaves, relu=True).sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == [i in wanted for i in range(3)]
     assert len(calls) == (1 in wanted)
+
+
+@pytest.mark.parametrize(
+    ("about", "mkl", "onednn", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel\n\n", True, True, False),
+        ("vendor_id\t: AuthenticAMD\n\n", True, True, True),
+        ("vendor_id\t: GenuineIntel\n\n", False, True, True),
+        ("vendor_id\t: AuthenticAMD\n\n", True, False, False),
+    ],
+)
+def test_mkl_keeps_the_products_of_its_makers_processors(monkeypatch, about, mkl, onednn, expected):
+    monkeypatch.setattr(module.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(module.Path, "read_text", lambda path: about)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    assert onednn_is_faster.__wrapped__() is expected
