@@ -11,6 +11,7 @@ from pathlib import Path
 import goldens
 import pytest
 import torch
+from short_runs import SMALL
 
 import dndetr
 from dndetr import train
@@ -22,7 +23,9 @@ from dndetr.training.loss_window import Diverged
 from dndetr.training.trainer import Trainer
 
 FEW = {"epochs": 2, "batch_size": 4, "train_images": 12, "val_images": 6, "log_every": 2, "quiet": True}
+FEW |= {"images.canvas": (64, 64), "model.width": 32, "model.hidden": 64, "model.decoder_layers": 2, "model.queries": 8}
 FLAGS = [
+    *SMALL,
     "--epochs",
     "2",
     "--batch-size",
@@ -203,7 +206,7 @@ def test_overfitting_that_fails_is_an_error_as_it_is_the_commands():
         ({"data": "nowhere"}, "nowhere: no such folder"),
         ({"preset": "small"}, "preset small needs data: data DIR"),
         ({"preset": "huge"}, "preset huge: choose one of tiny, small"),
-        ({"model": {"heads": 3}}, "model.width 128 must be a multiple of 4"),
+        ({"model": {"heads": 3}}, "model.width 32 must be a multiple of 4"),
         ({"batch_size": 100}, "too few for a batch of 100; use batch_size"),
         ({"resume": "nowhere"}, "no checkpoint at nowhere"),
         ({"listeners": [At]}, "is no listener"),

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from short_runs import short_run, write_pictures
+from short_runs import SMALL, short_run, write_pictures
 
 from dndetr import bench, check_data, profile, shapes, train
 from dndetr.files import demand_file, write_atomic, writing
 from dndetr.output import unfailing
 
-FEW = ["--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6"]
+FEW = [*SMALL, "--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6"]
 NAMED = ((3, "größe"), (7, "点"), (12, "hair"))
 
 

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from architectures import on_architectures
@@ -211,13 +208,10 @@ assert match_cost(logits, boxes, targets, backend="triton")[0, 0, 3, :8].isnan()
 
 
 def test_triton_in_the_interpreter(interpreter):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=interpreter, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize(("logits", "precise"), [("*bf16", "fp32"), ("*fp32", "fp32"), ("*fp64", "fp64")])
 def test_triton_compiles_for_gpus(arch, logits, precise, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import TORCHRUN, environment, stopped_after
+from short_runs import SMALL, TORCHRUN, environment, stopped_after
 
 from dndetr import train
 from dndetr.runs.run_log import read_rows
@@ -137,7 +137,7 @@ def test_all_schedules_follow_the_progress(kind):
     assert shortened.done == 800
 
 
-FEW = ["--epochs", "6", "--batch-size", "4", "--train-images", "24", "--val-images", "4", "--log-every", "2"]
+FEW = [*SMALL, "--epochs", "6", "--batch-size", "4", "--train-images", "24", "--val-images", "4", "--log-every", "2"]
 
 
 @pytest.fixture
