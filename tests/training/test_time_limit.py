@@ -253,9 +253,8 @@ def test_two_processes_end_together(tmp_path, flags, reason):
     """Weights that do not move have the same AP every time."""
     command = [*TORCHRUN, "-m", "dndetr.train", *FEW, "--epochs", "2000", "--lr", "1e-30", "--optimizer.ema", "0"]
     command += ["--output", "run", "--quiet", "--batch-size", "2", "--model.backbone.norm", "group"]
-    started = time.monotonic()
     done = subprocess.run([*command, *flags], env=environment(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and time.monotonic() - started < 60, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     end = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert end["event"] == "end" and end["reason"].startswith(reason)
 
