@@ -1,7 +1,5 @@
 """The train command, end to end on a few images."""
 
-import ast
-import inspect
 import json
 import os
 import shutil
@@ -16,9 +14,7 @@ import pytest
 import torch
 from short_runs import SMALL, stopped_after, without_pictures
 
-from dndetr import config, train
-from dndetr.config import Config, from_dict, to_dict
-from dndetr.presets import PRESETS
+from dndetr import train
 from dndetr.runs.folder import hold
 from dndetr.shapes import write_shapes
 from dndetr.training.criterion import Criterion
@@ -385,26 +381,6 @@ def test_real_data_with_pretrained_weights():
     assert len(saved["classes"]) == 80 and saved["classes"][-1] == [90, "toothbrush"]
     start = torch.load(weights, weights_only=True)
     torch.testing.assert_close(saved["model"]["backbone.conv1.weight"], start["conv1.weight"])
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_the_file(name):
-    config = PRESETS[name]()
-    assert isinstance(config, Config) and config.preset == name
-    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
-
-
-def test_every_flag_has_one_line_of_help():
-    """tyro takes the help from the string under each field."""
-    tree = ast.parse(inspect.getsource(config))
-    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        fields = [(place, node) for place, node in enumerate(kind.body) if isinstance(node, ast.AnnAssign)]
-        for place, field in fields:
-            if ast.unparse(field.annotation).endswith("Config"):
-                continue  # a group of flags, which has its class's docstring
-            below = kind.body[place + 1] if place + 1 < len(kind.body) else None
-            text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
-            assert text.endswith(".") and "\n" not in text, f"{kind.name}.{field.target.id} has no line of help"
 
 
 def test_help_names_every_flag(capsys):

@@ -185,20 +185,16 @@ def eager_steps() -> torch.Tensor:
 
 def test_captured_steps_are_the_eager_ones(python_graphs):
     said = []
-    expected = eager_steps()
     step = make("graph", said)
-    found = steps_on_two_shapes(step)
-    assert torch.equal(found, expected)
+    assert torch.equal(steps_on_two_shapes(step), eager_steps())
     assert not said and Graph.made == len(step._captured) == 2
     assert sum(captured.graph.replays for captured in step._captured.values()) == 18  # all but the first of each shape
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(python_graphs):
     said = []
-    expected = eager_steps()
     python_graphs.append("capture")
-    found = steps_on_two_shapes(make("graph", said))
-    assert torch.equal(found, expected)
+    assert torch.equal(steps_on_two_shapes(make("graph", said)), eager_steps())
     assert said == [f"batches of 2x96x128x3 run without a CUDA graph: {WHY}"]  # not for the other shape again
 
 
@@ -224,10 +220,9 @@ def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
 )
 def test_a_capture_that_is_wrong_is_never_used(python_graphs, forgotten, told):
     said = []
-    expected = eager_steps()[:8]
     python_graphs.append(forgotten)
     step = make("graph", said)
-    assert torch.equal(steps_on_two_shapes(step, 8), expected)
+    assert torch.equal(steps_on_two_shapes(step, 8), eager_steps()[:8])
     assert not step._captured and len(said) == 1 and told in said[0]
     assert "all batches run without CUDA graphs from here on: the first replay of one is not the step" in said[0]
 
