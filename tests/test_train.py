@@ -21,20 +21,7 @@ from dndetr.training.criterion import Criterion
 from dndetr.training.loss_window import Diverged
 from dndetr.training.step import TrainStep
 
-FEW = [
-    *SMALL,
-    "--epochs",
-    "2",
-    "--batch-size",
-    "4",
-    "--train-images",
-    "12",
-    "--val-images",
-    "6",
-    "--log-every",
-    "2",
-    "--quiet",
-]
+FEW = [*SMALL, *"--epochs 2 --batch-size 4 --train-images 12 --val-images 6 --log-every 2 --quiet".split()]
 FILES = {
     "config.json",
     "metrics.jsonl",
