@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from dndetr.training.criterion import Criterion
 from dndetr.training.loss_window import Diverged
 from dndetr.training.step import TrainStep
 
-FEW = [*SMALL, *"--epochs 2 --batch-size 4 --train-images 12 --val-images 6 --log-every 2 --quiet".split()]
+FEW = [*SMALL, *shlex.split("--epochs 2 --batch-size 4 --train-images 12 --val-images 6 --log-every 2 --quiet")]
 FILES = {
     "config.json",
     "metrics.jsonl",
