@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from callers import CALLERS
+from short_runs import SMALL
 
 from dndetr import compare, evaluate, train
 from dndetr.runs.checkpoint import load_checkpoint
 
-FEW = ["--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--quiet"]
+FEW = [*SMALL, "--epochs", "1", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--quiet"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import SMALL
 
 from dndetr import compare
 from dndetr.compare import Arguments, make_plan
 from dndetr.runs.console import Console
 
-FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--log-every", "1"]
+FEW = [*SMALL, "--epochs", "2", "--batch-size", "4", "--train-images", "8", "--val-images", "6", "--log-every", "1"]
 
 
 @pytest.fixture(autouse=True)

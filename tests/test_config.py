@@ -1,10 +1,14 @@
 """What settings mean: numbers of denoising groups, drops of the learning rate, parts that only some models have."""
 
+import ast
+import inspect
+import json
 from dataclasses import replace
 
 import pytest
 
-from dndetr.config import Config, DenoisingConfig, LossConfig, OptimizerConfig
+from dndetr import config as settings_of_runs
+from dndetr.config import Config, DenoisingConfig, LossConfig, OptimizerConfig, from_dict, to_dict
 from dndetr.model_config import ModelConfig
 from dndetr.presets import PRESETS
 
@@ -93,3 +97,23 @@ def test_contents_are_selected_with_proposals():
     with pytest.raises(ValueError, match=r"--model.content selected: give --model.proposals too"):
         replace(config, content="selected")
     assert replace(config, content="selected", proposals="selected").content == "selected"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_file(name):
+    config = PRESETS[name]()
+    assert isinstance(config, Config) and config.preset == name
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_flag_has_one_line_of_help():
+    """tyro takes the help from the string under each field."""
+    tree = ast.parse(inspect.getsource(settings_of_runs))
+    for kind in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        fields = [(place, node) for place, node in enumerate(kind.body) if isinstance(node, ast.AnnAssign)]
+        for place, field in fields:
+            if ast.unparse(field.annotation).endswith("Config"):
+                continue  # a group of flags, which has its class's docstring
+            below = kind.body[place + 1] if place + 1 < len(kind.body) else None
+            text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
+            assert text.endswith(".") and "\n" not in text, f"{kind.name}.{field.target.id} has no line of help"

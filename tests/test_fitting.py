@@ -11,6 +11,7 @@ from pathlib import Path
 import goldens
 import pytest
 import torch
+from short_runs import SMALL
 
 import dndetr
 from dndetr import train
@@ -22,7 +23,9 @@ from dndetr.training.loss_window import Diverged
 from dndetr.training.trainer import Trainer
 
 FEW = {"epochs": 2, "batch_size": 4, "train_images": 12, "val_images": 6, "log_every": 2, "quiet": True}
+FEW |= {"images.canvas": (64, 64), "model.width": 32, "model.hidden": 64, "model.decoder_layers": 2, "model.queries": 8}
 FLAGS = [
+    *SMALL,
     "--epochs",
     "2",
     "--batch-size",
@@ -203,7 +206,7 @@ def test_overfitting_that_fails_is_an_error_as_it_is_the_commands():
         ({"data": "nowhere"}, "nowhere: no such folder"),
         ({"preset": "small"}, "preset small needs data: data DIR"),
         ({"preset": "huge"}, "preset huge: choose one of tiny, small"),
-        ({"model": {"heads": 3}}, "model.width 128 must be a multiple of 4"),
+        ({"model": {"heads": 3}}, "model.width 32 must be a multiple of 4"),
         ({"batch_size": 100}, "too few for a batch of 100; use batch_size"),
         ({"resume": "nowhere"}, "no checkpoint at nowhere"),
         ({"listeners": [At]}, "is no listener"),
@@ -231,5 +234,5 @@ def test_resuming_refuses_to_change_the_run():
 def test_torch_may_be_there_before_or_not(order):
     code = f"{order}\nprint(dndetr.fit(epochs=1, batch_size=2, train_images=2, val_images=2, quiet=True).status)"
     environment = {**os.environ, "PYTHONPATH": str(goldens.ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("finished\n", 0), done.stderr

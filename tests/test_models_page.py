@@ -1,5 +1,6 @@
 """The numbers of docs/models.md, counted again from the models."""
 
+import functools
 import re
 from importlib.util import find_spec
 
@@ -60,6 +61,7 @@ def test_epochs(rows, preset):
     assert rows[preset][4] == str(PRESETS[preset]().epochs)
 
 
+@functools.cache
 def billions(preset: str) -> float:
     """Floating-point operations of a forward pass over an image, with nothing computed."""
     config = PRESETS[preset]()

@@ -41,13 +41,14 @@ def unmeasured(notebook) -> list[str]:
 
 @pytest.mark.slow
 def test_it_runs(tmp_path, quickstart):
-    stored = [cell.source for cell in quickstart.cells]
+    """With a fifth of its epochs, whose rows hold nothing but what machines differ in."""
     said = unmeasured(quickstart)
+    (training,) = (cell for cell in quickstart.cells if "epochs=10," in cell.source)
+    training.source = training.source.replace("epochs=10,", "epochs=2,")
     done = executed(quickstart, tmp_path, timeout=500)
-    assert [cell.source for cell in done.cells] == stored
     assert unmeasured(done) == said, "execute it again, and store it"
     shown = [output for output in outputs(done) if "text/html" in output.get("data", {})]
-    assert len(shown) == 3 and "step 500/500" in shown[0].data["text/html"]
+    assert len(shown) == 3 and "step 100/100" in shown[0].data["text/html"]
 
 
 @pytest.mark.slow

@@ -13,22 +13,32 @@ from dndetr.detector import load
 from dndetr.runs.checkpoint import load_checkpoint
 from dndetr.runs.paths import remembered
 
-SMALL = ["--images.recipe", "fixed", "--images.canvas", "64", "64"]
+SMALL = ["--images.recipe", "fixed", "--images.canvas", "64", "64", "--model.decoder-layers", "1"]
 FEW = ["--epochs", "2", "--batch-size", "4", "--quiet"]
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, no_pictures):
-    """A run on a folder that was given relatively, in a folder that is no longer the current one."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on a folder that was given relatively."""
     torch.set_num_threads(1)
-    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    start = tmp_path_factory.mktemp("start")
     write_pictures(start / "set")
-    monkeypatch.chdir(start)
-    short_run(Path("weights"), "--data", "set", *SMALL)
-    short_run(Path("run"), "--data", "set", "--init", "weights/best.pt", *SMALL)
-    monkeypatch.chdir(elsewhere)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(start)
+        short_run(Path("weights"), "--data", "set", *SMALL)
+        short_run(Path("run"), "--data", "set", "--init", "weights/best.pt", *SMALL)
     return start / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """The run, in a folder that is not its own; a test may move the data to ``moved`` and write another checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = (trained / "checkpoint.pt").read_bytes()
+    yield trained
+    (trained / "checkpoint.pt").write_bytes(checkpoint)
+    if (tmp_path / "moved").exists():
+        (tmp_path / "moved").rename(trained.parent / "set")
 
 
 def test_paths_are_absolute_in_what_a_run_keeps(run):

@@ -218,8 +218,7 @@ def finished(out, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("name", "sign"), [*zip(PLANS, (signal.SIGINT, signal.SIGTERM), strict=True)])
 def test_the_script_is_cut_at_random_moments(root, extension, tmp_path, name, sign):
     if not hasattr(extension, "match_cuda"):
         pytest.skip("the script would build the extension")

@@ -62,7 +62,7 @@ def make_folder(tmp_path):
     return lambda content, split="train": write(tmp_path / "set", content, split)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command():
     """``command(folder, module, *arguments)`` runs ``python -m module`` in a folder -> status, stdout, stderr."""
     with forked_commands() as run:

@@ -71,10 +71,12 @@ def loss(model):
     return model(pixel_values=pixels(2), labels=labels(3, 1)).loss
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapped_model_is_accelerated_inside(wrap):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "twice" else []) for name in WRAPPERS]
+)
+def test_a_wrapped_model_is_accelerated_inside(name):
     model = hf_models.build("deformable").eval()
-    wrapped = wrap(model)
+    wrapped = WRAPPERS[name](model)
     before, expected = trace_of(model), loss(wrapped)
     done = dndetr.accelerate(wrapped)
     assert done.model is model and len(done.attention) == 3 and done.linear

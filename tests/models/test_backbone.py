@@ -1,7 +1,6 @@
 """The backbone's norms: folded into convolutions on a CPU, one pass after them on a GPU, and what is kept of them."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -175,12 +174,8 @@ for kind in KINDS:
 """
 
 
-def test_in_the_interpreter_of_triton(root):
-    pytest.importorskip("triton")
-    folders = os.pathsep.join((str(root), str(root / "tests" / "models")))
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_in_the_interpreter_of_triton(interpreter):
+    interpreter(INTERPRETED)
 
 
 STEMS = {

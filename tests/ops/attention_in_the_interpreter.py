@@ -1,30 +1,24 @@
-"""Every Triton attention kernel in Triton's interpreter: a program of its own (see ``test_attention.py``).
+"""Every Triton attention kernel in Triton's interpreter: ``run`` takes names of checks, each printed when done.
 
-TRITON_INTERPRET=1 must be set before Triton is imported. Arguments name the checks to run; each prints itself when
-done.
+To be imported in a process with TRITON_INTERPRET=1 (see ``test_attention.py``).
 """
 
 import importlib
 import os
-import sys
-from pathlib import Path
 from unittest import mock
 
+import bfloat16_in_the_interpreter  # noqa: F401
+import detectors
+import goldens
 import torch
+from gradients import compare, outputs
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
-
-import bfloat16_in_the_interpreter  # noqa: E402, F401
-import detectors  # noqa: E402
-import goldens  # noqa: E402
-from gradients import compare, outputs  # noqa: E402
-
-from dndetr.batch import Targets  # noqa: E402
-from dndetr.denoising import Noise, draw_noise, noised_queries  # noqa: E402
-from dndetr.kernels import attention_tiles, tiles  # noqa: E402
-from dndetr.kernels import conditional_attention as conditional_kernels  # noqa: E402
-from dndetr.kernels.attention_tiles import Tile  # noqa: E402
-from dndetr.ops import (  # noqa: E402
+from dndetr.batch import Targets
+from dndetr.denoising import Noise, draw_noise, noised_queries
+from dndetr.kernels import attention_tiles, tiles
+from dndetr.kernels import conditional_attention as conditional_kernels
+from dndetr.kernels.attention_tiles import Tile
+from dndetr.ops import (
     GroupLayout,
     _backend,
     conditional_attention,
@@ -293,9 +287,9 @@ def check_leaks():
     assert _backend.choose("group_attention")[0] == _backend.choose("conditional_attention")[0] == "triton"
 
 
-if __name__ == "__main__":
+def run(checks: list[str]) -> None:
     os.environ |= {"DNDETR_BACKEND_GROUP_ATTENTION": "triton", "DNDETR_BACKEND_CONDITIONAL_ATTENTION": "triton"}
-    for name in sys.argv[1:]:
+    for name in checks:
         torch.manual_seed(0)
         use(None)
         globals()[f"check_{name}"]()

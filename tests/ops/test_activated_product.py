@@ -3,8 +3,6 @@
 import importlib
 import math
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -230,7 +228,8 @@ for tile in (None, Tile(128, 128, 64, 8, 3), Tile(32, 16, 32, 4, 1), Tile(16, 64
             continue
         for activation in ("relu", "prelu"):
             check_short(op.make_case(name), activation, truncates=dtype == torch.bfloat16)
-    check_awkward("cpu")
+    if tile in (None, Tile(32, 16, 32, 4, 1)):
+        check_awkward("cpu")
 tiles._tuned.clear()
 x, weight, bias, slope, grad, after = op.make_case("uneven")
 for given in (None, slope):
@@ -246,9 +245,7 @@ for given in (None, slope):
 )
 def test_triton_in_the_interpreter(interpreter, program):
     head = "import bfloat16_in_the_interpreter\nfrom spoilt_kernels import *\nfrom test_activated_product import *\n"
-    command = [sys.executable, "-c", head + program]
-    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter(head + program)
 
 
 @pytest.mark.gpu

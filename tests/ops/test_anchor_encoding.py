@@ -3,8 +3,6 @@
 import importlib
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -65,11 +63,14 @@ def test_fake_tensors(fake_cuda):
 
 
 INTERPRETED = """
+from dndetr.kernels import anchor_encoding as kernels
 from spoilt_kernels import check_self_test
 from test_anchor_encoding import *
 
-for name in op.CASES:
+for name in op.CASES.keys() - {"queries"}:
     compare(*op.make_case(name))
+kernels.NUMBERS = 8192  # few programs: each takes long here
+compare(*op.make_case("queries"))
 check_awkward("cpu")
 check_self_test("anchor_encoding", torch.float32, anchor_encoding=(2,), anchor_encoding_backward=(3,))
 boxes, channels = op.make_case("uneven")
@@ -78,9 +79,7 @@ torch.library.opcheck(torch.ops.dndetr.anchor_encoding.default, (boxes.requires_
 
 
 def test_triton_in_the_interpreter(interpreter):
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu
@@ -94,7 +93,7 @@ def test_gpu_in_awkward_cases():
     check_awkward("cuda")
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("pairs", [1, 64])
 def test_triton_compiles_for_gpus_without_spilling(pairs, arch, tmp_path):
     pytest.importorskip("triton")

@@ -1,8 +1,6 @@
 """Group attention and conditional attention against their references, forward and every gradient."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import goldens
@@ -178,20 +176,16 @@ def test_the_reference_can_be_asked_for():
 
 
 INTERPRETED = Path(__file__).with_name("attention_in_the_interpreter.py")
-SLOW = ("many_queries", "leaks", "registration", "compile", "widths", "dtypes")
+SLOW = ("golden_masks", "many_queries", "leaks", "registration", "compile", "widths", "dtypes")
 CHECKS = re.findall(r"^def check_(\w+)", INTERPRETED.read_text(), re.M)
 
 
 @pytest.mark.parametrize("which", ["fast", pytest.param("slow", marks=pytest.mark.slow)])
-def test_triton_in_the_interpreter(root, interpreter, which):
-    """One process for all checks: it starts longer than most of them run."""
+def test_triton_in_the_interpreter(interpreter, which):
     checks = [name for name in CHECKS if (name in SLOW) == (which == "slow")]
     if not (goldens.GOLDEN / "dn_attn_masks.pt").is_file():
         checks = [name for name in checks if name != "golden_masks"]
-    command = [sys.executable, str(INTERPRETED), *checks]
-    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, f"after {done.stdout.split()}: {done.stderr[-3000:]}"
-    assert done.stdout.split() == checks
+    assert interpreter(f"import {INTERPRETED.stem} as all\nall.run({checks})").split() == checks
 
 
 def test_training_under_autocast():

@@ -1,8 +1,6 @@
 """Sums over the pixels of each level: the reference against indices, the kernel interpreted and compiled for GPUs."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -85,8 +83,7 @@ compare(*make_case("levels"))
     [pytest.param(AS_TRAINED, id="as-trained"), pytest.param(INTERPRETED, id="all", marks=pytest.mark.slow)],
 )
 def test_triton_in_the_interpreter(interpreter, program):
-    done = subprocess.run([sys.executable, "-c", program], env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter(program)
 
 
 @pytest.mark.gpu
@@ -100,7 +97,7 @@ def test_gpu_in_awkward_cases():
     check_awkward("cuda")
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("of_sums", [False, True])
 def test_triton_compiles_for_gpus_without_spilling(of_sums, arch, tmp_path):
     pytest.importorskip("triton")

@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -257,13 +255,10 @@ for position in (0.0, 0.5, 0.3):
 
 
 def test_triton_in_the_interpreter(interpreter):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=interpreter, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize(
     ("logits", "precise", "position"),
     [("*bf16", "fp32", 0.0), ("*fp32", "fp32", 0.5), ("*fp32", "fp32", 0.3), ("*fp64", "fp64", 0.5)],

@@ -3,8 +3,6 @@
 import importlib
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -72,11 +70,14 @@ def test_fake_tensors(fake_cuda):
 
 
 INTERPRETED = """
+from dndetr.kernels import pixel_encoding as kernels
 from spoilt_kernels import check_self_test
 from test_pixel_encoding import *
 
-for name in op.CASES:
+for name in op.CASES.keys() - {"four"}:
     compare(*op.make_case(name))
+kernels.NUMBERS = 16384  # few programs: each takes long here
+compare(*op.make_case("four"))
 check_awkward("cpu")
 check_self_test("pixel_encoding", torch.float32, pixel_encoding=(5,))
 valid_sizes, shapes, sides, *given = op.make_case("shifted")
@@ -86,9 +87,7 @@ torch.library.opcheck(torch.ops.dndetr.pixel_encoding.default, (valid_sizes, sid
 
 
 def test_triton_in_the_interpreter(interpreter):
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu
@@ -102,7 +101,7 @@ def test_gpu_in_awkward_cases():
     check_awkward("cuda")
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("pairs", [2, 64])
 def test_triton_compiles_for_gpus_without_spilling(pairs, arch, tmp_path):
     pytest.importorskip("triton")

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -112,9 +110,7 @@ torch.library.opcheck(torch.ops.dndetr.refine_boxes.default, (correction, boxes,
 
 
 def test_triton_in_the_interpreter(interpreter):
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu
@@ -128,7 +124,7 @@ def test_gpu_in_awkward_cases():
     check_awkward("cuda")
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp16", "*fp32"])
 def test_triton_compiles_for_gpus_without_spilling(dtype, arch, tmp_path):
     pytest.importorskip("triton")

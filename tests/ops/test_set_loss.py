@@ -1,7 +1,5 @@
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -276,10 +274,7 @@ assert parts.isfinite().logical_not().nonzero().tolist() == [[1, 0]]
 
 
 def test_triton_in_the_interpreter(interpreter):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=interpreter, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
 @pytest.mark.gpu
@@ -288,7 +283,7 @@ def test_gpu_is_as_precise_as_the_reference(name):
     check_precision(name, "triton", 1e-12 if cases.CASES[name][-1] == torch.float64 else 4e-6, "cuda")
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["forward", "reduce", "backward"])
 def test_triton_compiles_for_gpus_without_spilling(kernel, logits, arch, tmp_path):

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -106,10 +104,7 @@ assert op._self_test("cpu", "triton") < 1e-5
 
 
 def test_triton_in_the_interpreter(interpreter):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=interpreter, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    interpreter(INTERPRETED)
 
 
 def test_cases_have_every_role():

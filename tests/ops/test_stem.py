@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -137,9 +135,7 @@ torch.library.opcheck(torch.ops.dndetr.stem.default, (images, weight, scale, shi
     "program", [pytest.param(AS_TRAINED, id="as-trained"), pytest.param(INTERPRETED, id="all", marks=pytest.mark.slow)]
 )
 def test_triton_in_the_interpreter(interpreter, program):
-    program = "from test_stem import *\n" + program
-    done = subprocess.run([sys.executable, "-c", program], env=interpreter, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    interpreter("from test_stem import *\n" + program)
 
 
 @pytest.mark.gpu
@@ -187,7 +183,7 @@ def plans():
     }
 
 
-@on_architectures(80, 90)
+@on_architectures(90)
 @pytest.mark.parametrize("name", ["layout", "convolution", "pool"])
 def test_triton_compiles_for_gpus_without_spilling(name, arch, tmp_path):
     if arch < 80:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from short_runs import SMALL
 from watched_runs import a_run
 
 import dndetr
@@ -24,7 +25,7 @@ from dndetr.training.criterion import Criterion
 from dndetr.training.listeners import all_listeners
 from dndetr.training.loss_window import Diverged
 
-FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
+FEW = [*SMALL, "--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
 
 
 @pytest.fixture(autouse=True)

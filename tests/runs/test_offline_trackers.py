@@ -214,7 +214,6 @@ def test_of_two_processes_the_first_speaks_to_them(home, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=240,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "shown" / "wandb").glob("offline-run-*"))) == 1

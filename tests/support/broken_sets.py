@@ -4,7 +4,6 @@ A test module gives ``good_set``, a folder as it should be, and takes ``broken``
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from forks import forks
 from goldens import ROOT
 
 # As small as a detector gets: what is tested here is what happens before it.
@@ -21,55 +21,28 @@ FLAGS = [
     "--model.encoder-layers", "1", "--model.decoder-layers", "1", "--denoising.groups", "1",
 ]  # fmt: skip
 
-# Importing torch takes longer than refusing a data set: each line of input is run as the command line would run it, in
-# a fork of a process that has done the slow imports.
-FORKS = """
-import json, os, runpy, sys, traceback
-import dndetr.training.trainer, dndetr.data.training, dndetr.pictures.samples
-for line in sys.stdin:
-    sys.argv, folder, cache = json.loads(line)
-    if os.fork() == 0:
-        os.chdir(folder)
-        for descriptor, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        os.environ["XDG_CACHE_HOME"] = cache
-        try:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # taking the interpreter down takes longer than all the rest
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
 Command = Callable[..., tuple[int, str, str]]
 
 
 @contextlib.contextmanager
 def forked_commands() -> Iterator[Command]:
     """``command(folder, module, *arguments)`` runs ``python -m module`` in a folder -> status, stdout, stderr."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    imports = "import runpy, dndetr.training.trainer, dndetr.data.training, dndetr.pictures.samples"
 
-    def run(folder: Path, module: str, *arguments: str) -> tuple[int, str, str]:
-        process.stdin.write(json.dumps([[module, *arguments], str(folder), str(folder / "cache")]) + "\n")
-        process.stdin.flush()
-        status = int(process.stdout.readline())
-        return status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+    def command(folder: Path, module: str, *arguments: str) -> tuple[int, str, str]:
+        line = f"import runpy, sys\nsys.argv = {[module, *arguments]}\n"
+        line += "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+        return run(line, folder, XDG_CACHE_HOME=str(folder / "cache"))
 
-    with subprocess.Popen([sys.executable, "-c", FORKS], env=_environment(), **pipes) as process:
-        yield run
-        process.stdin.close()
+    with forks(imports, _environment()) as run:
+        yield command
 
 
 def train(folder: Path, data: Path, *flags: str) -> subprocess.CompletedProcess:
     """A training run in a process of its own, as small as a detector gets."""
     environment = _environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
     command = [sys.executable, "-m", "dndetr.train", *FLAGS, "--data", str(data), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
 def assert_training_stops(command: Command, data: Path, folder: Path, where: str, what: str, *flags: str) -> None:

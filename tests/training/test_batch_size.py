@@ -169,7 +169,7 @@ def test_few_images_are_no_step_of_the_recipe(monkeypatch, capsys):
     config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=16)
     chosen = with_fitting_batch(config, Processes({}))[0]
     assert (chosen.batch_size, chosen.accumulate) == (16, 1)
-    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, overfit=3)
+    config = replace(PRESETS["tiny"](), batch_size="auto", val_images=2, train_images=16, overfit=3)
     chosen = with_fitting_batch(config, Processes({}))[0]
     assert (chosen.batch_size, chosen.accumulate) == (3, 1)  # as --overfit 3 alone has it
 

@@ -10,22 +10,20 @@ import time
 import goldens
 import pytest
 import torch
-from short_runs import TORCHRUN, environment
+from short_runs import SMALL, TORCHRUN, environment
 
 from dndetr import compare, train
 from dndetr.device import make_current, pick_device, pick_mode
 from dndetr.ops import _backend
 from dndetr.training.distributed import Processes
 
-FEW = ["--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
+FEW = [*SMALL, "--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "6", "--log-every", "2"]
 # Statistics of a batch are those of a process: with them, two processes are not one with twice the images.
 NO_BATCH_STATISTICS = ["--model.backbone.norm", "group"]
 
 
 def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*TORCHRUN, *command], env=environment(), cwd=cwd, capture_output=True, text=True, timeout=240
-    )
+    return subprocess.run([*TORCHRUN, *command], env=environment(), cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +32,6 @@ def torchrun(*command: str, cwd) -> subprocess.CompletedProcess:
         ("dn-detr", 1, 3),
         pytest.param("dino", 2, 3, marks=pytest.mark.slow),
         pytest.param("two-stage", 1, 0, marks=pytest.mark.slow),
-        pytest.param("dn-deformable-detr", 2, 3, marks=pytest.mark.slow),
         pytest.param("dn-deformable-detr", 1, 0, marks=pytest.mark.slow),
     ],
 )
@@ -88,7 +85,6 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert alone.returncode == 1 and "made by 2 processes" in alone.stderr
     done = torchrun("-m", "dndetr.train", "--resume", "stopped", "--quiet", cwd=tmp_path)

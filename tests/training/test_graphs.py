@@ -1,9 +1,9 @@
 """The captured step: its bookkeeping with a graph made of Python, and the real thing where there is a GPU."""
 
 import contextlib
+import functools
 import weakref
 from dataclasses import replace
-from functools import partial
 from unittest import mock
 
 import detectors
@@ -143,7 +143,7 @@ def python_graphs(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("endAllocateToPool", "releasePool"):
-        note = partial(lambda name, device, pool: ended.append((name, pool)), name)
+        note = functools.partial(lambda name, device, pool: ended.append((name, pool)), name)
         monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
     monkeypatch.setattr(GraphedStep, "compute_arrived", compute_arrived)
     # Eager steps pass for a device's, too: learning rates there are float32, on a CPU float64.
@@ -177,28 +177,30 @@ def steps_on_two_shapes(step, count: int = 20, first: int = 0) -> torch.Tensor:
     return torch.stack(found)
 
 
+@functools.cache
+def eager_steps() -> torch.Tensor:
+    """What captured steps are compared with; to be called where steps pass for a device's."""
+    return steps_on_two_shapes(make("eager", []))
+
+
 def test_captured_steps_are_the_eager_ones(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said))
     step = make("graph", said)
-    found = steps_on_two_shapes(step)
-    assert torch.equal(found, expected)
+    assert torch.equal(steps_on_two_shapes(step), eager_steps())
     assert not said and Graph.made == len(step._captured) == 2
     assert sum(captured.graph.replays for captured in step._captured.values()) == 18  # all but the first of each shape
 
 
 def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said))
     python_graphs.append("capture")
-    found = steps_on_two_shapes(make("graph", said))
-    assert torch.equal(found, expected)
+    assert torch.equal(steps_on_two_shapes(make("graph", said)), eager_steps())
     assert said == [f"batches of 2x96x128x3 run without a CUDA graph: {WHY}"]  # not for the other shape again
 
 
 def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said))
+    expected = eager_steps()
     step = make("graph", said)
     found = [steps_on_two_shapes(step, 3)]
     assert len(step._captured) == 1
@@ -218,10 +220,9 @@ def test_after_a_capture_that_broke_all_runs_eagerly(python_graphs):
 )
 def test_a_capture_that_is_wrong_is_never_used(python_graphs, forgotten, told):
     said = []
-    expected = steps_on_two_shapes(make("eager", said), 8)
     python_graphs.append(forgotten)
     step = make("graph", said)
-    assert torch.equal(steps_on_two_shapes(step, 8), expected)
+    assert torch.equal(steps_on_two_shapes(step, 8), eager_steps()[:8])
     assert not step._captured and len(said) == 1 and told in said[0]
     assert "all batches run without CUDA graphs from here on: the first replay of one is not the step" in said[0]
 
@@ -266,7 +267,7 @@ def test_graphs_make_room_for_shapes_that_are_new(python_graphs):
 
 def test_graphs_make_room_for_a_capture(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said))
+    expected = eager_steps()
     python_graphs.append("room")
     step = make("graph", said)
     found = [steps_on_two_shapes(step, 6)]
@@ -323,7 +324,7 @@ def test_there_are_only_so_many_graphs(python_graphs, monkeypatch):
 
 def test_shapes_that_were_not_chosen_take_no_graph_from_others(python_graphs):
     said = []
-    expected = steps_on_two_shapes(make("eager", said), 9)
+    expected = eager_steps()[:9]
     step = make("graph", said)
     step.expected = frozenset({BatchShape(96, 128, 8)})
     assert torch.equal(steps_on_two_shapes(step, 9), expected)

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from short_runs import SMALL
 
 from dndetr import train
 from dndetr.data.training import TrainingData
@@ -12,7 +13,7 @@ from dndetr.data.workers import WorkerLost
 from dndetr.runs.console import Console
 from dndetr.training.signals import StopSignal
 
-FEW = ["--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--quiet"]
+FEW = [*SMALL, "--epochs", "2", "--batch-size", "4", "--train-images", "12", "--val-images", "6", "--quiet"]
 
 
 @pytest.fixture(autouse=True)

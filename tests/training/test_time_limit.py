@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from short_runs import TORCHRUN, environment, stopped_after
+from short_runs import SMALL, TORCHRUN, environment, stopped_after
 
 from dndetr import train
 from dndetr.runs.run_log import read_rows
@@ -137,7 +136,7 @@ def test_all_schedules_follow_the_progress(kind):
     assert shortened.done == 800
 
 
-FEW = ["--epochs", "6", "--batch-size", "4", "--train-images", "24", "--val-images", "4", "--log-every", "2"]
+FEW = [*SMALL, "--epochs", "6", "--batch-size", "4", "--train-images", "24", "--val-images", "4", "--log-every", "2"]
 
 
 @pytest.fixture
@@ -253,9 +252,8 @@ def test_two_processes_end_together(tmp_path, flags, reason):
     """Weights that do not move have the same AP every time."""
     command = [*TORCHRUN, "-m", "dndetr.train", *FEW, "--epochs", "2000", "--lr", "1e-30", "--optimizer.ema", "0"]
     command += ["--output", "run", "--quiet", "--batch-size", "2", "--model.backbone.norm", "group"]
-    started = time.monotonic()
     done = subprocess.run([*command, *flags], env=environment(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and time.monotonic() - started < 60, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     end = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert end["event"] == "end" and end["reason"].startswith(reason)
 
