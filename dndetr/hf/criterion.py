@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import CostWeights, GroupLayout, LossWeights, match, set_loss
 from ..ops.class_loss import Kind
-from .labels import to_targets
+from .labels import check_labels, to_targets
 
 _NAMES = {"labels": ("loss_ce",), "boxes": ("loss_bbox", "loss_giou"), "cardinality": ("cardinality_error",)}
 
@@ -68,8 +68,7 @@ class _Fused:
         precise = torch.promote_types(torch.promote_types(logits.dtype, boxes.dtype), torch.float32)
         padded = to_targets(targets, logits.device, dtype=precise)
         queries, classes = logits.shape[2:]
-        if padded.labels.numel() and not 0 <= int(padded.labels.min()) <= int(padded.labels.max()) < classes:
-            raise ValueError(f"labels: class_labels must be at least 0 and below {classes}, the model's classes")
+        check_labels(padded, classes)
         grouped = queries // groups * groups
         matches = match(logits[:, :, :grouped], boxes[:, :, :grouped], padded, self.costs, groups)
         matches = matches._replace(target=F.pad(matches.target, (0, queries - grouped), value=-1))

@@ -24,7 +24,7 @@ from ..ops import GroupLayout
 from ..ops._backend import plain_torch_only
 from ..transformers_installed import require_transformers
 from .families import FAMILIES, Family, QueryEmbedding, Rows
-from .labels import to_targets
+from .labels import check_labels, to_targets
 from .query_groups import BesideQueryGroups, KeptGroups
 from .rebind import set_loss_function
 from .wrapped import of_compile_or_parallel, of_peft
@@ -137,9 +137,12 @@ class Denoising(nn.Module):
                 stacklevel=2,
             )
         targets = to_targets(labels, self.embedding.label.weight.device)
+        if targets.labels.is_cpu and not torch.compiler.is_compiling():  # elsewhere it would wait
+            check_labels(targets, self.classes)
         noised = self._noised(targets)
         self.steps = {memory: step for memory, step in self.steps.items() if not memory.expired()}
-        self.step = Step(targets, noised, as_tuple=not kwargs.get("return_dict", model.config.return_dict))
+        wanted = kwargs.get("return_dict")
+        self.step = Step(targets, noised, as_tuple=not (model.config.return_dict if wanted is None else wanted))
         return args, {**kwargs, "return_dict": True}
 
     def _noised(self, targets: Targets) -> NoisedQueries:
@@ -160,6 +163,8 @@ class Denoising(nn.Module):
                 "denoising: the decoder's self-attention has a mask already: leave decoder_attention_mask out"
             )
         step, matching = self.step, kwargs["inputs_embeds"]
+        if (images := len(step.targets.counts)) != len(matching):
+            raise ValueError(f"denoising: labels of {images} images, but {len(matching)} in the batch")
         step.layout = step.noised.layout(matching.shape[1])
         if not self.family.query_groups:
             blocked = step.layout.blocked(step.noised.active)

@@ -27,3 +27,10 @@ def to_targets(
         padded_boxes[row, :count] = image["boxes"]
     counts = torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
     return Targets(padded_labels, padded_boxes, counts)
+
+
+def check_labels(targets: Targets, classes: int) -> None:
+    """Raise ValueError where a label is of no class; waits for the device."""
+    labels = targets.labels  # [B, T]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels: class_labels must be at least 0 and below {classes}, the model's classes")

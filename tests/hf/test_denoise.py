@@ -158,7 +158,6 @@ def test_denoising_can_be_taken_out(name):
     assert dndetr.denoise(model, groups=0) is model and not hasattr(model, "denoising")
     assert model.loss_function is plain.loss_function and "_loss_function" not in vars(model)
     assert_bit_equal(run(plain, labels(*COUNTS)), run(model, labels(*COUNTS)))
-    # Backbones of LW-DETR and RF-DETR get hooks of transformers in their first forward pass, denoised or not.
     for module, other in zip(model.modules(), plain.modules(), strict=True):
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks"):
             assert len(getattr(module, kind)) == len(getattr(other, kind))
@@ -234,6 +233,7 @@ def test_a_tuple_is_returned_where_one_is_asked_for():
     model = dndetr.denoise(hf_models.build("conditional").train())
     loss, _, logits, *_ = run(model, labels(*COUNTS), return_dict=False)
     assert loss.ndim == 0 and logits.shape == (len(COUNTS), QUERIES, CLASSES)
+    assert run(model, labels(*COUNTS), return_dict=None).logits.shape == logits.shape  # None: what the config says
 
 
 def test_labels_are_found_among_positional_arguments():
@@ -277,6 +277,11 @@ def test_mistakes_are_named():
     wrong = [{"class_labels": torch.zeros(2, dtype=torch.int64), "boxes": torch.rand(3, 4)}]
     with pytest.raises(ValueError, match=r"labels\[0\]: boxes must be \[2, 4\]"):
         model.train()(pixels(1), labels=wrong)
+    with pytest.raises(ValueError, match="labels of 2 images, but 3 in the batch"):
+        run(model, labels(2, 1))
+    for label in (-1, CLASSES):
+        with pytest.raises(ValueError, match=f"class_labels must be at least 0 and below {CLASSES}"):
+            model(pixels(1), labels=[{"class_labels": torch.tensor([label]), "boxes": torch.rand(1, 4)}])
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         model(pixels(1), labels=labels(1))
