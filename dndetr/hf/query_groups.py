@@ -35,7 +35,7 @@ class BesideQueryGroups:
 
     def before(self, attention: nn.Module, args: tuple, kwargs: dict):
         queries = args[0] if args else kwargs["hidden_states"]
-        step = self.step_of(queries)
+        step, self.whole = self.step_of(queries), None  # an interrupted pass (Ctrl-C) has left its own
         if step is None:
             return None
         positions, first = kwargs["position_embeddings"], step.layout.denoising
@@ -107,7 +107,9 @@ class KeptGroups:
         yield model.model.register_forward_hook(self.after_base, always_call=True)
 
     def detach(self, model: nn.Module) -> None:
-        """Undo what ``attach`` does besides registering hooks."""
+        """Undo what ``attach`` does besides registering hooks, and what an interrupted pass (Ctrl-C) has left."""
+        self.after_model(model, (), None)
+        self.after_base(model.model, (), None)
         self._set(model, model.config, model.config.group_detr, trained=True)
 
     def _set(self, model: nn.Module, config, groups: int, trained: bool) -> None:

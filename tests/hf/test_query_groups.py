@@ -232,6 +232,25 @@ def test_a_forward_that_raises_leaves_the_model_as_it_was():
     assert run(model).loss.isfinite()
 
 
+@pytest.mark.parametrize("then", ["evaluate", "undo"])
+def test_an_interrupted_forward_is_followed_by_anything(then):
+    def interrupt(*_):
+        raise KeyboardInterrupt  # for which PyTorch calls no hook
+
+    model = dndetr.denoise(shaken("rf"), groups=2, keep_groups=1)
+    config = model.config
+    handle = model.model.decoder.layers[0].self_attn.o_proj.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    handle.remove()
+    if then == "evaluate":
+        assert run(model.eval()).logits.shape[1] == QUERIES
+    else:
+        dndetr.denoise(model, groups=0)
+        assert run(model).logits.shape[1] == GROUPS * QUERIES and model.model.group_detr == GROUPS
+    assert model.config is config and not set(TABLES) & set(vars(model.model))
+
+
 @pytest.mark.parametrize("first", ["denoise", "accelerate"])
 def test_kept_groups_and_acceleration_go_together(first):
     plain, model = (shaken("rf") for _ in range(2))
