@@ -220,3 +220,4 @@ def _differentiate(ctx, grad_out):
 
 
 torch.library.register_autograd("dndetr::ms_deform_attn", _differentiate, setup_context=_setup_context)
+_backend.differentiable_once("ms_deform_attn")

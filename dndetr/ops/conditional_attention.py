@@ -146,6 +146,7 @@ def _differentiate(ctx, grad_out, _grad_lse):
 
 
 torch.library.register_autograd("dndetr::conditional_attention", _differentiate, setup_context=_setup_context)
+_backend.differentiable_once("conditional_attention")
 
 
 def conditional_attention(
@@ -163,7 +164,8 @@ def conditional_attention(
 
     q_content, q_position [B, H, Q, .], k_content, k_position, v [B, H, S, .] of any strides, each part of its own
     width; valid [B, S] bool, True = real key; scale defaults to 1 / sqrt(content + position width) -> [B, H, Q, width
-    of v]. Rows with no valid key are zero. precision as in :func:`group_attention`.
+    of v]. Rows with no valid key are zero. The kernels' results can be differentiated once. precision as in
+    :func:`group_attention`.
     """
     keys, width = (*v.shape[:2], v.shape[2]), q_content.shape[3] + q_position.shape[3]
     if k_content.shape[:3] != keys or k_position.shape[:3] != keys:

@@ -154,6 +154,7 @@ def _differentiate(ctx, grad_out, _grad_lse):
 
 
 torch.library.register_autograd("dndetr::group_attention", _differentiate, setup_context=_setup_context)
+_backend.differentiable_once("group_attention")
 
 
 def group_attention(
@@ -170,6 +171,7 @@ def group_attention(
 
     q, k [B, H, Q, D], v [B, H, Q, D'] of any strides, Q = layout.queries; active [B] int32 live slots per group (None:
     all); scale defaults to 1 / sqrt(D) -> [B, H, Q, D']. Rows of inactive slots are zero and pass no gradient.
+    The kernels' results can be differentiated once.
     precision: float32 products of the Triton kernels, "tf32", "tf32x3", "ieee" or "torch" (the default: as
     its float32 matmul precision).
     """

@@ -161,6 +161,7 @@ def ms_deform_attn(
 
     value [B, S, H, D] levels after each other; spatial_shapes ((h, w), ...) Python ints; locations [B, Q, H, L, P, 2]
     as (x, y) in [0, 1], zero is sampled outside; weights [B, Q, H, L, P] -> [B, Q, H * D] in the dtype of value.
+    The kernels' results can be differentiated once.
     """
     _check_dimensions("ms_deform_attn", value=(value, 4), locations=(locations, 6))
     batch, heads, levels = value.shape[0], value.shape[2], len(spatial_shapes)

@@ -220,6 +220,7 @@ def _differentiate(ctx, grad_total, grad_parts):
 
 
 torch.library.register_autograd("dndetr::set_loss", _differentiate, setup_context=_setup_context)
+_backend.differentiable_once("set_loss")
 
 
 def set_loss(
@@ -240,8 +241,8 @@ def set_loss(
     with layout.slots a multiple of T where there are groups (twice for contrastive ones), normalizers [2] (matching,
     denoising), which pass no gradient; counted [B] int32: slots of each group that count, at most layout.slots (None:
     those of objects); proposals: so many of the first layers are the encoder's
-    -> total (scalar) and parts [Y, 6], unweighted, in the order of ``PARTS``; at least float32. ValueError where sizes
-    do not fit each other.
+    -> total (scalar) and parts [Y, 6], unweighted, in the order of ``PARTS``; at least float32. Kernels' results can
+    be differentiated once. ValueError where sizes do not fit each other.
     """
     layers, batch, queries, _ = logits.shape
     objects, per_object = targets.labels.shape[1], _per_object(layout, targets)
