@@ -24,8 +24,11 @@ from ..ops import LossWeights
 
 def focal(config, logits: Tensor, boxes: Tensor, targets: Targets, groups: int, objects: Tensor):
     """Focal loss; arguments and result, after config, as of :func:`dndetr.denoising.denoising_loss`."""
-    weights = LossWeights(1.0, config.bbox_loss_coefficient, config.giou_loss_coefficient, config.focal_alpha)
-    return denoising_loss(logits, boxes, targets, groups, objects, weights)
+    # A negative alpha switches weighting off in transformers, which makes twice the loss of equal weights.
+    label, alpha = (1.0, config.focal_alpha) if config.focal_alpha >= 0 else (2.0, 0.5)
+    weights = LossWeights(label, config.bbox_loss_coefficient, config.giou_loss_coefficient, alpha)
+    total, parts = denoising_loss(logits, boxes, targets, groups, objects, weights)
+    return total, torch.cat((label * parts[:, :1], parts[:, 1:]), dim=1)
 
 
 def quality(config, logits: Tensor, boxes: Tensor, targets: Targets, groups: int, objects: Tensor):

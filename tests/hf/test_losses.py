@@ -1,4 +1,4 @@
-"""The softmax loss of DETR's noised queries: what counts in it, and what does not."""
+"""Losses of noised queries: focal as transformers has it; what counts in DETR's softmax loss, and what does not."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dndetr.batch import Targets
-from dndetr.hf.losses import softmax
+from dndetr.hf.losses import focal, softmax
 
 CONFIG = SimpleNamespace(eos_coefficient=0.1, bbox_loss_coefficient=5, giou_loss_coefficient=2)
 LAYERS, GROUPS, SLOTS, CLASSES = 2, 2, 3, 4
@@ -26,6 +26,19 @@ def case(counts: tuple[int, ...], contrastive: bool, dtype: torch.dtype = torch.
 
 def loss(logits, boxes, targets):
     return softmax(CONFIG, logits, boxes, targets, GROUPS, targets.counts.sum())
+
+
+@pytest.mark.parametrize("alpha", [0.3, -1.0])
+def test_focal_loss_is_that_of_transformers(alpha):
+    theirs = pytest.importorskip("transformers.loss.loss_for_object_detection").sigmoid_focal_loss
+    logits, boxes, targets = case((2, 0, 3), contrastive=False)
+    config = SimpleNamespace(focal_alpha=alpha, bbox_loss_coefficient=0, giou_loss_coefficient=0)
+    total, parts = focal(config, logits, boxes, targets, GROUPS, targets.counts.sum())
+    alive = targets.valid[:, None].expand(-1, GROUPS, -1).flatten(1)
+    wanted = F.one_hot(targets.labels[:, None].expand(-1, GROUPS, -1).flatten(1)[alive], CLASSES + 1).double()
+    expected = [theirs(layer[alive][None], wanted[None], 5 * GROUPS, alpha) * len(wanted) for layer in logits]
+    torch.testing.assert_close(parts[:, 0], torch.stack(expected))
+    torch.testing.assert_close(total, sum(expected))
 
 
 def test_without_negatives_the_class_loss_is_the_mean_over_copies():
