@@ -71,7 +71,7 @@ class LossConfig:
     cost_giou: float = 2.0
     """Generalised IoU in the matching cost."""
     alpha: float = 0.25
-    """Weight of the positive class in the focal loss and cost; the score's share in what iou aims at."""
+    """Weight of the positive class in the losses focal and position, and in the cost; in iou the score's share."""
     kind: Literal["focal", "iou", "mal", "position"] = "focal"
     """Classification by class alone (focal), or also by how good the box is: Align-DETR's, DEIM's, Stable-DINO's."""
     noised: Literal["same", "focal"] = "same"
@@ -89,13 +89,13 @@ class LossConfig:
         return (0.5 if self.kind == "position" else 0.0) if self.cost_position is None else self.cost_position
 
     def __post_init__(self):
+        demand_counts(self, "loss.", "repeats")
+        demand(0 <= self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
         for f in fields(self):
             value = getattr(self, f.name)
             if not isinstance(value, int | float):
                 continue
             demand(0 <= value < float("inf"), f"loss.{f.name.replace('_', '-')}", value, "0 or more")
-        demand(self.alpha <= 1, "loss.alpha", self.alpha, "0 to 1")
-        demand_counts(self, "loss.", "repeats")
 
 
 @dataclass(frozen=True)

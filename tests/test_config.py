@@ -88,8 +88,24 @@ def test_a_second_set_of_queries_has_no_patterns_and_some_repeats():
         ModelConfig(one_to_many=9, patterns=3)
     with pytest.raises(ValueError, match=r"^--model.one-to-many -1: give 0"):
         ModelConfig(one_to_many=-1)
-    with pytest.raises(ValueError, match=r"^--loss.repeats 0: give 1 or more"):
-        LossConfig(repeats=0)
+    for repeats in (0, -1):
+        with pytest.raises(ValueError, match=rf"^--loss.repeats {repeats}: give 1 or more"):
+            LossConfig(repeats=repeats)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"alpha": -0.5}, "--loss.alpha -0.5: give 0 to 1"),
+        ({"alpha": 1.5}, "--loss.alpha 1.5: give 0 to 1"),
+        ({"alpha": float("nan")}, "--loss.alpha nan: give 0 to 1"),
+        ({"cost_position": -0.5}, "--loss.cost-position -0.5: give 0 or more"),
+        ({"one_to_many": float("inf")}, "--loss.one-to-many inf: give 0 or more"),
+    ],
+)
+def test_losses_take_no_less_than_nothing(settings, told):
+    with pytest.raises(ValueError, match=told):
+        LossConfig(**settings)
 
 
 def test_contents_are_selected_with_proposals():

@@ -21,12 +21,6 @@ DNDETR_KERNEL Reals<double> log_of_one_plus(Reals<double> e) {
   return e;
 }
 
-template <class Real>
-DNDETR_KERNEL Reals<Real> root_of(Reals<Real> x) {
-  for (int l = 0; l < Registers<Real>::lanes; ++l) x[l] = std::sqrt(x[l]);
-  return x;
-}
-
 // sigmoid(z), 1 - sigmoid(z) and softplus(z): what all of these losses and slopes are made of.
 template <class Real>
 struct Logistic {
@@ -48,7 +42,7 @@ DNDETR_TARGET Real losses(Real* values, int count) {
   Reals<Real> sum{};
   for (int i = 0; i < count; i += Registers<Real>::lanes) {
     const Logistic<Real> l(at(values + i));
-    sum += at(values + i) = l.p * (kWeight ? root_of<Real>(l.p) : l.p) * l.softplus;
+    sum += at(values + i) = l.p * (kWeight ? root_of(l.p) : l.p) * l.softplus;
   }
   Real all = 0;
   for (int lane = 0; lane < Registers<Real>::lanes; ++lane) all += sum[lane];
@@ -61,7 +55,7 @@ DNDETR_TARGET void slopes(Real* values, int count) {
   for (int i = 0; i < count; i += Registers<Real>::lanes) {
     const Logistic<Real> l(at(values + i));
     if constexpr (kWeight) {
-      at(values + i) = l.p * root_of<Real>(l.p) * l.p;
+      at(values + i) = l.p * root_of(l.p) * l.p;
     } else {
       at(values + i) = l.p * l.p * (2 * l.rest * l.softplus + l.p);
     }

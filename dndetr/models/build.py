@@ -11,7 +11,7 @@ from .encoder import DeformableEncoder, DenseEncoder
 from .features import InputProjection
 from .layers import Recomputable
 from .proposals import ProposalHead
-from .queries import Queries
+from .queries import Queries, QueryTable
 from .transformers_backbone import TransformersBackbone
 from .vector_queries import VectorQueries
 
@@ -64,7 +64,7 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
         )
     proposed, vectors = config.proposals != "none", config.query_positions == "vectors"
     if vectors:
-        queries = VectorQueries(width, config.queries, classes, proposed, config.one_to_many)
+        queries = VectorQueries(width, config.queries, classes, proposed)
     else:
         queries = Queries(
             width,
@@ -75,7 +75,6 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
             anchors=config.anchors,
             indicator=config.label_indicator,
             proposed=proposed,
-            one_to_many=config.one_to_many,
         )
     proposals = None
     if proposed:
@@ -105,6 +104,10 @@ def build_model(config: ModelConfig, classes: int) -> DNDETR:
     else:
         decoder = DABDecoder(**shape)
     model = DNDETR(backbone, projection, encoder, queries, decoder, proposals, config.one_to_many)
+    if config.one_to_many:  # drawn after all else, which a seed makes the same with it and without
+        for table in queries.modules():
+            if isinstance(table, QueryTable):
+                table.add_second_set(config.one_to_many)
     for block in model.modules():
         # Batch norm's running statistics would advance twice.
         if isinstance(block, Recomputable) and not any(isinstance(m, nn.BatchNorm2d) for m in block.modules()):

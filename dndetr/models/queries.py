@@ -1,5 +1,8 @@
 """Content and anchors of the decoder's queries: learned ones, for matching or one-to-many, and noised ground truth."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +12,26 @@ from .proposals import Proposals
 
 
 class QueryTable(nn.Embedding):
-    """What each matching query has learned, [N, C], and each of ``one_to_many`` queries of a second set, [M, C].
+    """What each matching query has learned, [N, C], and each query of a second set, [M, C], where there is one.
 
     The second set has a parameter of its own, ``many``, so that the detector without it has the same others.
     """
 
-    def __init__(self, queries: int, width: int, one_to_many: int = 0):
+    def __init__(self, queries: int, width: int):
         super().__init__(queries, width)
-        self.many = nn.Parameter(torch.randn(one_to_many, width)) if one_to_many else None
+        self.register_parameter("many", None)
+        self._place: Callable[[Tensor], object] | None = None
+
+    def start_at(self, place: Callable[[Tensor], object]) -> None:
+        """Let ``place`` change what rows start from, N(0, 1), also of a second set."""
+        self._place = place
+        place(self.weight)
+
+    def add_second_set(self, count: int) -> None:
+        """So many more rows, in ``many``."""
+        self.many = nn.Parameter(torch.randn(count, self.embedding_dim))
+        if self._place is not None:
+            self._place(self.many)
 
     def rows(self, both: bool) -> Tensor:
         """[N, C] of the matching queries, or [N + M, C] of both sets."""
@@ -34,7 +49,7 @@ class Queries(nn.Module):
     "grid" (centres on a regular grid, sides 0.25).
     ``proposed``: the anchors are the encoder's proposals instead; so is the content where it is not learned, and where
     it is (mixed query selection), the i-th belongs to the i-th best, and has no indicator.
-    ``one_to_many``: so many queries of a second set, behind all others, which is there where a caller asks for it.
+    A second set (``QueryTable.add_second_set``) is behind all others, and there where a caller asks for it.
     """
 
     def __init__(
@@ -47,23 +62,20 @@ class Queries(nn.Module):
         anchors: str = "normal",
         indicator: bool = True,
         proposed: bool = False,
-        one_to_many: int = 0,
     ):
         super().__init__()
         if patterns and (learned_content or proposed):
             raise ValueError("patterns need queries that share their content; use --model.patterns 0")
         self.classes, self.indicator, self.count = classes, indicator, queries
         self.label_enc = nn.Embedding(classes + 1, width - indicator)
-        self.refpoint_embed = None if proposed else QueryTable(queries, 4, one_to_many)
+        self.refpoint_embed = None if proposed else QueryTable(queries, 4)
         content = width - (indicator and not proposed)
-        self.tgt_embed = QueryTable(queries, content, one_to_many) if learned_content else None
+        self.tgt_embed = QueryTable(queries, content) if learned_content else None
         self.patterns = nn.Embedding(patterns, width) if patterns else None
         if not proposed:
-            for rows in self.refpoint_embed.parameters():
-                _place_anchors(rows, anchors)
+            self.refpoint_embed.start_at(partial(_place_anchors, kind=anchors))
         elif learned_content:
-            for rows in self.tgt_embed.parameters():
-                nn.init.xavier_uniform_(rows)
+            self.tgt_embed.start_at(nn.init.xavier_uniform_)
 
     @property
     def matching(self) -> int:

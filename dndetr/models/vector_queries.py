@@ -17,10 +17,10 @@ class VectorQueries(nn.Module):
 
     Without ``proposed`` both are learned, and a query starts at a point that is made of its position. With it, both are
     made of the encoder's proposals, which is where queries start. A noised query's content is a row of the label table,
-    its position is made of its box, and it starts at the box, or at its centre. ``one_to_many``: as of ``Queries``.
+    its position is made of its box, and it starts at the box, or at its centre. A second set: as of ``Queries``.
     """
 
-    def __init__(self, width: int, queries: int, classes: int, proposed: bool = False, one_to_many: int = 0):
+    def __init__(self, width: int, queries: int, classes: int, proposed: bool = False):
         super().__init__()
         self.classes, self.matching, self.proposed = classes, queries, proposed
         self.label_enc = nn.Embedding(classes + 1, width)
@@ -29,8 +29,8 @@ class VectorQueries(nn.Module):
             self.pos_trans, self.pos_trans_norm = Linear(2 * width, 2 * width), nn.LayerNorm(2 * width)
             nn.init.xavier_uniform_(self.pos_trans.weight)
         else:
-            self.position_embed = QueryTable(queries, width, one_to_many)
-            self.tgt_embed = QueryTable(queries, width, one_to_many)
+            self.position_embed = QueryTable(queries, width)
+            self.tgt_embed = QueryTable(queries, width)
             self.reference_points = Linear(width, 2)
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
@@ -49,11 +49,11 @@ class VectorQueries(nn.Module):
         if proposals is None:
             position, content = self.position_embed.rows(both), self.tgt_embed.rows(both)
             places = nn.functional.pad(self.reference_points(position), (0, 2))
-            both, places = (x.expand(batch, -1, -1) for x in (torch.cat((position, content), dim=-1), places))
+            vectors, places = (x.expand(batch, -1, -1) for x in (torch.cat((position, content), dim=-1), places))
         else:
-            both, places = self._of_proposals(proposals.anchors), proposals.anchors
+            vectors, places = self._of_proposals(proposals.anchors), proposals.anchors
         if noised is None:
-            return both, places
+            return vectors, places
         live = noised.live[:, None, :, None]
         boxes = noised.boxes.flatten(1, 2)
         position = self.position_head(anchor_encoding(boxes, self.label_enc.embedding_dim // 2))
@@ -61,8 +61,8 @@ class VectorQueries(nn.Module):
         noised_places = (inverse_sigmoid(noised.boxes).to(places.dtype) * live).flatten(1, 2)
         if not self.proposed:
             noised_places = nn.functional.pad(noised_places[..., :2], (0, 2))
-        noised_both = torch.cat((position.to(content.dtype), content), dim=-1)
-        return torch.cat((noised_both, both), dim=1), torch.cat((noised_places, places), dim=1)
+        noised_vectors = torch.cat((position.to(content.dtype), content), dim=-1)
+        return torch.cat((noised_vectors, vectors), dim=1), torch.cat((noised_places, places), dim=1)
 
     def _of_proposals(self, anchors: Tensor) -> Tensor:
         # The encoding puts y first, this model x. (Picked by a list they would wait for its copy on the device.)

@@ -6,7 +6,8 @@ With p = sigmoid(logit at the target's label) and boxes a (predicted), b (target
          + l1 * |a - b|_1 (cxcywh) - giou * GIoU(a, b)
 
 With ``position`` > 0 the label's term is of p ((GIoU(a, b) + 1) / 2)^position instead of p, the fraction kept in
-[0, 1]: a score counts as much as its box fits (Stable-DINO, arXiv 2304.04742, whose exponent is 0.5).
+[0, 1]: a score counts as much as its box fits (Stable-DINO, arXiv 2304.04742, whose exponent is 0.5, and whose code
+also stretches the fractions of an image until the largest is 1).
 No gradient flows through it. Math and result are float32 (float64 for float64 input). A logit or box that is not
 finite gives a cost that is not. The memory of the result is target-major, [Y, B, T, N], which is how ``assign`` reads
 it fastest. The C++ and Triton kernels gather the one logit they need and write each cost once; the reference

@@ -14,6 +14,7 @@ for line in sys.stdin:
     program, folder, variables = json.loads(line)
     if os.fork() == 0:
         os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the next programs are not for this one to read
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         os.environ |= variables
@@ -21,7 +22,9 @@ for line in sys.stdin:
         try:
             exec(program, {"__name__": "__main__"})
         except SystemExit as end:
-            status = end.code or 0
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if end.code is not None and not isinstance(end.code, int):
+                print(end.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
             status = 1

@@ -49,6 +49,25 @@ def test_evaluation_is_that_of_the_model_without(name):
     assert [x.shape[2] for x in trained.one_to_many] == [20, 20]
 
 
+@every_hybrid
+@pytest.mark.parametrize("anchors", ["normal", "uniform"])
+def test_a_seed_makes_the_first_set_and_all_else_the_same_with_it_and_without(name, anchors):
+    """So that runs of ``compare`` differ in nothing but the second set."""
+    config, weights = replace(detectors.HYBRID[name], anchors=anchors), []
+    for one_to_many in (20, 0):
+        torch.manual_seed(3)
+        weights.append(build_model(replace(config, one_to_many=one_to_many), detectors.CLASSES).state_dict())
+    assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "grid"])
+def test_anchors_of_the_second_set_are_placed_as_those_of_the_first(kind):
+    model = build_model(replace(detectors.HYBRID["hybrid-dn-detr"], anchors=kind, one_to_many=12), detectors.CLASSES)
+    table = model.queries.refpoint_embed
+    assert table.many.shape == table.weight.shape and (table.many[:, :2].sigmoid() < 1).all()
+    assert torch.equal(table.many, table.weight) == (kind == "grid")
+
+
 @pytest.mark.parametrize("name", ["hybrid-dn-deformable-detr", "hybrid-dn-detr", "hybrid-dino"])
 def test_neither_set_sees_the_other(name):
     """Not by the smallest gradient: of the first set's and the noised queries' outputs by what the second has learned,
