@@ -92,7 +92,7 @@ class ModelConfig:
     queries: int = 300
     """Number of matching queries (anchors)."""
     one_to_many: int = 0
-    """Queries of a second set, trained with repeated targets and dropped at test time (0: none; H-DETR: 1500)."""
+    """Queries of a second set, trained with repeated targets, dropped at test time (0: none; H-DETR: 1500; to 2048)."""
     patterns: int = 0
     """Learned content patterns per anchor (0: none)."""
     levels: int = 1
@@ -149,7 +149,8 @@ class ModelConfig:
         demand_counts(self, "model.", "encoder_points", "decoder_points")
         demand(self.encoder_layers >= 0, "model.encoder-layers", self.encoder_layers, "0 or more")
         demand(self.patterns >= 0, "model.patterns", self.patterns, "0 or more")
-        demand(self.one_to_many >= 0, "model.one-to-many", self.one_to_many, "0 (off) or more")
+        most = "0 (off) to 2048, the most that a GPU matches at once"
+        demand(0 <= self.one_to_many <= 2048, "model.one-to-many", self.one_to_many, most)
         wanted = "--model.patterns 0 too, since a second set has no patterns"
         demand(not (self.one_to_many and self.patterns), "model.one-to-many", self.one_to_many, wanted)
         demand(all(t > 0 for t in self.temperature), "model.temperature", self.temperature, "positive numbers")
