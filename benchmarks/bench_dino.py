@@ -45,11 +45,11 @@ class LayerByLayer(Criterion):
         return Losses(total, parts, Matches(None, None, finite))
 
 
-def heads_on_all_tokens(head: ProposalHead, features: Features) -> Proposals:
+def heads_on_all_tokens(head: ProposalHead, features: Features, more: int = 0) -> Proposals:
     """What the head does, as the official code does it: every token through every layer, then the best are gathered."""
     places, sound = proposed_logits(features, torch.promote_types(features.tokens.dtype, torch.float32))
     content, logits, corrected = head._heads(features.tokens.masked_fill(~sound[..., None], 0), places)
-    index = logits.detach().amax(-1).topk(head.count, dim=1).indices
+    index = logits.detach().amax(-1).topk(head.count + more, dim=1).indices
     content, logits, corrected = (torch.take_along_dim(x, index[..., None], 1) for x in (content, logits, corrected))
     return Proposals(index, content.detach(), corrected.detach(), logits, corrected.sigmoid())
 

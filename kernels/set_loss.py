@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.class_loss import KINDS
 from .class_loss import beside_target, logistic
 from .giou import iou_and_giou, share
 from .set_loss_targets import losses_at_targets, pairs_of, targets_of
@@ -244,7 +243,7 @@ def set_loss_forward(
     tiles = triton.cdiv(queries, block_q)
     sums = parts.new_empty((layers, 8, batch, tiles))
     label, l1, giou, alpha, eps = weights
-    kind, noised = (KINDS[number] for number in kinds)
+    kind, noised = kinds
     if sums.numel():
         set_loss_forward_kernel[(layers * batch, tiles)](
             logits,
@@ -313,7 +312,7 @@ def set_loss_backward(
         return
     block_q, block_k = _tile(classes)
     label, l1, giou, alpha, eps = weights
-    kind, noised = (KINDS[number] for number in kinds)
+    kind, noised = kinds
     set_loss_backward_kernel[(layers * batch, triton.cdiv(queries, block_q))](
         grad_total,
         grad_parts,

@@ -144,15 +144,15 @@ def _forward(logits, boxes, *others):
     total, parts = _forward_fake(logits, boxes)
     *others, groups, per_object, proposals, weights, kinds, backend = others
     inputs = _contiguous(logits, boxes, *others)
-    numbers = groups, per_object, proposals, weights, kinds
+    numbers = groups, per_object, proposals, weights
     if backend == "triton":
         from ..kernels.set_loss import set_loss_forward
 
         with torch.cuda.device_of(logits):
-            set_loss_forward(*inputs, *numbers, total, parts)
+            set_loss_forward(*inputs, *numbers, _names(kinds), total, parts)
     else:
         module = _backend.compiled()
-        problem = _problem(module, inputs, *numbers)
+        problem = _problem(module, inputs, *numbers, kinds)
         module.set_loss(problem, total.data_ptr(), parts.data_ptr(), torch.get_num_threads())
     return total, parts
 
@@ -162,20 +162,24 @@ def _backward(grad_total, grad_parts, logits, boxes, *others):
     grads = _backward_fake(grad_total, grad_parts, logits, boxes)
     *others, groups, per_object, proposals, weights, kinds, backend = others
     inputs = _contiguous(logits, boxes, *others)
-    numbers = groups, per_object, proposals, weights, kinds
+    numbers = groups, per_object, proposals, weights
     precise = _precise(logits, boxes)
     grad_total, grad_parts = (None if x is None else x.to(precise).contiguous() for x in (grad_total, grad_parts))
     if backend == "triton":
         from ..kernels.set_loss import set_loss_backward
 
         with torch.cuda.device_of(logits):
-            set_loss_backward(grad_total, grad_parts, *inputs, *numbers, *grads)
+            set_loss_backward(grad_total, grad_parts, *inputs, *numbers, _names(kinds), *grads)
     else:
         module = _backend.compiled()
         given = [0 if x is None else x.data_ptr() for x in (grad_total, grad_parts)]
-        problem = _problem(module, inputs, *numbers)
+        problem = _problem(module, inputs, *numbers, kinds)
         module.set_loss_backward(problem, *given, *map(_backend.pointer, grads), torch.get_num_threads())
     return grads
+
+
+def _names(kinds: list[int]) -> list[Kind]:
+    return [KINDS[number] for number in kinds]
 
 
 def _contiguous(logits, boxes, target, labels, target_boxes, counts, counted, normalizers) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from dndetr import health
 from dndetr.analysis.leak import leak_check
 from dndetr.analysis.reconstruction import measure_reconstruction
 from dndetr.denoising import draw_noise, noised_queries
-from dndetr.models import deformable_decoder
+from dndetr.models import layers
 from dndetr.models.dn_detr import Predictions
 from dndetr.ops import images_of
 from dndetr.ops.group_attention import GroupLayout, group_attention
@@ -190,7 +190,7 @@ def between_groups(q, k, v, layout, active=None, scale=None):
 
 @pytest.mark.parametrize(("attention", "leak"), [(without_groups, "matching"), (between_groups, "groups")])
 def test_a_leak_is_found(monkeypatch, attention, leak):
-    monkeypatch.setattr(deformable_decoder, "group_attention", attention)
+    monkeypatch.setattr(layers, "group_attention", attention)
     check = leak_check(detectors.build("dn-deformable-detr"), detectors.make_batch(COUNTS, 8), detectors.CLASSES)
     assert getattr(check, leak) > 1e-3 and not check.passed
 
@@ -241,7 +241,7 @@ def test_the_command_measures_what_the_run_did(finished, tmp_path, capsys):
 def test_the_leak_check_alone_fails_for_a_leak(finished, monkeypatch, capsys):
     assert health.main([str(finished), "--leak-check"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
-    monkeypatch.setattr(deformable_decoder, "group_attention", without_groups)
+    monkeypatch.setattr(layers, "group_attention", without_groups)
     assert health.main([str(finished), "--leak-check"]) == 1
     assert "error: leak check: FAILED" in capsys.readouterr().err
 
