@@ -1,10 +1,23 @@
 """What tests and benchmarks share."""
 
+import argparse
 import os
+import zlib
 
 import pytest
 
 _MOST = 8  # processes; each takes two gigabytes
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", type=_share, help="k/n: only the k-th of n equal shares of the tests, k from 0")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: the first of two shares is 0/2, the second 1/2")
+    return int(number), int(count)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,8 +34,12 @@ def pytest_cmdline_main(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items):
-    """Items marked ``gpu`` are skipped where torch sees none, with that reason."""
+def pytest_collection_modifyitems(config, items):
+    """Items of another share are left out; those marked ``gpu`` are skipped where torch sees none, with that reason."""
+    if config.option.share:
+        number, count = config.option.share
+        # By name: a test's share is the same whatever else there is.
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == number]
     import torch  # not before the benchmarks' conftest, which sets how torch waits
 
     if torch.cuda.is_available():
