@@ -210,8 +210,8 @@ def _tile(classes: int) -> tuple[int, int]:
     return min(2048 // block_k, 128), block_k
 
 
-def _warps(kind: str, noised: str) -> int:
-    """Losses that know the box need more registers, so that a thread gets half as many logits."""
+def _warps_backward(kind: str, noised: str) -> int:
+    """Slopes of losses that know the box need more registers, so that a thread gets half as many logits."""
     return 4 if kind == noised == "focal" else 8
 
 
@@ -268,7 +268,7 @@ def set_loss_forward(
             PRECISE=_precise(parts),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
-            num_warps=_warps(kind, noised),
+            num_warps=4,
         )
     set_loss_reduce_kernel[(1,)](
         sums,
@@ -343,5 +343,5 @@ def set_loss_backward(
         PRECISE=_precise(normalizers),
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
-        num_warps=_warps(kind, noised),
+        num_warps=_warps_backward(kind, noised),
     )

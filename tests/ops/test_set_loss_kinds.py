@@ -1,6 +1,5 @@
 """Class losses that know the box: by their authors' formulas, at the ends of what may come, and as GPUs run them."""
 
-import re
 from typing import get_type_hints
 
 import pytest
@@ -240,9 +239,7 @@ def compiles(kernel, kind, noised, arch, folder):
     constants |= {"KIND": kind, "NOISED": noised, "grad_parts": None, "per_object": 1}
     constants |= {"PRECISE": triton.language.float32, "BLOCK_Q": block_q, "BLOCK_K": block_k}
     function = getattr(kernels, f"set_loss_{kernel}_kernel")
-    compiled, usage = build(
-        function, types, constants, arch, folder, divisible=(), num_warps=kernels._warps(kind, noised)
-    )
+    warps = 4 if kernel == "forward" else kernels._warps_backward(kind, noised)
+    compiled, usage = build(function, types, constants, arch, folder, divisible=(), num_warps=warps)
     assert compiled.metadata.shared <= 48 * 1024
-    # Of iou, on some cards, one number does not fit.
-    assert int(re.search(r"STACK:(\d+)", usage)[1]) <= 8 and "LOCAL:0" in usage, usage
+    assert "STACK:0" in usage and "LOCAL:0" in usage, usage
