@@ -30,7 +30,8 @@ def to_targets(
 
 
 def check_labels(targets: Targets, classes: int) -> None:
-    """Raise ValueError where a label is of no class; waits for the device."""
+    """Raise ValueError where a label is of no class; waits for the device, once."""
     labels = targets.labels  # [B, T]
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    lowest, highest = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
+    if not 0 <= lowest <= highest < classes:
         raise ValueError(f"labels: class_labels must be at least 0 and below {classes}, the model's classes")

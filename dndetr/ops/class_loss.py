@@ -36,8 +36,9 @@ def class_loss(logits: Tensor, labels: Tensor, overlap: Tensor, kind: Kind, alph
     p = logits.sigmoid()
     target = _target(p.detach(), overlap.detach()[..., None], kind, alpha)
     target = torch.where(positive, target, 0)  # of an overlap that is not a number other classes have no NaN
-    hit = _softplus(logits) - target * logits
-    miss = _softplus(logits) * (p.detach().pow(1.5) if kind == "mal" else p.square())
+    softplus = _softplus(logits)
+    hit = softplus - target * logits
+    miss = softplus * (p.detach().pow(1.5) if kind == "mal" else p.square())
     if kind == "position":
         hit, miss = alpha * (target - p).square() * hit, (1 - alpha) * miss
     return torch.where(positive, hit, miss).sum(-1)
