@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 OLDEST, FIRST_UNTESTED = (5, 20), (6, 0)
-TESTED = "5.23.*"
+TESTED = "5.24.*"
 
 
 def require_transformers(feature: str) -> None:

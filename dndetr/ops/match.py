@@ -120,7 +120,7 @@ def match(
     logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, N a multiple of ``sets`` -> Matches.
     exact: as in ``assign``.
     """
-    validate("match", logits, boxes, targets)
+    validate("match", logits, boxes, targets, weights)
     if sets < 1 or logits.shape[2] % sets:
         raise ValueError(f"match: {logits.shape[2]} queries do not divide into {sets} equal sets")
     name, _ = _backend.choose("match", backend, logits.device.type)

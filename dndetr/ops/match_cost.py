@@ -128,7 +128,7 @@ def match_cost(
     logits [Y, B, N, K], boxes [Y, B, N, 4] cxcywh, targets padded to T
     -> [Y, B, N, T], +inf where padded; float32 (float64 for float64 logits), no gradient.
     """
-    validate("match_cost", logits, boxes, targets)
+    validate("match_cost", logits, boxes, targets, weights)
     name, _ = _backend.choose("match_cost", backend, logits.device.type)
     if name == "reference":
         return match_cost_reference(logits, boxes, targets, weights)
@@ -137,8 +137,10 @@ def match_cost(
     )
 
 
-def validate(op: str, logits: Tensor, boxes: Tensor, targets: Targets) -> None:
-    """ValueError if shapes or dtypes are not those that ``op`` takes."""
+def validate(op: str, logits: Tensor, boxes: Tensor, targets: Targets, weights: CostWeights) -> None:
+    """ValueError if shapes, dtypes or the exponent are not those that ``op`` takes."""
+    if not weights.position >= 0:
+        raise ValueError(f"{op}: weights.position must be 0 or more, got {weights.position}")
     if logits.ndim != 4 or boxes.shape != (*logits.shape[:3], 4):
         given = f"{list(logits.shape)} and {list(boxes.shape)}"
         raise ValueError(f"{op}: logits must be [Y, B, N, K] and boxes [Y, B, N, 4], got {given}")

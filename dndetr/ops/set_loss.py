@@ -59,10 +59,12 @@ class LossWeights(NamedTuple):
 
     @property
     def kinds(self) -> list[int]:
-        """Places in ``KINDS`` of ``kind`` and ``noised``; ValueError for what is none."""
+        """Places in ``KINDS`` of kind and noised; ValueError for what is none, or alpha outside 0 to 1 with iou."""
         for field, kind in (("kind", self.kind), ("noised", self.noised)):
             if kind not in KINDS:
                 raise ValueError(f"set_loss: weights.{field} must be one of {', '.join(KINDS)}, got {kind!r}")
+        if "iou" in (self.kind, self.noised) and not 0 <= self.alpha <= 1:
+            raise ValueError(f"set_loss: weights.alpha must be 0 to 1 with iou, got {self.alpha}")
         return [KINDS.index(self.kind), KINDS.index(self.noised)]
 
 

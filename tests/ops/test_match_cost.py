@@ -103,6 +103,9 @@ def test_wrong_input_is_an_error():
         match_cost(logits[:, :1], boxes[:, :1], targets)
     with pytest.raises(ValueError, match="labels must be int64"):
         match_cost(logits, boxes, Targets(targets.labels.int(), targets.boxes, targets.counts))
+    for position in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"match_cost: weights.position must be 0 or more, got {position}"):
+            match_cost(logits, boxes, targets, CostWeights(position=position))
 
 
 def test_opcheck(extension):

@@ -191,6 +191,14 @@ def test_kinds_are_named_alike_everywhere(extension):
         assert str(told.value) == f"set_loss: weights.{field} must be one of focal, iou, mal, position, got 'vfl'"
 
 
+@pytest.mark.parametrize("field", ["kind", "noised"])
+@pytest.mark.parametrize("alpha", [-0.25, 1.5, float("nan")])
+def test_no_negative_exponent_of_an_overlap(field, alpha):
+    case = cases.make_case("tiny")
+    with pytest.raises(ValueError, match=f"weights.alpha must be 0 to 1 with iou, got {alpha}"):
+        set_loss(*case, LossWeights(alpha=alpha, **{field: "iou"}))
+
+
 INTERPRETED = """
 import torch
 from dndetr.ops import _set_loss_cases as cases
