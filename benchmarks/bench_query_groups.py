@@ -22,7 +22,7 @@ from dndetr.scoring.coco import coco_evaluate, coco_results, postprocess  # noqa
 
 # query groups that are trained, of thirteen, and denoising groups
 SETTINGS = {"13": (13, 0), "13 + 5": (13, 5), "3 + 5": (3, 5), "1 + 5": (1, 5), "1": (1, 0)}
-SIDE, BATCH, ROUNDS, SEEDS, VALIDATION, STEPS = 128, 4, 7, (0, 1, 2), 200, 300
+SIDE, BATCH, ROUNDS, SEEDS, VALIDATION, STEPS = 128, 4, 7, (0, 1, 2), 200, 1000
 
 
 def build(kind: str, setting: str, queries: int, width: int, patch: int, seed: int = 0):
@@ -110,7 +110,7 @@ def bench_groups_step(record, kind):
 
 def trained(setting: str, seed: int) -> dict:
     """Metrics of a small RF-DETR after STEPS steps on the built-in shapes."""
-    model = build("RF-DETR", setting, queries=20, width=64, patch=16, seed=seed)
+    model = build("RF-DETR", setting, queries=12, width=64, patch=16, seed=seed)
     data, validation = ShapesDataset("train", STEPS * BATCH, seed=seed), ShapesDataset("val", VALIDATION)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

@@ -8,15 +8,19 @@ The C++ and CUDA paths do both in one call and keep the costs of one problem at 
 The reference is the two ops one after the other, each on the backend it chooses.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Targets
 from . import _backend
 from .assign import assign, workspace
 from .match_cost import CostWeights, compiled_inputs, make_case, match_cost, validate
+
+MOST = 2048  # queries of a set, and targets, that a GPU matches at once (csrc/match/cuda.cu)
 
 
 class Matches(NamedTuple):
@@ -126,11 +130,42 @@ def match(
     name, _ = _backend.choose("match", backend, logits.device.type)
     if name == "reference":
         return match_reference(logits, boxes, targets, weights, sets, backend)
-    weights = [float(weight) for weight in weights]
-    query, target, finite = torch.ops.dndetr.match(
-        logits, boxes, targets.labels, targets.boxes, targets.counts, weights, sets, exact
-    )
-    return Matches(query, target, finite.squeeze(2) if sets == 1 else finite.all(2))
+    of_targets = targets.labels, targets.boxes, targets.counts, [float(weight) for weight in weights]
+
+    def at_once(logits: Tensor, boxes: Tensor, sets: int) -> Matches:
+        query, target, finite = torch.ops.dndetr.match(logits, boxes, *of_targets, sets, exact)
+        return Matches(query, target, finite.squeeze(2) if sets == 1 else finite.all(2))
+
+    if name == "cuda" and sets == 1 and logits.shape[2] > MOST and 4 * targets.labels.shape[1] <= MOST:
+        return match_in_rounds(logits, boxes, targets.labels.shape[1], at_once, MOST)
+    return at_once(logits, boxes, sets)
+
+
+def match_in_rounds(
+    logits: Tensor, boxes: Tensor, slots: int, at_once: Callable[[Tensor, Tensor, int], Matches], most: int
+) -> Matches:
+    """One set of any number of queries, by matching parts of at most ``most``, and then the matched ones of all parts.
+
+    at_once(logits, boxes, sets): Matches of at most ``slots`` targets, a quarter of ``most`` or fewer.
+    Nothing is lost. Let a part's own cheapest matching be P, and a cheapest matching of all queries M. For each query
+    of the part that is in M but not in P there is one of P, not in M, with which it can be exchanged between the two,
+    and neither gets dearer: sets of queries by the cost of their matching are a valuated matroid (Dress and Wenzel,
+    1992). So there is a cheapest matching of all queries with none but those of the parts' matchings.
+    """
+    queries = logits.shape[2]
+    parts = -(-queries // most)
+    rest = queries % parts  # parts are equal, and what is left over is matched at the end
+    whole = queries - rest
+    first = at_once(logits[:, :, :whole], boxes[:, :, :whole], parts)
+    few = max(parts * slots + rest, 1)
+    kept = F.pad(first.target >= 0, (0, rest), value=True)
+    # Those kept, in their order, then as many others as make their number that of the fullest case.
+    index = kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :few]
+    logits, boxes = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (logits, boxes))
+    last = at_once(logits, boxes, 1) if few <= most else match_in_rounds(logits, boxes, slots, at_once, most)
+    query = index.to(torch.int32)[:, :, None].gather(3, last.query.clamp(min=0).long())
+    query = torch.where(last.query < 0, -1, query)
+    return Matches(query, invert(query, queries), first.finite & last.finite)
 
 
 def _self_test(device_type: str) -> float:

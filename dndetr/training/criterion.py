@@ -10,8 +10,7 @@ from ..batch import Targets
 from ..denoising import normalizers
 from ..models.dn_detr import Predictions
 from ..ops import CostWeights, GroupLayout, LossWeights, Matches, match, set_loss
-
-_MOST = 2048  # targets of a problem, at most, on a GPU (csrc/match/cuda.cu)
+from ..ops.match import MOST
 
 
 class Losses(NamedTuple):
@@ -70,7 +69,7 @@ class Criterion(nn.Module):
             finite = torch.cat((tokens.matches.finite, finite))
         if predictions.one_to_many is not None:
             # Of a crowded batch's targets there are fewer copies, by the room for them: no shape depends on how many.
-            repeats = min(self.repeats, max(1, _MOST // max(1, targets.labels.shape[1])))
+            repeats = min(self.repeats, max(1, MOST // max(1, targets.labels.shape[1])))
             many = self._of_one_set(*predictions.one_to_many, repeated(targets, repeats), divisors * repeats)
             total, parts = total + self.one_to_many * many.total, torch.cat((parts, many.parts))
             finite = torch.cat((finite, many.matches.finite))

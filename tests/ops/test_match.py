@@ -3,7 +3,7 @@ import torch
 
 from dndetr.batch import Targets
 from dndetr.ops import CostWeights, match
-from dndetr.ops.match import match_reference
+from dndetr.ops.match import Matches, match_in_rounds, match_reference
 from dndetr.ops.match_cost import CASES, compiled_inputs, make_case
 
 
@@ -65,6 +65,35 @@ def test_indivisible_sets_are_an_error():
         match(logits, boxes, targets, CostWeights(), sets=2)
 
 
+@pytest.mark.parametrize(("most", "queries"), [(32, 300), (32, 33), (32, 61), (128, 300), (299, 300)])
+@pytest.mark.parametrize("counts", [(7, 8), (0, 3), (0, 0), (1, 8)])
+def test_rounds_lose_nothing(most, queries, counts):
+    """A matching in parts is that of all, to the query, also where the best queries are all in the last part."""
+    logits, boxes, targets = make_case("coco")
+    logits, boxes = logits.double()[:, :, :queries], boxes.double()[:, :, :queries]
+    logits[:, 1] += torch.linspace(-3, 3, queries, dtype=torch.float64)[:, None]
+    targets = Targets(targets.labels[:, :8], targets.boxes[:, :8].double(), torch.tensor(counts, dtype=torch.int32))
+
+    def at_once(logits, boxes, sets):
+        assert logits.shape[2] // sets <= most
+        return match(logits, boxes, targets, CostWeights(), sets)
+
+    given, expected = match_in_rounds(logits, boxes, 8, at_once, most), match(logits, boxes, targets, CostWeights())
+    for name, there, here in zip(Matches._fields, given, expected, strict=True):
+        assert torch.equal(there, here), name
+        assert there.dtype == here.dtype
+
+
+@pytest.mark.parametrize("broken", [3, 299])
+def test_rounds_see_a_broken_prediction(broken):
+    logits, boxes, targets = make_case("coco")
+    targets = Targets(targets.labels[:, :8], targets.boxes[:, :8], targets.counts.clamp(max=8))
+    boxes[2, 1, broken] = float("nan")
+    matches = match_in_rounds(logits, boxes, 8, lambda x, y, sets: match(x, y, targets, sets=sets), 77)
+    assert matches.finite.logical_not().nonzero().tolist() == [[2, 1]]
+    assert matches.target[2, 1, broken] == -1 and (matches.query[2, 1, 0, : targets.counts[1]] >= 0).all()
+
+
 def test_compiles_without_a_graph_break():
     logits, boxes, targets = make_case("uneven")
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
@@ -83,6 +112,19 @@ def test_nothing_is_asked_of_the_device(fake_cuda, sets):
     matches = match(logits, boxes, targets, CostWeights(), sets)
     assert [tuple(x.shape) for x in matches] == [(6, 2, sets, 32), (6, 2, 300), (6, 2)]
     assert all(x.device.type == "cuda" and x.fake_mode is fake_cuda for x in matches)
+
+
+def test_any_number_of_queries_is_matched_on_a_gpu(fake_cuda):
+    """All tokens of an encoder: more than a kernel takes at once."""
+    logits, boxes = torch.empty(1, 2, 22223, 1, device="cuda"), torch.empty(1, 2, 22223, 4, device="cuda")
+    targets = Targets(
+        torch.empty(2, 64, dtype=torch.int64, device="cuda"),
+        torch.empty(2, 64, 4, device="cuda"),
+        torch.empty(2, dtype=torch.int32, device="cuda"),
+    )
+    matches = match(logits, boxes, targets, CostWeights())
+    assert [tuple(x.shape) for x in matches] == [(1, 2, 1, 64), (1, 2, 22223), (1, 2)]
+    assert [x.dtype for x in matches] == [torch.int32, torch.int32, torch.bool]
 
 
 @pytest.mark.parametrize("simd", ["plain", "avx2", "avx512"])

@@ -312,6 +312,18 @@ def test_gpu_matches_as_the_cpu_does(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("queries", [2049, 5000, 22223])
+def test_gpu_matches_all_tokens(queries):
+    draw = torch.Generator().manual_seed(1)
+    logits, boxes = torch.randn(1, 2, queries, 1, generator=draw), torch.rand(1, 2, queries, 4, generator=draw)
+    targets = make_case("coco")[2]
+    targets = Targets(torch.zeros_like(targets.labels), targets.boxes, targets.counts)
+    expected = match(logits, boxes, targets)
+    for there, here in zip(match(logits.cuda(), boxes.cuda(), targets.to("cuda")), expected, strict=True):
+        assert torch.equal(there.cpu(), here)
+
+
+@pytest.mark.gpu
 def test_gpu_ten_thousand_problems():
     cost, counts = costs("random", 10_000, 100, 20, 11)
     assert torch.equal(assign(cost.cuda(), counts.cuda()).cpu(), assign(cost, counts, backend="reference"))

@@ -124,7 +124,7 @@ def test_the_loss_is_that_of_repeated_targets_layer_by_layer(queries):
 def test_crowded_batches_get_fewer_copies():
     model, batch = detectors.build("hybrid-dn-detr"), detectors.make_batch([3, 1], 8)
     predictions = decoded(model, batch, groups=0)
-    with mock.patch.object(criterion, "_MOST", 23):
+    with mock.patch.object(criterion, "MOST", 23):
         crowded = Criterion(repeats=6)(predictions, batch.targets).total
     assert torch.equal(crowded, Criterion(repeats=2)(predictions, batch.targets).total)
     assert not torch.equal(crowded, Criterion(repeats=6)(predictions, batch.targets).total)
