@@ -74,19 +74,19 @@ class DNDETR(nn.Module):
         layout = GroupLayout(0, 0, matching) if noised is None else noised.layout(matching)
         active, counted = (None, None) if noised is None else (noised.active, noised.counted)
         logits, boxes = self.decoder(content, anchors, features, layout, active)
-        tokens = None
-        if proposals is not None and self.proposals.objects:
-            tokens = proposals.logits[None], proposals.boxes[None]
-        elif proposals is not None:
-            first = (0, 0, layout.denoising, 0)
-            logits = [nn.functional.pad(proposals.logits, first), *logits]
-            boxes = [nn.functional.pad(proposals.boxes, first), *boxes]
-        one_to_many = None
+        tokens, one_to_many = None, None
         if more:
             sets = layout.queries, more
             logits, more_logits = zip(*(x.split(sets, dim=1) for x in logits), strict=True)
             boxes, more_boxes = zip(*(x.split(sets, dim=1) for x in boxes), strict=True)
             one_to_many = torch.stack(more_logits), torch.stack(more_boxes)
+        if proposals is not None and self.proposals.objects:
+            tokens = proposals.logits[None], proposals.boxes[None]
+        elif proposals is not None:
+            # Of the second set's none: with copies of the targets they would learn to propose an object several times.
+            first = (0, 0, layout.denoising, 0)
+            logits = [nn.functional.pad(proposals.logits[:, :matching], first), *logits]
+            boxes = [nn.functional.pad(proposals.boxes[:, :matching], first), *boxes]
         selected = len(logits) - len(self.decoder.layers)
         return Predictions(torch.stack(logits), torch.stack(boxes), layout, counted, selected, tokens, one_to_many)
 

@@ -28,7 +28,7 @@ def build_step(
 ) -> TrainStep:
     """Everything around a model on its device; mode: "eager" or "graph"; say: is told what users should know."""
     device, layers = next(model.parameters()).device, config.model.decoder_layers
-    of_many = layers + (config.model.proposals == "selected") if config.model.one_to_many else 0
+    of_many = layers if config.model.one_to_many else 0
     optimizer = build_optimizer(model, config.lr, config.optimizer.backbone_scale, config.optimizer.weight_decay)
     return (GraphedStep if mode == "graph" else TrainStep)(
         model,

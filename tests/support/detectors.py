@@ -172,7 +172,7 @@ def make_step(
     """
     contrastive = model.proposals is not None and not model.proposals.objects
     layers = len(model.decoder.layers)
-    of_many = layers + contrastive if model.one_to_many else 0
+    of_many = layers if model.one_to_many else 0
     optimizer = build_optimizer(model, lr)
     factor = schedule_factor("cosine", 100, 5, (), 0.1, 0.01)
     device = next(model.parameters()).device

@@ -87,6 +87,19 @@ def test_neither_set_sees_the_other(name):
         assert (torch.autograd.grad(second, model.queries.label_enc.weight)[0] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["hybrid-dino", "hybrid-deformable-detr-two-stage"])
+def test_proposals_learn_from_single_targets_alone(name):
+    """By copies of targets they would learn to propose every object several times, and a detector has room for few."""
+    model, batch = detectors.build(name), detectors.make_batch([3, 5], 8)
+    predictions, layers = decoded(model, batch), len(model.decoder.layers)
+    assert [len(x) for x in predictions.one_to_many] == [layers, layers]
+    heads = list(model.proposals.parameters())
+    total = Criterion()(predictions, batch.targets).total
+    alone = Criterion()(predictions._replace(one_to_many=None), batch.targets).total
+    grads = [torch.autograd.grad(x, heads, retain_graph=True) for x in (total, alone)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
 def test_copies_are_beside_each_other_and_objects_come_first():
     targets = repeated(detectors.make_targets([2, 0, 3], 4), 3)
     once = detectors.make_targets([2, 0, 3], 4)
@@ -148,7 +161,7 @@ def test_accumulated_batches_give_the_loss_and_gradient_of_one():
     for batches in ([whole], [detectors.part(whole, slice(0, 1)), detectors.part(whole, slice(1, 4))]):
         losses, norm = detectors.make_step(detectors.build("hybrid-dino", torch.float64), groups=0)(*batches)
         ends.append((losses.total, losses.parts, norm))
-    assert losses.parts.shape == (8, 6)
+    assert losses.parts.shape == (7, 6)
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
 
 
@@ -159,7 +172,7 @@ def test_what_is_not_finite_is_named_by_its_set():
         model.queries.tgt_embed.many[0] = torch.nan
     step(batch)
     with pytest.raises(loss_window.Diverged, match="label of layer 1 of the one-to-many queries") as error:
-        loss_window.demand_finite(step.record.first(1), [[7, 8]], 1, 1, 4)
+        loss_window.demand_finite(step.record.first(1), [[7, 8]], 1, 1, 3)
     assert "predictions of layer 1 of the one-to-many queries in image id 7" in str(error.value)
     assert "proposals" not in str(error.value) and "layer 1 in" not in str(error.value)
 
