@@ -22,7 +22,7 @@ from dndetr.scoring.coco import coco_evaluate, coco_results, postprocess  # noqa
 
 # query groups that are trained, of thirteen, and denoising groups
 SETTINGS = {"13": (13, 0), "13 + 5": (13, 5), "3 + 5": (3, 5), "1 + 5": (1, 5), "1": (1, 0)}
-SIDE, BATCH, ROUNDS, SEEDS, VALIDATION, STEPS = 128, 4, 7, (0, 1, 2), 200, 1000
+SIDE, BATCH, ROUNDS, SEEDS, VALIDATION, STEPS = 128, 4, 7, (0, 1, 2), 200, 400
 
 
 def build(kind: str, setting: str, queries: int, width: int, patch: int, seed: int = 0):

@@ -165,7 +165,7 @@ def tiny() -> Config:
             position_shift=0.5,
         ),
         denoising=DenoisingConfig(groups=3),
-        loss=LossConfig(label=2.0, giou=4.0),
+        loss=LossConfig(kind="iou", giou=4.0),
         optimizer=OptimizerConfig(backbone_scale=1.0, schedule="cosine", warmup=0.05, ema=0.99),
         images=ImagesConfig(recipe="fixed", canvas=(128, 128), augment=False),
     )
@@ -196,7 +196,7 @@ def small() -> Config:
             look_forward_twice=True,
         ),
         denoising=DenoisingConfig(groups=4, contrastive=True),
-        loss=LossConfig(label=2.0),
+        loss=LossConfig(kind="iou"),
         optimizer=OptimizerConfig(backbone_scale=0.15, schedule="cosine", warmup=0.05, ema=0.995),
         images=ImagesConfig(recipe="fixed", canvas=(240, 320), vertical_flip=True),
     )
