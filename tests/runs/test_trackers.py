@@ -178,6 +178,7 @@ def test_a_thread_leaves_signals_to_the_main_one():
 def test_signals_and_processes_are_left_alone(made, tmp_path, monkeypatch):
     from accelerate import PartialState
 
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # other tests train with accelerate
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun sets it, of a run that it started alone
     handler = signal.getsignal(signal.SIGTERM)
     a_whole_run("clearml", tmp_path)
