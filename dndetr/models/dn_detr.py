@@ -19,8 +19,8 @@ class Predictions(NamedTuple):
 
     counted [B] int32: as of the noised queries. proposals: so many of the first layers are none of the decoder but the
     encoder's selected proposals, as matching queries, with zeros for denoising ones. tokens: logits [1, B, S, K] and
-    boxes [1, B, S, 4] where the encoder's loss is of the proposals of all tokens. one_to_many: the same as logits and
-    boxes of the second set, [Y, B, M, ...], in training.
+    boxes [1, B, S, 4] where the encoder's loss is of the proposals of all tokens. one_to_many: the decoder's layers
+    of the second set, [Y, B, M, ...], in training.
     """
 
     logits: Tensor
@@ -83,10 +83,9 @@ class DNDETR(nn.Module):
         if proposals is not None and self.proposals.objects:
             tokens = proposals.logits[None], proposals.boxes[None]
         elif proposals is not None:
-            # Of the second set's none: with copies of the targets they would learn to propose an object several times.
             first = (0, 0, layout.denoising, 0)
-            logits = [nn.functional.pad(proposals.logits[:, :matching], first), *logits]
-            boxes = [nn.functional.pad(proposals.boxes[:, :matching], first), *boxes]
+            logits = [nn.functional.pad(proposals.logits, first), *logits]
+            boxes = [nn.functional.pad(proposals.boxes, first), *boxes]
         selected = len(logits) - len(self.decoder.layers)
         return Predictions(torch.stack(logits), torch.stack(boxes), layout, counted, selected, tokens, one_to_many)
 

@@ -22,8 +22,8 @@ class Proposals(NamedTuple):
     """What the encoder proposes.
 
     index [B, N] int64: tokens of the N best, best first; content [B, N, C] and anchors [B, N, 4] box logits, where
-    queries start, without gradients; logits [B, N, K] and boxes [B, N, 4] cxcywh: what the loss is of, or of all S
-    tokens. N with the next best, where a second set of queries starts.
+    queries start, without gradients, N with the next best, where a second set starts; logits [B, n, K] and boxes
+    [B, n, 4] cxcywh: what the loss is of, the best of the first set alone, or all S tokens.
     """
 
     index: Tensor
@@ -93,6 +93,8 @@ class ProposalHead(nn.Module):
             index = self._best(scores, sound, count)
             selected, logits, corrected = self._heads(_rows(tokens, index), _rows(places, index))
             anchors = corrected
+            # Of the second set's none: with copies of the targets they would learn to propose an object several times.
+            logits, corrected = logits[:, : self.count], corrected[:, : self.count]
         return Proposals(index, selected.detach(), anchors.detach(), logits, corrected.sigmoid())
 
     def _content(self, tokens: Tensor) -> Tensor:
