@@ -61,7 +61,8 @@ class Batch(_Movable):
 
     pixels [B, H, W, 3] uint8 RGB; colours [B, 3, 4]: what a model is shown of a pixel is colours[:, :3] rgb +
     colours[:, 3] (``ops.images_of``); sizes [B, 2] int64 valid (height, width) on the canvas, beyond which a model is
-    shown zeros whatever the bytes; original_sizes [B, 2] int64 (height, width) of the files; ids [B] int64 image ids.
+    shown zeros whatever the bytes; original_sizes [B, 2] int64 (height, width) of the files; ids [B] int64 image ids;
+    noise_seed: what its noise is drawn from (None: whatever comes next).
     """
 
     pixels: Tensor
@@ -70,6 +71,7 @@ class Batch(_Movable):
     targets: Targets
     original_sizes: Tensor
     ids: Tensor
+    noise_seed: int | None = None
 
     @property
     def canvas(self) -> tuple[int, int]:

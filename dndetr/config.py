@@ -192,7 +192,7 @@ class Config:
     output: str | None = None
     """New folder for the run (default: a numbered one under runs/)."""
     resume: str | None = None
-    """Continue this run folder to its configured end."""
+    """Continue this run folder to its configured end; auto: go on in --output, or start there if nothing is there."""
     init: str | None = None
     """Weights to start from: a checkpoint, a DINO, DN-DETR or DAB-DETR file, a ResNet, a transformers DETR's name."""
     overfit: int | None = None

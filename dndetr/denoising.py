@@ -14,6 +14,7 @@ the first ones of a group, as in plain denoising.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +33,11 @@ class Noise(NamedTuple):
     flip: Tensor
     label: Tensor
     box: Tensor
+
+
+def noise_seed(seed: int, epoch: int, batch: int) -> int:
+    """What the noise of a batch is drawn from, whoever trains on it: the run's seed, epoch, the batch's place in it."""
+    return int(np.random.SeedSequence((seed, epoch, batch)).generate_state(1)[0])
 
 
 def draw_noise(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _process, commandline  # noqa: F401
-from .config import Config, from_dict
+from .config import Config
 from .hub import is_of_transformers
 from .output import unfailing
 from .presets import preset_named
@@ -19,22 +19,9 @@ from .training.overfit import overfitting, verdict
 from .training.signals import Stopped
 
 if TYPE_CHECKING:
+    from .runs.resuming import Found, Origin
     from .training.distributed import Processes
     from .training.trainer import Trainer
-
-# What may change when a run is continued: where and how loudly it runs, not what it computes.
-_WITH_RESUME = (
-    "data",
-    "split_file",
-    "device",
-    "mode",
-    "workers",
-    "fast_eval",
-    "tensorboard",
-    "tracker",
-    "project",
-    "quiet",
-)
 
 
 class Outcome(NamedTuple):
@@ -91,24 +78,6 @@ def given_flags(arguments: Sequence[str]) -> set[str]:
     return {f"{group}{dot}{name.removeprefix('no_')}" for group, dot, name in paths}
 
 
-def resumed_config(config: Config, saved: dict, given: Set[str]) -> Config:
-    """The saved run's configuration, on this invocation's device; ValueError for settings that would change the run.
-
-    given: names of those that were not left to their defaults.
-    """
-    refused = sorted(given - {"resume", *_WITH_RESUME})
-    if refused:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in refused)
-        raise ValueError(
-            f"--resume continues a run as it was configured; leave out {flags} "
-            "(to start from its weights with other settings use --init)"
-        )
-    changed = {name: getattr(config, name) for name in _WITH_RESUME if name in given}
-    run = from_dict(saved)
-    typed = {name: path for name, path in run.given.items() if name not in ("resume", *changed)}
-    return replace(run, resume=config.resume, given=typed, **changed)
-
-
 @unfailing()
 def run(arguments: Sequence[str], listeners: Sequence[Listener] = ()) -> Path:
     """Train as the arguments say, in this process or in those that torchrun started -> the run's folder.
@@ -127,39 +96,30 @@ def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -
     """Train as configured, or go on with a run; given: names of the settings that were not left to their defaults."""
     # Imported here so that --help and mistakes in the flags answer at once.
     from .context import own_context
-    from .runs.folder import hold
+    from .runs.resuming import Origin, asked_for, find, shared_anew
     from .training.distributed import Processes
 
-    processes, checkpoint = Processes(), None
+    processes, found = Processes(), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_context())
+        stack.enter_context(processes)
         if config.resume is not None:
-            if processes.first and _run_folder(config).is_dir():
-                stack.enter_context(hold(_run_folder(config)))  # before the checkpoint is read, which another may write
-            checkpoint = load_checkpoint(config.resume, needs=("model", "step", "config", "classes"))
-            if "optimizer" not in checkpoint:
-                raise ValueError(
-                    f"--resume {config.resume}: this file has weights but not the state of the training; give the run "
-                    "folder, or start anew from these weights with --init"
-                )
-            config = resumed_config(config, checkpoint["config"], given)
-        if config.data is None:
+            found = find(config, processes, stack)
+            config = replace(config, resume=None)
+        origin = Origin(config, asked_for(config), processes.world) if found is None else found.origin(config, given)
+        if origin.config.data is None:
             from_file = config.init is not None and "preset" not in given
             what = f"--init {config.init}" if from_file else f"--preset {config.preset}"
             raise ValueError(f"{what} needs data: --data DIR (yours) or --data shapes")
-        return _train(config, given, checkpoint, stack.enter_context(processes), listeners, stack)
-
-
-def _run_folder(config: Config) -> Path:
-    """The folder of the run that is resumed."""
-    path = Path(config.resume)
-    return path if path.is_dir() else path.parent
+        config = shared_anew(origin, processes.world)
+        return _train(config, origin, given, found, processes, listeners, stack)
 
 
 def _train(
     config: Config,
+    origin: "Origin",
     given: Set[str],
-    checkpoint: dict | None,
+    found: "Found | None",
     processes: "Processes",
     listeners: Sequence[Listener],
     stack: contextlib.ExitStack,
@@ -168,7 +128,6 @@ def _train(
     from .runs.console import Console
     from .runs.folder import hold, output_folder
     from .runs.paths import demand_data_there
-    from .runs.run_log import read_rows
     from .training.batch_size import with_fitting_batch
     from .training.listeners import all_listeners
     from .training.time_limit import stopwatch
@@ -177,7 +136,8 @@ def _train(
     elapsed, notes = stopwatch(), []
     console = Console(quiet=config.quiet or not processes.first)
     everyone = all_listeners(config, console, listeners)
-    if checkpoint is not None:
+    checkpoint = None if found is None else found.checkpoint
+    if found is not None:
         demand_data_there(config)
         published = None
     else:
@@ -186,19 +146,17 @@ def _train(
     if config.batch_size == "auto":
         config, note = with_fitting_batch(config, processes)
         notes.append(note)
+    if found is None:
+        origin = origin._replace(config=config)
     data = TrainingData(config, processes.rank, processes.world, processes.neighbours)
-    trainer = Trainer(config, data, processes, checkpoint, elapsed)
+    trainer = Trainer(config, data, processes, checkpoint, elapsed, origin)
     chosen = [] if trainer.batch_shapes is None else [f"CUDA graphs: {trainer.batch_shapes}"]
     notes += [*data.about, _summary(trainer), *chosen, *data.warnings]
-    if checkpoint is not None:
+    if found is not None:
         if [tuple(entry) for entry in checkpoint["classes"]] != data.classes:
-            raise ValueError(f"the classes in {config.data} are not those of the run in {config.resume}")
-        folder = _run_folder(config)
-        end = next((row for row in read_rows(folder / "metrics.jsonl") if row["event"] == "end"), None)
-        if processes.from_first(end is not None):
-            if processes.first:
-                why = f" ({end['reason']})" if "reason" in end else ""
-                print(f"{folder} is finished: {checkpoint['step']} of {trainer.total_steps} steps are done{why}")
+            raise ValueError(f"the classes in {config.data} are not those of the run in {found.folder}")
+        folder = found.folder
+        if processes.from_first(processes.first and found.tell_if_finished(trainer.total_steps)):
             return Outcome(folder, processes.first)
     else:
         notes += _start_from(trainer, published)
@@ -211,8 +169,9 @@ def _train(
         console.message(note)
     console.classes(data.classes, data.class_counts)
     trainer.prepare()
+    restart = found.restart(processes.world) if found is not None and processes.first else None
     try:
-        metrics = trainer.fit(folder, everyone)
+        metrics = trainer.fit(folder, everyone, restart)
     except Stopped as stopped:
         return Outcome(folder, processes.first, stopped, trainer.signal)
     if config.overfit and processes.first:

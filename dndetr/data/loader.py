@@ -97,7 +97,7 @@ def build_loader(
             f"of those, only the {most} largest are kept",
             stacklevel=2,
         )
-    if workers:
+    if workers and len(order):  # of few validation images there may be none for this process
         demand_room(workers, largest_batch(dataset, order, multiple), len(order), held, neighbours)
     return Loader(dataset, order, workers, multiple, slots, exact)
 

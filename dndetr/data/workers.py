@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
+from ..orphans import end_with_parent
 from .errors import DataError
 
 SHARED_MEMORY = "/dev/shm"
@@ -46,7 +47,7 @@ class Workers:
             num_workers=count,
             prefetch_factor=_AHEAD,
             collate_fn=_unchanged,
-            worker_init_fn=_tell_losses,
+            worker_init_fn=_begin,
             persistent_workers=True,
         )
 
@@ -119,12 +120,16 @@ class _Telling:
             return WorkerLost(_in_words(error))
 
 
-def _tell_losses(worker: int) -> None:
-    """In a worker that starts: what cannot be sent is told in its place, where Python would only print a traceback."""
+def _begin(worker: int) -> None:
+    """In a worker that starts: it ends with its parent, and what cannot be sent is told in its place.
+
+    Python would only print a traceback.
+    """
 
     def told(queue: Queue, error: Exception, lost: tuple[int, Any]) -> None:
         queue.put((lost[0], WorkerLost(_in_words(error))))
 
+    end_with_parent()
     Queue._on_queue_feeder_error = told
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch would print a line of its own
 

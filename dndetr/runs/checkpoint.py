@@ -104,19 +104,28 @@ def _demand_keys(checkpoint: dict, path: str | Path, needs: tuple[str, ...]) -> 
     return checkpoint
 
 
-def demand_continuable(checkpoint: dict, processes: int, steps_per_epoch: int, data: str, images: int) -> None:
+def demand_continuable(
+    checkpoint: dict, processes: int, batch_size: int, steps_per_epoch: int, data: str, images: int
+) -> None:
     """ValueError for a checkpoint that so many processes, or a run on this data, cannot go on from.
 
-    images: in the training split of the data.
+    batch_size: of each process now; images: in the training split of the data.
     """
-    world = len(checkpoint["rng"]["noise"])
-    if world != processes:
+    streams = checkpoint["rng"].get("noise")  # of each process, in version 0.1.0
+    if streams is not None and len(streams) != processes:
         raise ValueError(
-            f"the run was made by {world} processes and can only be continued by as many (now {processes}): start it "
-            "the same way, with torchrun --nproc-per-node"
+            f"the run was made by {len(streams)} processes of version 0.1.0 and can only be continued by as many (now "
+            f"{processes}): start it the same way, with torchrun --nproc-per-node"
+        )
+    done = checkpoint["step"] - checkpoint["epoch"] * steps_per_epoch
+    if done and batch_size != checkpoint["config"]["batch_size"]:
+        raise ValueError(
+            f"the run was saved in the middle of epoch {checkpoint['epoch'] + 1}, and {processes} processes would take "
+            f"batches of {batch_size} images instead of {checkpoint['config']['batch_size']}, which can be changed at "
+            f"an epoch's end only: go on with {checkpoint['processes']} processes, or another number that keeps them"
         )
     # Other data under the same classes would quietly change schedule, log and results.
-    if not 0 <= checkpoint["step"] - checkpoint["epoch"] * steps_per_epoch <= steps_per_epoch:
+    if not 0 <= done <= steps_per_epoch:
         raise ValueError(
             f"{data}: its {images:,} training images make {steps_per_epoch:,} steps an epoch, and the run was saved "
             f"after {checkpoint['step']:,} steps in {checkpoint['epoch']:,} whole epochs: give the run's own data, or "

@@ -112,8 +112,8 @@ class Console(Listener):
             self._losses = row
         elif row["event"] == "eval":
             self._evaluated(row)
-        elif row["event"] == "warning":
-            self.message(f"warning: {row['message']}")
+        elif row["event"] in ("warning", "restart"):
+            self.message(f"{row['event']}: {row['message']}")
 
     def _evaluated(self, row: dict) -> None:
         """One row of the evaluation table."""

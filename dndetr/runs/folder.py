@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,19 +90,32 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
-def hold(folder: str | Path) -> Iterator[None]:
-    """Within, no other process can hold the folder; ValueError if one does now. A process that dies lets go."""
+def hold(folder: str | Path, seconds: float = 0) -> Iterator[None]:
+    """Within, no other process can hold the folder; ValueError if one does now. A process that dies lets go.
+
+    seconds: how long to wait for it to do so.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     _held.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is being trained by another process: wait for its end, or stop it") from None
-        except OSError:
-            pass  # not every file system has locks
+        until = time.monotonic() + seconds
+        while not _locked(descriptor):
+            if time.monotonic() >= until:
+                raise ValueError(f"{folder} is being trained by another process: wait for its end, or stop it")
+            time.sleep(0.1)
         yield
     finally:
         if descriptor in _held:
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether this process has the lock now, as it has where the file system knows none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -41,8 +41,7 @@ def build_step(
         denoising=config.denoising,
         clip_norm=config.optimizer.clip_norm,
         precision=precision,
-        # A distance that users' own series of seeds do not have.
-        noise_generator=torch.Generator().manual_seed(config.seed + 1_000_003 * processes.rank),
+        noise_generator=torch.Generator().manual_seed(config.seed),
         processes=processes,
         noise_meter=NoiseMeter(device),
         say=say,

@@ -3,11 +3,17 @@
 import gc
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..orphans import end_with_parent
+
+_PATIENCE = timedelta(minutes=30)  # with others that are slow, or late
+_CONNECTING, _ATTEMPTS = timedelta(seconds=5), 4  # gloo waits five times as long for a connection
 
 _ALONE = "unset {} to train in one process, or start several with torchrun, which sets all (docs/several-gpus.md)"
 
@@ -35,10 +41,12 @@ class Processes:
         return self.rank == 0
 
     def __enter__(self) -> "Processes":
+        if "TORCHELASTIC_RUN_ID" in self._environment:
+            end_with_parent()
         if self.world > 1:
             self._demand_whole()
             try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+                self._meet()
             except RuntimeError as error:
                 place = ":".join(self._environment[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
                 reason = str(error).splitlines()[0]
@@ -55,6 +63,32 @@ class Processes:
             # A thread that lives on may ask for the interpreter's lock while it shuts down, which aborts the process.
             gc.collect()
             dist.destroy_process_group()
+
+    def _meet(self) -> None:
+        """Set up the group of all processes.
+
+        gloo's first connections hang now and then where the machine is busy, a few times in a hundred restarts, and
+        then both sides only notice at their timeout. So that is short until they are there, and there are some tries.
+        """
+        store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        # Nobody begins to connect before all are there: some may have started minutes later.
+        store.set(f"arrived/{self.rank}", "")
+        store.wait([f"arrived/{rank}" for rank in range(self.world)], _PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        for attempt in range(_ATTEMPTS):
+            try:
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore(f"meeting/{attempt}", store),
+                    rank=self.rank,
+                    world_size=self.world,
+                    timeout=_CONNECTING,
+                )
+                break
+            except RuntimeError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        dist.distributed_c10d._set_pg_timeout(_PATIENCE)
 
     def _number(self, name: str, default: int, least: int, most: int | None = None) -> int:
         text = self._environment.get(name) or str(default)

@@ -84,6 +84,8 @@ class TrainStep:
             )
         if groups == 0:
             return None
+        if batch.noise_seed is not None:
+            self.noise_generator.manual_seed(batch.noise_seed)
         return draw_noise(batch.targets, groups, self.classes, self.noise_generator, self.denoising.contrastive)
 
     def preview(self, batch: Batch) -> NoisedQueries | None:

@@ -4,21 +4,23 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..batch import Batch
-from ..config import Config, to_dict
+from ..config import Config
 from ..data.training import TrainingData
 from ..data.workers import WorkerLost
+from ..denoising import noise_seed
 from ..device import make_current, pick_device, pick_mode, pick_precision
 from ..files import write_json_atomic
 from ..models.build import build_model
 from ..ops import _backend
 from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
-from ..runs.paths import remembered
+from ..runs.resuming import Origin, asked_for
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
 from .build import build_step
@@ -35,7 +37,8 @@ from .time_limit import TimeLimit, stopwatch
 class Trainer:
     """One run from its configuration, or continued from a checkpoint's content, as one of ``processes``.
 
-    elapsed: seconds since this process took up the run, for what its time is limited to (default: from here on).
+    elapsed: seconds since this process took up the run, for what its time is limited to (default: from here on);
+    origin: how the run was started (default: so, and by so many processes).
 
     Everything that can be wrong with the configuration or the data is found here, before the run's folder is touched.
     """
@@ -47,9 +50,10 @@ class Trainer:
         processes: Processes,
         checkpoint: dict | None = None,
         elapsed: Callable[[], float] | None = None,
+        origin: Origin | None = None,
     ):
         self.config, self.data, self.processes = config, data, processes
-        self._remembered = to_dict(remembered(config))
+        self._origin = (origin or Origin(config, asked_for(config), processes.world)).saved()
         _backend.check_environment()
         if config.fast_eval:
             demand_fast_eval()
@@ -74,9 +78,14 @@ class Trainer:
         self._since_best = 0  # evaluations
         self._limit = None if config.hours is None else self._time_limit(elapsed or stopwatch())
         self._checkpoint = checkpoint
+        # Runs of version 0.1.0 draw the noise of each process from one stream, and go on with it.
+        self._streams = checkpoint is not None and "noise" in checkpoint["rng"]
         self._listeners, self._stop = Listeners(), StopSignal()
         if checkpoint is not None:
-            demand_continuable(checkpoint, processes.world, self.steps_per_epoch, config.data, data.images["train"])
+            images = data.images["train"]
+            demand_continuable(
+                checkpoint, processes.world, config.batch_size, self.steps_per_epoch, config.data, images
+            )
         self.batch_shapes = data.choose_shapes(self.total_steps) if self.mode == "graph" else None
 
     def prepare(self) -> None:
@@ -96,17 +105,18 @@ class Trainer:
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 
-    def fit(self, folder: Path, listeners: Listeners) -> dict:
+    def fit(self, folder: Path, listeners: Listeners, restart: str | None = None) -> dict:
         """Train to the end, writing into ``folder`` -> the row of the last evaluation.
 
-        listeners: are told of it, on the first process. Raises Diverged, with the last good checkpoint left as it is,
+        listeners: are told of it, on the first process; restart: what the log is to say of a run that goes on by
+        itself. Raises Diverged, with the last good checkpoint left as it is,
         and Stopped after SIGINT, SIGTERM or SIGHUP, with all steps so far saved.
         """
         self._folder, self._listeners = folder, listeners if self.processes.first else Listeners()
         self._last_evaluation: dict = {}
         with self._stop:
             try:
-                self._start()
+                self._start(restart)
                 reason = self._train()
             except BaseException as error:
                 how, reason = ("stopped", str(error)) if isinstance(error, Stopped) else ("failed", described(error))
@@ -120,7 +130,7 @@ class Trainer:
         """The signal that came while it trained, whether or not there was still something to stop."""
         return self._stop.received
 
-    def _start(self) -> None:
+    def _start(self, restart: str | None) -> None:
         """Bring the folder to where the run begins, or goes on."""
         folder, rows = self._folder, []
         if self.processes.first:
@@ -133,7 +143,7 @@ class Trainer:
             # Killed after the last step, a run has only its last pictures left to draw.
             self._last_evaluation = next((row for row in reversed(rows) if row["event"] == "eval"), {})
         if self.processes.first and not (folder / "config.json").exists():
-            write_json_atomic(folder / "config.json", self._remembered, indent=2)
+            write_json_atomic(folder / "config.json", self._origin["config"], indent=2)
         run = Run(
             folder=folder,
             config=self.config,
@@ -152,6 +162,8 @@ class Trainer:
             stop=self._stop.ask,
         )
         self._listeners.tell("run_started", run)
+        if restart is not None:
+            self._listeners.tell("row_logged", {"event": "restart", "step": self.done, "message": restart})
 
     def _train(self) -> str:
         """-> why the run is over, where it is not for its configured end."""
@@ -214,7 +226,7 @@ class Trainer:
         window.restart_clock()
         self._lap()
         first = self.done - epoch * self.steps_per_epoch
-        batches = iter(self.data.training(epoch, first * config.accumulate))
+        batches = self._batches(epoch, first * config.accumulate)
         lead = RunAhead(self.device)
         for _ in range(first, self.steps_per_epoch):
             waiting = time.perf_counter()
@@ -260,6 +272,14 @@ class Trainer:
         self.step.epoch_ended()
         return stop
 
+    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """This process's batches of an epoch from number ``first`` on, each with a seed of its own for its noise."""
+        rank, world = self.processes.rank, self.processes.world
+        for number, batch in enumerate(self.data.training(epoch, first), start=first):
+            # Counted over all processes: however many share a step, its noise is the same.
+            seed = noise_seed(self.config.seed, epoch, number * world + rank)
+            yield batch if self._streams else replace(batch, noise_seed=seed)
+
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The next step's batches."""
         found = list(itertools.islice(batches, self.config.accumulate))
@@ -297,7 +317,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.model.state_dict(),
-            "config": self._remembered,
+            "config": self._origin["config"],
             "classes": [list(entry) for entry in self.data.classes],
             "step": self.done,
             "epoch": self.done // self.steps_per_epoch,  # whole ones
@@ -307,12 +327,12 @@ class Trainer:
         self._lap()
         self._log_losses(wait=True)
         window = self._losses.state(self.done)
-        noise = self.processes.gather(self.step.noise_generator.get_state())
+        streams = {"noise": self.processes.gather(self.step.noise_generator.get_state())} if self._streams else {}
         path = self._folder / "checkpoint.pt"
         if self.processes.first:
             state = {
                 **self.step.state(),
-                "rng": {"noise": noise, "torch": torch.get_rng_state()},
+                "rng": {**streams, "torch": torch.get_rng_state()},
                 "best": self.best,
                 "since_best": self._since_best,
                 "window": window,
@@ -321,7 +341,7 @@ class Trainer:
             }
             if self._limit is not None:
                 state["time_limit"] = self._limit.state()
-            save_checkpoint(path, self._weights() | state)
+            save_checkpoint(path, self._weights() | self._origin | state)
         if tell:
             self._listeners.tell("checkpoint_saved", path, self.done)
         self._lap("saving")
@@ -331,7 +351,8 @@ class Trainer:
         if self.average is not None:
             self.average.model.load_state_dict(checkpoint["ema"])
         self.step.restore(checkpoint)
-        self.step.noise_generator.set_state(checkpoint["rng"]["noise"][self.processes.rank])
+        if self._streams:
+            self.step.noise_generator.set_state(checkpoint["rng"]["noise"][self.processes.rank])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         self.done, self.best = checkpoint["step"], checkpoint["best"]
         self._since_best = checkpoint.get("since_best", 0)  # version 0.1.0 had no patience

@@ -15,6 +15,7 @@ from watched_runs import a_run
 from dndetr import train
 from dndetr.config import Config, to_dict
 from dndetr.runs import tracker as of_trackers
+from dndetr.runs.resuming import resumed_config
 from dndetr.runs.run_log import read_rows
 from dndetr.runs.tracker import as_markdown, class_table, flat_settings
 from dndetr.runs.trackers import TRACKERS, chosen_trackers
@@ -276,7 +277,7 @@ def test_trackers_may_change_when_a_run_goes_on():
         (["--tracker"], {"resume", "tracker"}, ()),
         (["--tracker", "mlflow", "comet"], {"resume", "tracker"}, ("mlflow", "comet")),
     ):
-        resumed = train.resumed_config(train.parse(["--resume", "run", *flags]), saved, given)
+        resumed = resumed_config(train.parse(["--resume", "run", *flags]), saved, given)
         assert resumed.tracker == wanted and resumed.project == "cells"
 
 
