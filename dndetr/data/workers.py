@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.queues import Queue
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader
 
 from ..orphans import end_with_parent
@@ -49,6 +50,7 @@ class Workers:
             collate_fn=_unchanged,
             worker_init_fn=_begin,
             persistent_workers=True,
+            generator=torch.Generator(),  # of seeds that nobody uses; torch's own is the model's
         )
 
     def read(self, keys: Sequence[Any]) -> Iterator[Any]:

@@ -1,8 +1,11 @@
 """The processes that train one model together, as torchrun starts them; a single one has nobody to wait for."""
 
 import gc
+import hashlib
 import os
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +15,7 @@ from torch import Tensor
 
 from ..orphans import end_with_parent
 
-_PATIENCE = timedelta(minutes=30)  # with others that are slow, or late
-_CONNECTING, _ATTEMPTS = timedelta(seconds=5), 4  # gloo waits five times as long for a connection
+_PATIENCE = timedelta(minutes=30)  # with others that start later
 
 _ALONE = "unset {} to train in one process, or start several with torchrun, which sets all (docs/several-gpus.md)"
 
@@ -65,30 +67,33 @@ class Processes:
             dist.destroy_process_group()
 
     def _meet(self) -> None:
-        """Set up the group of all processes.
-
-        gloo's first connections hang now and then where the machine is busy, a few times in a hundred restarts, and
-        then both sides only notice at their timeout. So that is short until they are there, and there are some tries.
-        """
+        """Set up the group of all processes, by what those of this start alone write into the store."""
         store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        # Nobody begins to connect before all are there: some may have started minutes later.
-        store.set(f"arrived/{self.rank}", "")
-        store.wait([f"arrived/{rank}" for rank in range(self.world)], _PATIENCE)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        for attempt in range(_ATTEMPTS):
-            try:
-                dist.init_process_group(
-                    backend,
-                    store=dist.PrefixStore(f"meeting/{attempt}", store),
-                    rank=self.rank,
-                    world_size=self.world,
-                    timeout=_CONNECTING,
-                )
-                break
-            except RuntimeError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-        dist.distributed_c10d._set_pg_timeout(_PATIENCE)
+        own = dist.PrefixStore(self._agreed_name(store), store)
+        dist.init_process_group(backend, store=own, rank=self.rank, world_size=self.world)
+
+    def _agreed_name(self, store: dist.Store) -> str:
+        """A name that these processes alone have for this start.
+
+        torchrun keeps one store over all its restarts. Whoever looks up where the others are may find where one was
+        that died, and wait there for half an hour. So each takes a new name, and they go on when everyone has told the
+        same hash of all names: one that holds a dead process's name is told by none that has replaced it.
+        """
+        everyone = range(self.world)
+        names, told = [f"name/{rank}" for rank in everyone], [f"told/{rank}" for rank in everyone]
+        store.set(names[self.rank], secrets.token_hex(16))
+        until = time.monotonic() + _PATIENCE.total_seconds()
+        while True:
+            store.wait(names, _PATIENCE)
+            mine = hashlib.blake2b(b"".join(store.multi_get(names)), digest_size=16).hexdigest()
+            store.set(told[self.rank], mine)
+            store.wait(told, _PATIENCE)
+            if set(store.multi_get(told)) == {mine.encode()}:
+                return mine
+            if time.monotonic() > until:
+                raise RuntimeError(f"not all came within {_PATIENCE.total_seconds() / 60:.0f} minutes")
+            time.sleep(0.05)
 
     def _number(self, name: str, default: int, least: int, most: int | None = None) -> int:
         text = self._environment.get(name) or str(default)
@@ -127,6 +132,12 @@ class Processes:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """Give everybody the first process's values, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def from_first(self, value: Any) -> Any:
         """The first process's value."""

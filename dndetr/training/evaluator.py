@@ -46,6 +46,8 @@ class Evaluator:
 
     def __call__(self, epoch: int) -> Evaluation | None:
         """The evaluation after so many epochs; the first process has the result, the others None."""
+        # Statistics of a batch norm are of each process's images; those of the first are saved, and so are scored.
+        self.processes.align(self.model.buffers())
         predict = self.matching.watch(self.infer)
         found = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
         everyones = self.processes.gather((*found, self.matching.fresh))

@@ -162,6 +162,24 @@ class TrainStep:
         self.record.write(losses, norm, torch.cat(finite, dim=1) if len(finite) > 1 else finite[0])
         return losses, norm
 
+    def settle(self, batch: Batch) -> None:
+        """Take a batch forward and back for nothing, so that gradients travel alike from the first step on.
+
+        DistributedDataParallel puts gradients into buckets in the order in which the first backward makes them, and
+        from then on adds up others together, in another order: a run that goes on would differ in its last digits from
+        one that was never stopped. Random generators move on; weights and buffers stay.
+        """
+        if self._shared is None:
+            return
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        noise, batch = self.draw(batch), batch.to(self.device)
+        noise = None if noise is None else Noise(*(numbers.to(self.device) for numbers in noise))
+        self._backward(batch, self.noised(batch, noise), torch.ones((), device=self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
     def changed(self) -> list[Tensor]:
         """All that a step changes on the device."""
         models = [self.model] if self.average is None else [self.model, self.average.model]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..batch import Batch
+from ..batch import Batch, blank_batch
 from ..config import Config
+from ..data.collate import TARGET_BUCKETS
 from ..data.training import TrainingData
 from ..data.workers import WorkerLost
 from ..denoising import noise_seed
@@ -32,6 +33,8 @@ from .memory import explain_memory
 from .run_ahead import RunAhead
 from .signals import Stopped, StopSignal
 from .time_limit import TimeLimit, stopwatch
+
+_SETTLED = 256  # pixels of a side: maps of all levels have several
 
 
 class Trainer:
@@ -102,6 +105,8 @@ class Trainer:
         evaluated = model if self.average is None else self.average.model
         self.evaluator = Evaluator(evaluated, self.data, config, self.precision, processes, criterion.cost)
         self._losses = LossRows(self.step.record, criterion, processes)
+        side = -(-_SETTLED // model.backbone.multiple) * model.backbone.multiple
+        self.step.settle(blank_batch(1, (side, side), TARGET_BUCKETS[0]))
         if self._checkpoint is not None:
             self._restore(self._checkpoint)
 

@@ -1,7 +1,9 @@
 """Started by torchrun: a training step shared by two processes, against the same in one; or a run that loses one."""
 
 import os
+import random
 import sys
+import time
 from pathlib import Path
 
 import detectors
@@ -79,6 +81,22 @@ def lose_one(*flags: str) -> None:
     sys.exit(train.main(flags))
 
 
+def straggle(*flags: str) -> None:
+    """A run whose second process is late now and then."""
+    from dndetr import train
+    from dndetr.training.step import TrainStep
+
+    call, draw = TrainStep.__call__, random.Random(0)
+
+    def late(self, *batches):
+        if self.processes.rank == 1 and draw.random() < 0.3:
+            time.sleep(draw.uniform(0, 0.5))
+        return call(self, *batches)
+
+    TrainStep.__call__ = late
+    sys.exit(train.main(flags))
+
+
 def end_alone(*flags: str) -> None:
     """A watched run that leaves no thread behind: one that outlives the interpreter aborts the process now and then."""
     from dndetr import train
@@ -99,5 +117,7 @@ if __name__ == "__main__":
         end_alone(*sys.argv[2:])
     elif sys.argv[1] == "lose-one":
         lose_one(*sys.argv[2:])
+    elif sys.argv[1] == "straggle":
+        straggle(*sys.argv[2:])
     else:
         compare(sys.argv[1], *map(int, sys.argv[2:]))
