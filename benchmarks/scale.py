@@ -57,7 +57,7 @@ def assumptions() -> str:
     simple, low = (f"{p.start * 1e6:g}, {p.hop * 1e6:g}, {p.network_hop * 1e6:g} us" for p in (SIMPLE, LOW_LATENCY))
     rows = [
         ("kernels over their count", f"{SLOWER:g}", "measured on an H200: 1.12 to 1.28"),
-        ("a launch by the host, eager", f"{LAUNCH * 1e6:g} us", "measured on two hosts: 37 to 78"),
+        ("a launch by the host, eager", f"{LAUNCH * 1e6:g} us", "measured beside an H200: 37 to 78"),
         ("NVLink, one way", f"{H100S.nvlink / 1e9:g} GB/s", "of 450; NCCL's ring, nccl-tests issue 212"),
         ("InfiniBand of a GPU, one way", f"{H100S.network / 1e9:g} GB/s", "of 50; nccl-tests issue 290"),
         ("start, hop in a node, hop between", simple, "NCCL's `tuning.cc`, ring, Simple"),

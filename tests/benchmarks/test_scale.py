@@ -101,7 +101,7 @@ def expected_slowest(spread: float, processes: int) -> float:
     z = np.linspace(-10, 10, 20001)
     below = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z])
     density = processes * below ** (processes - 1) * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    return float(np.trapezoid(density * np.exp(spread * z), z))
+    return float((density * np.exp(spread * z)).sum() * (z[1] - z[0]))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8, 64, 512])
