@@ -1,6 +1,7 @@
 """A training step as it runs on a GPU, counted on fake tensors: what a captured step holds, from batch to average."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,10 +26,18 @@ _FORWARD = "rest of the forward pass"
 _STEPS_PER_EPOCH = 1000  # of which nothing depends that is counted
 
 
-def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: int) -> tuple[list[Counted], list[str]]:
+def count_step(
+    config: Config,
+    canvas: tuple[int, int],
+    objects: int,
+    classes: int,
+    arrived: Callable[[nn.Parameter, int], None] | None = None,
+) -> tuple[list[Counted], list[str]]:
     """What a step of ``config`` launches -> its operations, the names of stages in order.
 
-    canvas: (height, width) of each of its ``batch_size`` images; objects: of an image, whose bucket decides the slots.
+    canvas: (height, width) of each of its ``batch_size`` images; objects: of an image, whose bucket decides the slots;
+    arrived: if given, the step is that of one of several processes, whose gradients come while backward runs, and it is
+    told of each one's parameter and how many operations ran before; what the exchange itself launches is not counted.
     The second step is counted, as the first one makes the optimiser's state. Copies from the host run beside the step
     and are left out. ValueError for recomputed blocks, whose gradients only autograd's own engine can compute, and for
     float32, of which the table of GPUs has no rates.
@@ -56,16 +65,20 @@ def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: i
         if average is not None:
             _bring_there(average.model)
             step.average = average
+        if arrived is not None:
+            step._called = model  # several processes lower weights one by one
         _keep_folded(model)
         batches = [blank_batch(config.batch_size, canvas, target_bucket(objects))] * config.accumulate
         with replaced(step, "run", lambda tensors, batches: step.compute_arrived(_arrived(tensors), batches)):
             with plain_backward(lambda node: contextlib.nullcontext()), Counter():
                 step(*batches)
-            counter, names = _counted(step, batches)
+            counter, names = _counted(step, batches, arrived or (lambda parameter, operations: None))
     return counter.operations, names
 
 
-def _counted(step: TrainStep, batches: list[Batch]) -> tuple[Counter, list[str]]:
+def _counted(
+    step: TrainStep, batches: list[Batch], arrived: Callable[[nn.Parameter, int], None]
+) -> tuple[Counter, list[str]]:
     """A step's operations, those of backward by the part whose gradient they are."""
     counter, parts = Counter(), parts_of(step.model)
     made = _Made()
@@ -75,9 +88,13 @@ def _counted(step: TrainStep, batches: list[Batch]) -> tuple[Counter, list[str]]
         with counter.stage(_FORWARD if name == "forward" else name), made.by(name):
             yield
 
+    @contextlib.contextmanager
     def backward(node):
         part = made.of(node)
-        return counter.stage(f"backward of {part}" if part in parts else "rest of the backward pass")
+        with counter.stage(f"backward of {part}" if part in parts else "rest of the backward pass"):
+            yield
+        if hasattr(node, "variable"):
+            arrived(node.variable, len(counter.operations))
 
     names = (*parts, "forward", "matching", "losses", "optimizer")
     with plain_backward(backward), stages(step, forward, names), counter:

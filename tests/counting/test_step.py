@@ -82,6 +82,25 @@ def test_fused_ops_save_kernels_and_bytes(plain, monkeypatch):
     assert apart["kernels"] > one["kernels"] and apart["bytes"] > one["bytes"]
 
 
+def test_gradients_of_one_of_several_processes_come_while_backward_runs(plain):
+    """Each parameter's once, and not all at the end; weights are lowered one by one, with the same operations."""
+    arrived = []
+    operations, _ = count_step(tiny(), CANVAS, OBJECTS, CLASSES, lambda *told: arrived.append(told))
+    with torch.device("meta"):
+        model = build_model(tiny().model, CLASSES)
+    assert len({id(parameter) for parameter, _ in arrived}) == len(arrived)
+    shapes = sorted(tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
+    assert sorted(tuple(parameter.shape) for parameter, _ in arrived) == shapes
+    places = [place for _, place in arrived]
+    stages = [each.stage for each in operations]
+    first = next(place for place, stage in enumerate(stages) if "backward" in stage)
+    assert places == sorted(places) and first < places[0] and places[-1] <= stages.index("optimizer")
+    assert places[len(places) // 2] - first < 0.8 * (places[-1] - first)
+    alone = numbers(*plain, H200)["total"]
+    shared = numbers(operations, sorted(set(stages)), H200)["total"]
+    assert shared["flop"] == alone["flop"] and shared["kernels"] > alone["kernels"]
+
+
 @pytest.mark.parametrize("flags", [("--model.checkpointing",), ("--precision", "float32")])
 def test_what_cannot_be_counted_is_refused(flags):
     with pytest.raises(ValueError, match=flags[0]):
