@@ -60,7 +60,7 @@ class TrainStep:
         # Several processes average gradients while backward is still running; those of lowered weights come at its end.
         lowers = self.on_device and precision != torch.float32 and processes.world == 1
         self._called = Lowered(model, precision) if lowers else model
-        self._shared = DistributedDataParallel(model) if processes.world > 1 else None
+        self._shared = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.world > 1 else None
         if self.on_device:
             # Learning rates and the average's share, where a captured step can read them.
             self._numbers = torch.zeros(len(optimizer.param_groups) + 1, device=self.device)
