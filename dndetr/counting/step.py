@@ -57,7 +57,8 @@ def count_step(config: Config, canvas: tuple[int, int], objects: int, classes: i
             _bring_there(average.model)
             step.average = average
         _keep_folded(model)
-        batches = [blank_batch(config.batch_size, canvas, target_bucket(objects))] * config.accumulate
+        federated = classes if config.loss.federated else None
+        batches = [blank_batch(config.batch_size, canvas, target_bucket(objects), federated)] * config.accumulate
         with replaced(step, "run", lambda tensors, batches: step.compute_arrived(_arrived(tensors), batches)):
             with plain_backward(lambda node: contextlib.nullcontext()), Counter():
                 step(*batches)
