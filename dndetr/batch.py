@@ -41,13 +41,15 @@ class Targets(_Movable):
     """Ground truth of a batch, padded to T slots per image (T is a bucket size, never the data's maximum).
 
     labels [B, T] int64 in [0, K), 0 where padded; boxes [B, T, 4] cxcywh in [0, 1] of the valid image, 0 where padded;
-    counts [B] int32; needed: slots that the batch would do with (None: all), for the host to know.
+    counts [B] int32; needed: slots that the batch would do with (None: all), for the host to know; unverified [B, K]
+    bool: classes of which an image may show more than is annotated, None where every class of every image counts.
     """
 
     labels: Tensor
     boxes: Tensor
     counts: Tensor
     needed: int | None = None
+    unverified: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -79,10 +81,18 @@ class Batch(_Movable):
         return tuple(self.pixels.shape[1:3])
 
 
-def blank_batch(images: int, canvas: tuple[int, int], slots: int) -> Batch:
-    """Black images that fill their canvas (height, width), each with objects, all alike, in all of its slots."""
+def blank_batch(images: int, canvas: tuple[int, int], slots: int, federated: int | None = None) -> Batch:
+    """Black images that fill their canvas (height, width), each with objects, all alike, in all of its slots.
+
+    federated: number of classes, none of them verified, where annotations are federated.
+    """
     boxes = torch.tensor((0.5, 0.5, 0.25, 0.25)).repeat(images, slots, 1)
-    targets = Targets(torch.zeros(images, slots, dtype=torch.int64), boxes, torch.full((images,), slots).int())
+    targets = Targets(
+        torch.zeros(images, slots, dtype=torch.int64),
+        boxes,
+        torch.full((images,), slots).int(),
+        unverified=None if federated is None else torch.ones(images, federated, dtype=torch.bool),
+    )
     sizes = torch.tensor([canvas]).repeat(images, 1)
     pixels, colours = torch.zeros(images, *canvas, 3, dtype=torch.uint8), torch.zeros(images, 3, 4)
     return Batch(pixels, colours, sizes, targets, sizes, torch.arange(images))

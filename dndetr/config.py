@@ -82,6 +82,8 @@ class LossConfig:
     """Loss of the queries of --model.one-to-many."""
     repeats: int = 6
     """Copies of every target that those are matched with (fewer where the room of an image would be over 2048)."""
+    federated: bool = False
+    """LVIS: a class is a negative only in images that were looked through for it (docs/many-classes.md)."""
 
     @property
     def position(self) -> float:
@@ -199,6 +201,8 @@ class Config:
     """Train and evaluate on so many images of the train split, to see whether all works: AP should pass 0.9."""
     epochs: int = 50
     """Passes over the training data."""
+    repeat_threshold: float | None = None
+    """LVIS: show images of classes that fewer images than this share have more often in an epoch (LVIS: 0.001)."""
     hours: float | None = None
     """End the run within so many hours, its schedule shortened to fit: fewer steps than --epochs says, if need be."""
     patience: int | None = None
@@ -267,6 +271,18 @@ class Config:
         demand_val_share(self.val_share)
         divides = self.resume is None and (self.val_share, self.split_file) != (None, None)
         demand(not (divides and self.data == "shapes"), "data", self.data, "data of yours, since this has a val split")
+        if self.repeat_threshold is not None:
+            threshold = self.repeat_threshold
+            demand(0 < threshold <= 1, "repeat-threshold", threshold, "a share of the images, above 0 and up to 1")
+            if self.overfit is not None:
+                raise ValueError("--repeat-threshold: --overfit has its images equally often: leave one out")
+        if self.data == "shapes":
+            for flag, given, what in (
+                ("repeat-threshold", self.repeat_threshold is not None, "has new images in every epoch"),
+                ("loss.federated", self.loss.federated, "is annotated in full"),
+            ):
+                if given:
+                    raise ValueError(f"--{flag}: --data shapes {what}: leave one out")
         demand(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         demand(self.hours is None or 0 < self.hours < float("inf"), "hours", self.hours, "a positive number")
         demand(0 <= self.seed < 2**62, "seed", self.seed, "0 or more, below 2**62")

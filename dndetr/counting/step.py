@@ -68,7 +68,8 @@ def count_step(
         if arrived is not None:
             step._called = model  # several processes lower weights one by one
         _keep_folded(model)
-        batches = [blank_batch(config.batch_size, canvas, target_bucket(objects))] * config.accumulate
+        federated = classes if config.loss.federated else None
+        batches = [blank_batch(config.batch_size, canvas, target_bucket(objects), federated)] * config.accumulate
         with replaced(step, "run", lambda tensors, batches: step.compute_arrived(_arrived(tensors), batches)):
             with plain_backward(lambda node: contextlib.nullcontext()), Counter():
                 step(*batches)

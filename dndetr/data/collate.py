@@ -68,11 +68,13 @@ def collate(
         boxes[row, :count] = own_boxes
     sizes = torch.tensor(sizes)
     boxes = xyxy_to_cxcywh(boxes / sizes.flip(1).repeat(1, 2)[:, None])
+    rows = [sample.unverified for sample in samples]
+    unverified = None if rows[0] is None else torch.stack(rows)
     return Batch(
         pixels=pixels,
         colours=torch.stack([sample.colours for sample in samples]),
         sizes=sizes,
-        targets=Targets(labels, boxes, counts, min(needed, slots)),
+        targets=Targets(labels, boxes, counts, min(needed, slots), unverified),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
         ids=torch.tensor([sample.image_id for sample in samples]),
     )

@@ -13,17 +13,18 @@ from .records import Problem, Records
 
 def missing_files(records: Records) -> list[Problem]:
     """Those images of a split whose file is not in its folder."""
-    listing, missing = cache(_listing), MissingFiles(records)
+    listed, missing = cache(listing), MissingFiles(records)
     folder, problems = str(records.folder), []
     for index, name in enumerate(records.names):
         inner, _, base = name.rpartition("/")
         # A listing costs less than to ask for each file.
-        if base not in listing(os.path.join(folder, inner)) and not os.path.isfile(os.path.join(folder, name)):
+        if base not in listed(os.path.join(folder, inner)) and not os.path.isfile(os.path.join(folder, name)):
             problems.append(Problem("missing file", missing.sentence(index)))
     return problems
 
 
-def _listing(folder: str) -> frozenset[str]:
+def listing(folder: str) -> frozenset[str]:
+    """Names of what is in a folder; none where that cannot be asked."""
     try:
         return frozenset(os.listdir(folder))
     except (OSError, ValueError):

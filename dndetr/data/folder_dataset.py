@@ -17,6 +17,11 @@ from .sample import Sample
 from .transforms import Transform, View
 from .units import unit_doubt
 
+NOT_FEDERATED = (
+    "--loss.federated: no image has neg_category_ids or not_exhaustive_category_ids, so all are annotated in full: "
+    "leave it out"
+)
+
 
 class FolderDataset:
     """One split of a data set on the disk.
@@ -25,9 +30,10 @@ class FolderDataset:
     training split's: a category that training does not know is an error. Crowd regions are left out, boxes are clipped
     to their image, and those without area are dropped; ``remarks`` counts these.
 
-    Randomness of ``transform`` depends on (seed, epoch, index) alone. Decoded pictures are kept in memory where the
-    whole split fits into ``cache_bytes``, once for each loader worker. Raises DataError for what is wrong with the
-    records, and for files that are missing.
+    Randomness of ``transform`` depends on (seed, epoch, index, occurrence) alone, the last where an epoch shows an
+    image several times. Decoded pictures are kept in memory where the whole split fits into ``cache_bytes``, once for
+    each loader worker. federated: samples say which classes were not verified in their image. Raises DataError for what
+    is wrong with the records, and for files that are missing.
     """
 
     def __init__(
@@ -37,8 +43,12 @@ class FolderDataset:
         classes: Classes | None = None,
         seed: int = 0,
         cache_bytes: int = 1 << 30,
+        federated: bool = False,
     ):
         raise_problems(records.problems, records)
+        if federated and records.verified is None:
+            raise DataError(f"{records.file}: {NOT_FEDERATED}")
+        self._federated = federated
         self.transform, self.seed, self.cache_bytes = transform, seed, cache_bytes
         self.classes = list(records.classes if classes is None else classes)
         raise_problems([*class_problems(records.classes, self.classes)], records)
@@ -74,18 +84,20 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def sample(self, index: int, epoch: int = 0) -> Sample:
-        """Image ``index`` as epoch ``epoch`` sees it."""
-        view, rng = self._view(index, epoch)
+    def sample(self, index: int, epoch: int = 0, occurrence: int = 0) -> Sample:
+        """Image ``index`` as epoch ``epoch`` sees it, the first time or a later one."""
+        view, rng = self._view(index, epoch, occurrence)
         pixels = view.picture(self.picture(index, view.shrink))
         colours = self.transform.colours(pixels, rng)
         boxes_xyxy, kept = view.boxes(self._boxes[self._of(index)])
         labels = torch.from_numpy(self._labels[self._of(index)][kept])
-        return Sample(pixels, colours, torch.from_numpy(boxes_xyxy), labels, self.ids[index], self.sizes[index])
+        objects = torch.from_numpy(boxes_xyxy), labels
+        unverified = self._unverified(index) if self._federated else None
+        return Sample(pixels, colours, *objects, self.ids[index], self.sizes[index], unverified)
 
-    def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
-        """Height, width and number of objects of ``sample(index, epoch)``, without reading its file."""
-        view, _ = self._view(index, epoch)
+    def extent(self, index: int, epoch: int = 0, occurrence: int = 0) -> tuple[int, int, int]:
+        """Height, width and number of objects of that sample, without reading its file."""
+        view, _ = self._view(index, epoch, occurrence)
         return *view.size, int(view.boxes(self._boxes[self._of(index)])[1].sum())
 
     def with_transform(self, transform: Transform, seed: int) -> "FolderDataset":
@@ -117,10 +129,20 @@ class FolderDataset:
         """Ground truth for evaluation: all objects as they were annotated, neither clipped nor left out."""
         return self.records.coco_dict()
 
-    def _view(self, index: int, epoch: int) -> tuple[View, np.random.Generator]:
+    def _view(self, index: int, epoch: int, occurrence: int) -> tuple[View, np.random.Generator]:
         """The geometry of a sample, and where the rest of its randomness comes from."""
-        rng = np.random.default_rng((self.seed, epoch, index))
+        later = (occurrence,) if occurrence else ()
+        rng = np.random.default_rng((self.seed, epoch, index, *later))
         return self.transform.view(self.sizes[index], rng), rng
+
+    def _unverified(self, index: int) -> torch.Tensor:
+        """Which classes are no negatives in an image [K] bool; an object that training leaves out was annotated too."""
+        first, last = np.searchsorted(self.records.objects.image, (index, index + 1))
+        annotated = self.records.objects.label[first:last]
+        own = self.records.verified.unverified(index, annotated, len(self.records.classes))
+        found = torch.ones(len(self.classes), dtype=torch.bool)
+        found[self._places] = torch.from_numpy(own)
+        return found
 
     def _of(self, index: int) -> slice:
         """Where the objects of an image are."""
@@ -136,7 +158,8 @@ class FolderDataset:
         image, label = records.objects.image[kept], records.objects.label[kept]
         self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}
-        self._labels = np.array([place[number] for number, _ in records.classes], np.int64)[label]
+        self._places = np.array([place[number] for number, _ in records.classes], np.int64)
+        self._labels = self._places[label]
         self._starts = np.concatenate(([0], np.bincount(image, minlength=len(records)).cumsum()))
         # Annotation tools round to a pixel; less is not worth a word.
         moved = (np.abs(clipped - corners) > 1).any(axis=1)

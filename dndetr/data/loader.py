@@ -9,6 +9,7 @@ from .batch_shapes import BatchShapes
 from .collate import TARGET_BUCKETS, canvas_bucket, collate
 from .errors import DataError
 from .order import Order, portraits
+from .repeat_factors import Repeats
 from .sample import Sample
 from .workers import Workers, demand_room
 
@@ -73,16 +74,17 @@ def build_loader(
     world: int = 1,
     held: int = 1,
     neighbours: int = 1,
+    repeats: Repeats | None = None,
 ) -> Loader:
     """A loader of shuffled whole batches (training), or of everything once in a fixed order.
 
     Images without a common size are batched landscape with landscape and portrait with portrait, so that canvases are
     few. multiple, slots, exact: as of ``collate``. rank, world: this process reads every ``world``-th batch; in
     training all processes get equally many. Nothing depends on the number of workers; they need shared memory, also
-    for the batches that are ``held`` at once, and ``neighbours`` processes share that of a machine. ValueError where it
-    has no room.
+    for the batches that are ``held`` at once, and ``neighbours`` processes share that of a machine. repeats: which
+    numbers of the data set an epoch has, by default each once. ValueError where memory has no room.
     """
-    order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world)
+    order = Order(portraits(dataset.sizes, dataset.canvas), batch_size, training, seed, rank, world, repeats)
     if training and len(order) == 0:
         wanted = f" on each of {world} processes" if world > 1 else ""
         raise DataError(

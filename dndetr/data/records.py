@@ -9,6 +9,7 @@ import numpy as np
 
 from .classes import Classes
 from .errors import DataError
+from .verified import Verified
 
 NOTHING_TO_LEARN = "the train split has no objects, there is nothing to learn from; annotate some"
 
@@ -79,8 +80,8 @@ class Records:
     root: the data set's folder; file: from which the split is read, named in messages; folder: what the images' file
     ``names`` are relative to. classes: the split's own, (id, name) in label order. ids [n] int64 and sizes [n, 2] int64
     (height, width) of the images; numbered: whether these ids are the annotations' own, which users know. remarks: what
-    was left out in reading, in words. With ``problems`` only the images can be relied upon, and those with problems of
-    their own are not among them.
+    was left out in reading, in words. verified: of federated annotations, what was looked for. With ``problems`` only
+    the images can be relied upon, and those with problems of their own are not among them.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Records:
     numbered: bool = False
     remarks: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    verified: Verified | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -124,6 +126,7 @@ class Records:
             ids=self.ids[chosen],
             sizes=self.sizes[chosen],
             objects=objects._replace(image=place[objects.image]),
+            verified=None if self.verified is None else self.verified.take(chosen),
         )
 
     def clipped(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,10 +145,13 @@ class Records:
         numbers = [number for number, _ in self.classes]
         rows = zip(*(column.tolist() for column in objects), strict=True)
         ids = self.ids.tolist()
+        stated = [{}] * len(self) if self.verified is None else self.verified.fields(numbers)
         return {
             "images": [
-                {"id": number, "file_name": name, "height": height, "width": width}
-                for number, name, (height, width) in zip(ids, self.names, self.sizes.tolist(), strict=True)
+                {"id": number, "file_name": name, "height": height, "width": width} | lists
+                for number, name, (height, width), lists in zip(
+                    ids, self.names, self.sizes.tolist(), stated, strict=True
+                )
             ],
             "annotations": [
                 {

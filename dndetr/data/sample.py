@@ -18,7 +18,7 @@ class Sample:
 
     pixels [h, w, 3] uint8 RGB, of any strides, maybe read-only; colours [3, 4] float32, the map from a pixel to what a
     model is shown; boxes_xyxy [n, 4] float32 pixels of the image; labels [n] int64 in [0, K); original_size (height,
-    width) of the upright file.
+    width) of the upright file; unverified [K] bool, as of ``Targets``, of federated annotations alone.
     """
 
     pixels: np.ndarray
@@ -27,6 +27,7 @@ class Sample:
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
+    unverified: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:

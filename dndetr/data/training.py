@@ -10,7 +10,8 @@ from .batch_shapes import BatchShape, BatchShapes, choose_shapes, dearest_slots,
 from .errors import DataError
 from .folder_dataset import FolderDataset
 from .loader import build_loader
-from .records import NOTHING_TO_LEARN, Source
+from .records import NOTHING_TO_LEARN, Records, Source
+from .repeat_factors import Repeated, Repeats, repeat_factors
 from .review.image_files import check_files
 from .sample import normalisation
 from .shapes import MIN_SIZE, ShapesDataset
@@ -48,11 +49,14 @@ class TrainingData:
             train_view, eval_view = training_transform(config), evaluation_transform(config)
             cache = images.cache_mib << 20
             records = source.read("train")
-            train = FolderDataset(records, train_view, seed=config.seed, cache_bytes=cache)
+            train = FolderDataset(
+                records, train_view, seed=config.seed, cache_bytes=cache, federated=config.loss.federated
+            )
             records = records if config.overfit else source.read("val")
             val = FolderDataset(records, eval_view, classes=train.classes, cache_bytes=cache)
             found = [*check_files(train, images.skip_unreadable), *check_files(val, images.skip_unreadable)]
             self.warnings = list(dict.fromkeys(found))  # with --overfit both are of the same split
+            self.about += _of_federated(train.records, config)
         if config.overfit:
             repeats = -(-_OVERFIT_STEPS * config.batch_size * config.accumulate * world // config.overfit)
             train, val = Subset(train, config.overfit, repeats), Subset(val, config.overfit)
@@ -61,6 +65,11 @@ class TrainingData:
             raise DataError(f"{config.data}: {NOTHING_TO_LEARN}")
         if not any(val.counts):
             self.warnings.append(f"{config.data}: the val split has no objects, so there will be no AP and no best.pt")
+        repeats = None
+        if config.repeat_threshold is not None:
+            repeats = Repeats(repeat_factors(train.records, config.repeat_threshold), config.seed)
+            train = Repeated(train)
+            self.about.append(f"--repeat-threshold {config.repeat_threshold:g}: {repeats}")
         self._config, self._train_images = config, train
         self.classes = train.classes
         self.ground_truth = val.coco_dict()
@@ -68,7 +77,14 @@ class TrainingData:
         share = {"rank": rank, "world": world, "neighbours": neighbours}
         exact = config.denoising.slots == "batch"
         self._train = build_loader(
-            train, config.batch_size, training=True, held=config.accumulate, exact=exact, **options, **share
+            train,
+            config.batch_size,
+            training=True,
+            held=config.accumulate,
+            exact=exact,
+            repeats=repeats,
+            **options,
+            **share,
         )
         self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
         self.images = {"train": config.overfit or len(train), "val": len(val)}
@@ -108,6 +124,16 @@ class TrainingData:
     def validation(self) -> Iterator[Batch]:
         """This process's validation images, in the same order every time."""
         return self._val.epoch()
+
+
+def _of_federated(records: Records, config: Config) -> list[str]:
+    """What becomes of federated annotations, in a line, where the training images have such."""
+    if records.verified is None:
+        return []
+    count = f"{records.verified.stated.sum():,} of {len(records):,} training images say which classes were looked for"
+    if config.loss.federated:
+        return [f"{config.data_name}: {count}, others are no negatives there"]
+    return [f"{config.data_name}: {count}; with --loss.federated others would be no negatives there"]
 
 
 def source_of(config: Config) -> Source:

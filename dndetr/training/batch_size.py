@@ -106,7 +106,7 @@ def _try_out(
         model = build_model(config.model, classes).to(device, memory_format=torch.channels_last).train()
     precision, mode = pick_precision(config.precision, device), pick_mode(config.mode, device, processes.world)
     step = build_step(config, model, classes, 1, precision, mode, Processes({}), say=lambda text: None)
-    batch = blank_batch(size, shape[:2], shape.slots)
+    batch = blank_batch(size, shape[:2], shape.slots, classes if config.loss.federated else None)
     # Gradients of the first batch are there in the second; a step is captured when its shape comes again.
     for _ in range(3 if mode == "graph" else 2):
         step(*[batch] * min(2, config.accumulate // size))

@@ -11,6 +11,7 @@ from ..denoising import normalizers
 from ..models.dn_detr import Predictions
 from ..ops import CostWeights, GroupLayout, LossWeights, Matches, match, set_loss
 from ..ops.match import MOST
+from .federated import counted_logits
 
 
 class Losses(NamedTuple):
@@ -50,7 +51,7 @@ class Criterion(nn.Module):
             matches = match(logits[:, :, noised:], boxes[:, :, noised:], targets, self.cost)
             divisors = normalizers(targets, layout.groups, boxes.dtype, objects)
         total, parts = set_loss(
-            logits,
+            counted_logits(logits, matches, layout, targets),
             boxes,
             matches,
             layout,
@@ -62,8 +63,8 @@ class Criterion(nn.Module):
         )
         finite = matches.finite
         if predictions.tokens is not None:
-            # Proposals of all tokens are to be an object at all, which is their first class.
-            objects_alone = replace(targets, labels=torch.zeros_like(targets.labels))
+            # Proposals of all tokens are to be an object at all, which is their first class, and verified everywhere.
+            objects_alone = replace(targets, labels=torch.zeros_like(targets.labels), unverified=None)
             tokens = self._of_one_set(*predictions.tokens, objects_alone, divisors)
             total, parts = tokens.total + total, torch.cat((tokens.parts, parts))
             finite = torch.cat((tokens.matches.finite, finite))
@@ -79,10 +80,11 @@ class Criterion(nn.Module):
         """Loss of queries that are all matched with targets of their own."""
         matches = match(logits, boxes, targets, self.cost)
         layout = GroupLayout(0, 0, logits.shape[2])
-        return Losses(*set_loss(logits, boxes, matches, layout, targets, divisors, self.weights), matches)
+        counted = counted_logits(logits, matches, layout, targets)
+        return Losses(*set_loss(counted, boxes, matches, layout, targets, divisors, self.weights), matches)
 
 
 def repeated(targets: Targets, times: int) -> Targets:
     """Every target so many times, its copies next to each other, so that objects come before what is padded."""
     labels, boxes = (x.repeat_interleave(times, dim=1) for x in (targets.labels, targets.boxes))
-    return Targets(labels, boxes, targets.counts * times)
+    return Targets(labels, boxes, targets.counts * times, unverified=targets.unverified)

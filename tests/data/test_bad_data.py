@@ -138,6 +138,17 @@ BROKEN = {
         f"image {FIRST} is 90000x90000 pixels",
         "cut it into tiles",
     ),
+    "no-list": (put("neg_category_ids", 3, "images"), f"image {FIRST} has neg_category_ids 3", "give a list"),
+    "absent-unknown": (
+        put("neg_category_ids", [3, 99], "images"),
+        f"image {FIRST} has neg_category_ids with 99, which is not in the list of categories",
+        "add that category",
+    ),
+    "partial-text": (
+        put("not_exhaustive_category_ids", [7, "3"], "images"),
+        f"image {FIRST} has not_exhaustive_category_ids with '3', which is not in the list",
+        "",
+    ),
     "classes-differ": (put("name", "wolf", "categories", "val"), "category 3 is 'wolf' here and 'dog' in training", ""),
 }
 

@@ -1,7 +1,7 @@
 """Runs whole training steps of the named detectors on fake tensors of a device that exists only as a name.
 
 A program of its own (see ``test_step.py``): prints each detector that made it, fails at the first host synchronisation.
-Arguments are names with numbers of denoising groups, as ``dino:5``.
+Arguments are names with numbers of denoising groups, as ``dino:5``, or ``dino:5:federated`` for such annotations.
 """
 
 import sys
@@ -44,15 +44,16 @@ torch.nn.GroupNorm.forward = group_norm
 _setup_privateuseone_for_python_backend("fakegpu", Module())
 mode = FakeTensorMode()
 for argument in sys.argv[1:]:
-    name, groups = argument.split(":")
+    name, groups, *federated = argument.split(":")
     # Fake tensors have no memory that could be copied: what copies is made before.
     model = detectors.build(name)
     average = WeightAverage(model, 0.9)
     with mode, NoHostSync():
         detectors.emptied(average.model, "fakegpu")
         step = detectors.make_step(detectors.emptied(model, "fakegpu"), int(groups), average=average)
+        batch = detectors.empty_batch("cpu")
         for _ in range(2):
-            losses, norm = step(detectors.empty_batch("cpu"))
+            losses, norm = step(detectors.federated(batch) if federated else batch)
         assert losses.total.device.type == norm.device.type == "fakegpu"
         assert step.optimizer.state, "nothing was optimised"
         print(argument)

@@ -166,13 +166,13 @@ def make(kind: str, said: list, device="cpu"):
     return detectors.make_step(model, kind=GraphedStep, say=said.append)
 
 
-def steps_on_two_shapes(step, count: int = 20, first: int = 0) -> torch.Tensor:
+def steps_on_two_shapes(step, count: int = 20, first: int = 0, federated: bool = False) -> torch.Tensor:
     """Losses and gradient norms of steps on batches that change their content every time and their shape often."""
     found = []
     for number in range(first, count):
         canvas, slots = ((96, 128), 8) if number % 3 else ((64, 96), 16)
         batch = detectors.make_batch([3 + number % 4, 5 - number % 3], slots, canvas=canvas)
-        losses, norm = step(batch)
+        losses, norm = step(detectors.federated(batch) if federated else batch)
         found.append(torch.stack((losses.total, norm)).clone())
     return torch.stack(found)
 
@@ -183,10 +183,11 @@ def eager_steps() -> torch.Tensor:
     return steps_on_two_shapes(make("eager", []))
 
 
-def test_captured_steps_are_the_eager_ones(python_graphs):
+@pytest.mark.parametrize("federated", [False, True])
+def test_captured_steps_are_the_eager_ones(python_graphs, federated):
     said = []
     step = make("graph", said)
-    assert torch.equal(steps_on_two_shapes(step), eager_steps())
+    assert torch.equal(*(steps_on_two_shapes(of, federated=federated) for of in (step, make("eager", []))))
     assert not said and Graph.made == len(step._captured) == 2
     assert sum(captured.graph.replays for captured in step._captured.values()) == 18  # all but the first of each shape
 

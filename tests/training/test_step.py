@@ -47,6 +47,7 @@ def test_forward_and_losses_ask_nothing_of_a_cuda_device(fake_cuda, name, groups
             (
                 *(f"{name}:{groups}" for name in detectors.CONFIGS for groups in (5, 0)),
                 *(f"{name}:5" for name in (*detectors.HYBRID, *DINO)),
+                "hybrid-dino:5:federated",
             ),
             marks=pytest.mark.slow,
         ),

@@ -2,7 +2,7 @@
 
 Layouts: ``annotations/instances_<split>.json`` with ``<split>/``, ``images/<split>/`` or ``images/``;
 ``<split>/_annotations.coco.json`` beside its images, as Roboflow writes it; ``instances_default.json``, as CVAT
-writes it, and ``result.json``, as Label Studio does, of sets that nobody has divided.
+writes it, and ``result.json``, as Label Studio does, of sets that nobody has divided; LVIS and Objects365 as published.
 """
 
 from collections import defaultdict
@@ -18,6 +18,8 @@ from ..errors import DataError
 from ..records import Objects, Problem, Records, make_objects
 from ..split_names import NAMES, names_of, no_split
 from .coco_document import find_problems, read_document, sound_images
+from .coco_verified import read_verified, verified_problems
+from .published_sets import find_images, is_published, published_files
 
 # Of a set that nobody has divided: the file, and who writes it.
 _UNDIVIDED = {
@@ -45,7 +47,7 @@ class CocoSource:
     def __init__(self, root: Path):
         self.root = root
         self._undivided = next((name for name in _UNDIVIDED if (root / name).is_file()), None)
-        if any(path.is_file() for name in names_of("train") for path in _places(root, name)):
+        if any(path.is_file() for _, path in _annotation_files(root, "train")):
             self._undivided = None
         self.splits = tuple(split for split in NAMES if self._is_there(split))
         writer = f" of {_UNDIVIDED[self._undivided]}" if self._undivided else ""
@@ -58,9 +60,11 @@ class CocoSource:
         problems, remarks = [], []
         if self._undivided == "result.json":
             problems += _label_studio_names(document, self.root)
+        find_images(document, folder, (split, f"images/{split}", "images", "") if is_published(file) else ("",))
         problems += find_problems(document)
+        problems += verified_problems(document)
         if problems:
-            images, classes, objects = sound_images(document), [], make_objects([], [], [])
+            images, classes, objects, verified = sound_images(document), [], make_objects([], [], []), None
         else:
             images = document["images"]
             classes = sorted((category["id"], category["name"]) for category in document["categories"])
@@ -68,7 +72,7 @@ class CocoSource:
                 classes = [entry for entry in classes if entry not in roots]
                 names = listed([name for _, name in roots])
                 remarks.append(f"category {names} left out: it names the others and has no objects")
-            objects = _objects(document, classes)
+            objects, verified = _objects(document, classes), read_verified(document, classes)
         return Records(
             name=split,
             root=self.root,
@@ -79,6 +83,7 @@ class CocoSource:
             ids=np.array([image["id"] for image in images], np.int64),
             sizes=np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
             objects=objects,
+            verified=verified,
             numbered=True,
             remarks=remarks,
             problems=problems,
@@ -90,13 +95,11 @@ class CocoSource:
             images = self.root / "images"
             folder = next((place for place in (images / "default", images) if place.is_dir()), self.root)
             return _Split(file, self.root if self._undivided == "result.json" else folder)
-        tried = []
-        for name in names_of(split):
-            places = _places(self.root, name)
-            for path in places:
-                if path.is_file():
-                    return _Split(path, self._image_folder(path, name))
-            tried += map(self._relative, places[:2])  # a line with all of them would say less
+        for name, path in _annotation_files(self.root, split):
+            if path.is_file():
+                return _Split(path, self.root if is_published(path) else self._image_folder(path, name))
+        # A line with all of them would say less.
+        tried = [self._relative(path) for name in names_of(split) for path in _places(self.root, name)[:2]]
         raise no_split(self.root, split, tried, sorted(map(self._relative, _documents(self.root))))
 
     def _image_folder(self, file: Path, name: str) -> Path:
@@ -109,10 +112,19 @@ class CocoSource:
     def _is_there(self, split: str) -> bool:
         if self._undivided:
             return split == "train"
-        return any(path.is_file() for name in names_of(split) for path in _places(self.root, name))
+        return any(path.is_file() for _, path in _annotation_files(self.root, split))
 
     def _relative(self, path: Path) -> str:
         return str(path.relative_to(self.root))
+
+
+def _annotation_files(root: Path, split: str) -> list[tuple[str, Path]]:
+    """Where the annotations of a split may be, each with the name that the split has there.
+
+    COCO's own come first: who has LVIS has its images in the folders of COCO.
+    """
+    names = names_of(split)
+    return [(name, path) for name in names for path in _places(root, name)] + published_files(root, names)
 
 
 def _places(root: Path, name: str) -> tuple[Path, ...]:
@@ -131,6 +143,7 @@ def _documents(root: Path) -> Iterator[Path]:
     yield from sorted(root.glob("*/*.coco.json"))
     names = [*_UNDIVIDED, *(f"{name}.json" for split in NAMES for name in names_of(split))]
     yield from (root / name for name in names if "/" not in name and (root / name).is_file())
+    yield from sorted(filter(is_published, root.glob("*.json")))
 
 
 def _unused_roots(document: dict) -> Classes:

@@ -49,6 +49,8 @@ def write(folder: Path, splits: Sequence[Records], place: Callable[[Path, Path],
             label = folder / _label_file(file)
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text(text)
+        if records.verified is not None:
+            told.append("which classes were looked for left out, since YOLO has no place for it")
         remarks += [f"{records.name}: {remark}" for remark in (*told, *renamed)]
     description = {**entries, "nc": len(names), "names": dict(enumerate(names))}
     text = yaml.safe_dump(description, allow_unicode=True, sort_keys=False, width=float("inf"))
