@@ -1,5 +1,6 @@
 """Several processes under torchrun (gloo, on the CPU): the same training as in one."""
 
+import hashlib
 import json
 import signal
 import socket
@@ -77,16 +78,19 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     saved = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
-    assert 0 < saved["step"] < 6 and len(saved["rng"]["noise"]) == 2, errors[-3000:]
+    assert 0 < saved["step"] < 6 and saved["processes"] == 2, errors[-3000:]
 
+    old = saved | {"rng": saved["rng"] | {"noise": [torch.Generator().get_state()] * 2}}
+    (tmp_path / "old").mkdir()
+    torch.save(old, tmp_path / "old" / "checkpoint.pt")
     alone = subprocess.run(
-        [sys.executable, "-m", "dndetr.train", "--resume", "stopped"],
+        [sys.executable, "-m", "dndetr.train", "--resume", "old"],
         env=environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert alone.returncode == 1 and "made by 2 processes" in alone.stderr
+    assert alone.returncode == 1 and "made by 2 processes of version 0.1.0" in alone.stderr
     done = torchrun("-m", "dndetr.train", "--resume", "stopped", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["ema"] for name in ("whole", "stopped")]
@@ -153,6 +157,46 @@ def test_processes_that_cannot_meet_say_where(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(RuntimeError, match=rf"^MASTER_ADDR:MASTER_PORT localhost:{port}: the 2 processes did not"):
             Processes().__enter__()
+
+
+class Store(dict):
+    """A store that processes of this machine share; ``wait`` finds all there, or others come meanwhile."""
+
+    def __init__(self, *others):
+        super().__init__()
+        self._others = list(others)
+
+    def set(self, name: str, value: str) -> None:
+        self[name] = value.encode()
+
+    def multi_get(self, names: list[str]) -> list[bytes]:
+        return [self[name] for name in names]
+
+    def wait(self, names: list[str], timeout) -> None:
+        if self._others:
+            self._others.pop(0)(self)
+        assert all(name in self for name in names)
+
+
+def test_what_a_dead_process_left_in_the_store_is_not_believed(monkeypatch):
+    """torchrun keeps one store over its restarts: the second process comes when the first has found its old name."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    names = []
+
+    def comes_back(store):
+        store.set("name/1", "new")
+
+    def tells(store):
+        names.append(store["told/0"])
+        store["told/1"] = store["told/0"]
+
+    store = Store(lambda store: None, lambda store: None, comes_back, lambda store: None, tells, tells)
+    store.set("name/1", "old")
+    store.set("told/1", "old")
+    agreed = Processes(WHOLE)._agreed_name(store)
+    assert agreed.encode() == store["told/0"] == store["told/1"] and names[-1] == agreed.encode()
+    first = hashlib.blake2b(store["name/0"] + b"old", digest_size=16).hexdigest()
+    assert agreed == hashlib.blake2b(store["name/0"] + b"new", digest_size=16).hexdigest() != first
 
 
 def test_a_graph_needs_a_matcher_that_does_not_wait(monkeypatch):
