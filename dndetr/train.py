@@ -19,8 +19,8 @@ from .training.overfit import overfitting, verdict
 from .training.signals import Stopped
 
 if TYPE_CHECKING:
-    from .runs.resuming import Found, Origin
     from .training.distributed import Processes
+    from .training.resuming import Found, Origin
     from .training.trainer import Trainer
 
 
@@ -96,8 +96,8 @@ def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -
     """Train as configured, or go on with a run; given: names of the settings that were not left to their defaults."""
     # Imported here so that --help and mistakes in the flags answer at once.
     from .context import own_context
-    from .runs.resuming import Origin, asked_for, find, shared_anew
     from .training.distributed import Processes
+    from .training.resuming import Origin, asked_for, find, shared_anew
 
     processes, found = Processes(), None
     with contextlib.ExitStack() as stack:

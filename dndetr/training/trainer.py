@@ -21,7 +21,6 @@ from ..models.build import build_model
 from ..ops import _backend
 from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
-from ..runs.resuming import Origin, asked_for
 from ..runs.run_log import cut_back, plain
 from ..scoring.coco import demand_fast_eval
 from .build import build_step
@@ -30,6 +29,7 @@ from .distributed import Processes
 from .evaluator import Evaluator
 from .loss_rows import LossRows
 from .memory import explain_memory
+from .resuming import Origin, asked_for
 from .run_ahead import RunAhead
 from .signals import Stopped, StopSignal
 from .time_limit import TimeLimit, stopwatch

@@ -15,10 +15,10 @@ from watched_runs import a_run
 from dndetr import train
 from dndetr.config import Config, to_dict
 from dndetr.runs import tracker as of_trackers
-from dndetr.runs.resuming import resumed_config
 from dndetr.runs.run_log import read_rows
 from dndetr.runs.tracker import as_markdown, class_table, flat_settings
 from dndetr.runs.trackers import TRACKERS, chosen_trackers
+from dndetr.training.resuming import resumed_config
 
 tracking = pytest.importorskip("accelerate.tracking")
 pytest.importorskip("tensorboard")

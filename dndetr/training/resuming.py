@@ -6,16 +6,14 @@ import socket
 from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..config import Config, from_dict, to_dict
-from .checkpoint import load_checkpoint
-from .folder import hold
-from .paths import remembered
-from .run_log import NAME, read_rows
-
-if TYPE_CHECKING:
-    from ..training.distributed import Processes
+from ..runs.checkpoint import load_checkpoint
+from ..runs.folder import hold
+from ..runs.paths import remembered
+from ..runs.run_log import NAME, read_rows
+from .distributed import Processes
 
 AUTO = "auto"
 
@@ -95,7 +93,7 @@ class Found(NamedTuple):
         return f"goes on from step {step}{several}{lost}"
 
 
-def find(config: Config, processes: "Processes", stack: contextlib.ExitStack) -> Found | None:
+def find(config: Config, processes: Processes, stack: contextlib.ExitStack) -> Found | None:
     """What ``--resume`` goes on from, the same for all processes; None where ``auto`` has nothing yet.
 
     stack: holds the run's folder, which no other process may train in, until it ends.

@@ -16,8 +16,8 @@ from dndetr.config import Config
 from dndetr.presets import preset_named
 from dndetr.runs.checkpoint import demand_continuable
 from dndetr.runs.folder import hold
-from dndetr.runs.resuming import Origin, asked_for, demand_same, shared_anew
 from dndetr.runs.run_log import read_rows
+from dndetr.training.resuming import Origin, asked_for, demand_same, shared_anew
 
 FEW = [*SMALL, "--data", "shapes", "--epochs", "2", "--batch-size", "2", "--train-images", "12", "--val-images", "4"]
 AUTO = [*FEW, "--log-every", "1", "--checkpoint-every", "2", "--quiet", "--output", "run", "--resume", "auto"]
