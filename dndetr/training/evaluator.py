@@ -11,6 +11,7 @@ from ..denoising import NoisedQueries
 from ..models.dn_detr import Predictions
 from ..ops import CostWeights
 from ..scoring.coco import Evaluation, coco_evaluate, detect
+from ..scoring.results import Results
 from .distributed import Processes
 from .memory import explain_memory
 
@@ -47,13 +48,14 @@ class Evaluator:
     def __call__(self, epoch: int) -> Evaluation | None:
         """The evaluation after so many epochs; the first process has the result, the others None."""
         predict = self.matching.watch(self.infer)
-        found = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
-        everyones = self.processes.gather((*found, self.matching.fresh))
+        found, seen = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
+        columns = [self.processes.join(torch.from_numpy(column)) for column in found.columns]
+        image_ids = self.processes.join(torch.tensor(seen, dtype=torch.int64))
+        matches = self.processes.gather(self.matching.fresh)
         if not self.processes.first:
             return None
-        results = [result for part, _, _ in everyones for result in part]
-        image_ids = sorted(image_id for _, part, _ in everyones for image_id in part)
-        for *_, matches in everyones:
-            self.matching.fresh |= matches
-        metrics = coco_evaluate(self.data.ground_truth, results, image_ids, self.config.fast_eval)
+        results, image_ids = Results(*(column.numpy() for column in columns)), sorted(image_ids.tolist())
+        for some in matches:
+            self.matching.fresh |= some
+        metrics = coco_evaluate(self.data.val_records, results, image_ids, self.config.fast_eval)
         return Evaluation(metrics | self.matching.finish(epoch), results, image_ids)

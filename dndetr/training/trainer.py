@@ -20,7 +20,7 @@ from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
 from ..runs.paths import remembered
 from ..runs.run_log import cut_back, plain
-from ..scoring.coco import demand_fast_eval
+from ..scoring.evaluators import demand_hotcoco
 from .build import build_step
 from .canvas import demand_canvas
 from .distributed import Processes
@@ -52,7 +52,7 @@ class Trainer:
         self._remembered = to_dict(remembered(config))
         _backend.check_environment()
         if config.fast_eval:
-            demand_fast_eval()
+            demand_hotcoco()
         self.device = pick_device(config.device, processes.local_rank)
         make_current(self.device)
         self.precision = pick_precision(config.precision, self.device)
@@ -144,7 +144,7 @@ class Trainer:
             step=self.done,
             rows=rows,
             validation=self.data.validation,
-            ground_truth=self.data.ground_truth,
+            truth=lambda: self.data.ground_truth,
             infer=self.evaluator.infer,
             weights=lambda: copied(self._weights()),
             planned=lambda: self.planned_steps,
