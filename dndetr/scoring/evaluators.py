@@ -42,7 +42,8 @@ Evaluator = Callable[[OneClass], tuple[np.ndarray, np.ndarray]]
 
 def by_pycocotools(one: OneClass) -> tuple[np.ndarray, np.ndarray]:
     """The numbers that count; an ``Evaluator``."""
-    found_areas = one.found_boxes_xywh[:, 2] * one.found_boxes_xywh[:, 3]
+    with np.errstate(over="ignore"):
+        found_areas = one.found_boxes_xywh[:, 2] * one.found_boxes_xywh[:, 3]
     nobody = np.zeros(len(one.scores), bool)
     truth = _pycocotools_data(one.images, one.image, one.boxes_xywh, one.areas, one.crowd)
     found = _pycocotools_data(one.images, one.found_image, one.found_boxes_xywh, found_areas, nobody, one.scores)
@@ -56,6 +57,8 @@ def by_pycocotools(one: OneClass) -> tuple[np.ndarray, np.ndarray]:
 def by_hotcoco(one: OneClass) -> tuple[np.ndarray, np.ndarray]:
     """The same; an ``Evaluator``. ModuleNotFoundError where hotcoco is missing."""
     hotcoco = demand_hotcoco()
+    if not (_have_areas(one.boxes_xywh) and _have_areas(one.found_boxes_xywh)):
+        return by_pycocotools(one)
     images = [{"id": number} for number in range(1, one.images + 1)]
     columns = {"boxes": one.boxes_xywh, "area": one.areas, "iscrowd": one.crowd}
     category = np.ones(len(one.image), np.int64)
@@ -67,6 +70,12 @@ def by_hotcoco(one: OneClass) -> tuple[np.ndarray, np.ndarray]:
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
+
+
+def _have_areas(boxes_xywh: np.ndarray) -> bool:
+    """Whether no area is lost to the range of doubles: IoUs of 0 / 0 match for pycocotools, and do not for hotcoco."""
+    sides = np.abs(boxes_xywh[:, 2:])
+    return bool(((sides == 0) | ((sides > 1e-100) & (sides < 1e100))).all())
 
 
 def demand_hotcoco():

@@ -15,7 +15,6 @@ from watched_runs import a_run
 
 import dndetr
 from dndetr import train
-from dndetr.data.records import Records
 from dndetr.pictures.run import Pictures
 from dndetr.presets import PRESETS
 from dndetr.runs.checkpoint import BestCheckpoint
@@ -76,36 +75,6 @@ def test_every_moment_of_a_run_is_told_in_order():
     assert evaluations[0][2] and best["metrics"]["AP"] == max(row["AP"] for row, _, _ in evaluations)
     assert watcher.of("checkpoint_saved") == [(folder / "checkpoint.pt", 3), (folder / "checkpoint.pt", 6)]
     assert watcher.of("run_ended") == [("finished", "", evaluations[-1][0])]
-
-
-def test_the_ground_truth_is_made_once_and_only_where_it_is_asked_for(monkeypatch):
-    class Curious(Everything):
-        def evaluated(self, row, results, best):
-            ((run,),) = self.of("run_started")
-            self.told.append(("truth", run.ground_truth))
-
-    made, coco_dict = [], Records.coco_dict
-    monkeypatch.setattr(Records, "coco_dict", lambda self: made.append(self) or coco_dict(self))
-    train.run([*FEW, "--quiet"], listeners=[Everything()])
-    assert made == []
-    watchers = [Curious(), Curious()]
-    train.run([*FEW, "--quiet"], listeners=watchers)
-    truths = [truth for watcher in watchers for (truth,) in watcher.of("truth")]
-    assert len(truths) == 4 and len(made) == 1 and all(truth is truths[0] for truth in truths)
-    assert type(truths[0]) is dict and len(truths[0]["images"]) == 6
-    assert {entry["image_id"] for entry in truths[0]["annotations"]} <= {image["id"] for image in truths[0]["images"]}
-
-
-def test_detections_are_told_as_rows_and_in_columns():
-    watcher = Everything()
-    folder = train.run([*FEW, "--quiet"], listeners=[watcher])
-    _, results, _ = watcher.of("evaluated")[-1]
-    written = json.loads((folder / "detections_val.json").read_text())
-    assert [dict(row) for row in results] == written and results[0] == written[0] and len(results) == len(written)
-    assert results.image_ids.tolist() == [row["image_id"] for row in written]
-    assert results.category_ids.tolist() == [row["category_id"] for row in written]
-    assert results.boxes_xywh.tolist() == [row["bbox"] for row in written]
-    assert results.scores.tolist() == [row["score"] for row in written]
 
 
 def test_a_run_that_is_stopped_and_resumed_says_so():

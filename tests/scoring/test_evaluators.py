@@ -43,7 +43,7 @@ def test_class_by_class_is_the_whole_to_the_last_digit(evaluator):
 @pytest.mark.slow
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_class_by_class_is_the_whole_on_many_scenes(evaluator):
-    assert compare(range(60, 2000), is_fast(evaluator)) > 1000
+    assert compare(range(60, 600), is_fast(evaluator)) > 300
 
 
 def test_scenes_have_all_that_is_awkward():
@@ -56,6 +56,18 @@ def test_scenes_have_all_that_is_awkward():
     assert any(truth.images.max() > 2**53 for truth in truths)
     assert any(np.isin(truth.areas, (32**2, 96**2)).any() for truth in truths)
     assert any((np.unique(np.stack(r.columns[:2]), axis=1, return_counts=True)[1] > 100).any() for r in found)
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("factor", [1e-200, 1e-99, 1e99, 1e160])
+def test_areas_beyond_the_range_of_doubles(evaluator, factor):
+    """pycocotools matches boxes whose IoU is not a number; so does whoever stands in for it."""
+    for seed in range(12):
+        truth, results = awkward_scene(seed)
+        truth = truth._replace(boxes_xywh=truth.boxes_xywh * factor)
+        results = Results(*results.columns[:2], results.boxes_xywh * factor, results.scores)
+        whole = whole_evaluation(truth, results).eval
+        assert np.array_equal(coco_scores(truth, results, fast=is_fast(evaluator)).precision, whole["precision"])
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
