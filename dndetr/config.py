@@ -232,7 +232,7 @@ class Config:
     evaluate_every: int = 1
     """Epochs from one evaluation to the next (the last epoch is always evaluated)."""
     fast_eval: bool = False
-    """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
+    """Score with hotcoco (extra fast-eval): the same numbers as pycocotools, sooner."""
     detections: int = 100
     """Detections kept per image (COCO scores at most 100)."""
     log_every: int = 20

@@ -1,6 +1,7 @@
 """``python -m dndetr.evaluate RUN_OR_CHECKPOINT``: COCO's numbers of a trained detector, by class, with figures."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Arguments:
     batch_size: int | None = None
     """Images at once (default: as in the run)."""
     fast_eval: bool = False
-    """Score with faster-coco-eval (extra fast-eval): the same numbers as pycocotools, sooner."""
+    """Score with hotcoco (extra fast-eval): the same numbers as pycocotools, sooner."""
     workers: int = 0
     """Processes that prepare images (0: in this process)."""
     skip_unreadable: bool = False
@@ -65,25 +66,27 @@ def run(arguments: Arguments) -> Path:
     from .data.loader import build_loader
     from .data.training import evaluation_batch
     from .detector import load
-    from .files import write_json_atomic
+    from .files import write_json_atomic, write_json_rows
     from .pictures.scores import draw_confusion, draw_precision_recall
     from .scoring.calibration import calibration_error
-    from .scoring.coco import coco_referee, demand_fast_eval, detect, metrics_of, precision_by_class
+    from .scoring.coco import coco_scores, detect, metrics_of, precision_by_class
     from .scoring.confusion import confusion_matrix
+    from .scoring.evaluators import demand_hotcoco
+    from .scoring.truth import Truth
 
     demand(arguments.batch_size is None or arguments.batch_size >= 1, "batch-size", arguments.batch_size, "1 or more")
     demand(0 <= arguments.threshold <= 1, "threshold", arguments.threshold, "a score from 0 to 1")
     demand(arguments.workers >= 0, "workers", arguments.workers, "0 or more")
     if arguments.fast_eval:
-        demand_fast_eval()
+        demand_hotcoco()
     if arguments.preset is None:
         detector = load(arguments.model, arguments.device)
         data, source = open_split(arguments, detector.config)
     else:
         data, source = open_split(arguments, preset_named(arguments.preset))
         detector = load(arguments.model, arguments.device, preset=arguments.preset, classes=data.classes)
-    ground_truth = data.coco_dict()
-    classes, columns = known_classes(data.classes, detector.classes, ground_truth, source)
+    truth = Truth.of(data.records)
+    classes, columns = known_classes(data.classes, detector.classes, truth, source)
     loader = build_loader(
         data,
         arguments.batch_size or evaluation_batch(detector.config, data.canvas),
@@ -98,20 +101,20 @@ def run(arguments: Arguments) -> Path:
 
     with _results(arguments) as results:
         detections, image_ids = detect(predict, _shown(loader), classes, detector.config.detections)
-        referee = coco_referee(ground_truth, detections, image_ids, arguments.fast_eval)
-        metrics = metrics_of(referee) | {"calibration": calibration_error(ground_truth, detections)}
+        scores = coco_scores(truth, detections, image_ids, arguments.fast_eval)
+        metrics = metrics_of(scores) | {"calibration": calibration_error(truth, detections)}
         title = f"{arguments.model.name} on {source} ({arguments.split}, {len(image_ids)} images)"
-        counts = confusion_matrix(ground_truth, detections, [number for number, _ in classes], arguments.threshold)
+        counts = confusion_matrix(truth, detections, [number for number, _ in classes], arguments.threshold)
         with results.file(f"detections_{arguments.split}.json") as path:
-            write_json_atomic(path, detections)
+            write_json_rows(path, detections)
         with results.file("precision_recall.png") as path:
-            draw_precision_recall(path, precision_by_class(referee), title)
+            draw_precision_recall(path, precision_by_class(scores), title)
         names = distinct_names(classes)
         with results.file("confusion.png") as path:
             draw_confusion(path, counts, names, f"{title}, scores from {arguments.threshold:g}")
         with results.file("metrics.json") as path:
             write_json_atomic(path, metrics, indent=2)
-    print(report(metrics, ground_truth))
+    print(report(metrics, truth))
     print(f"\nresults in {results.path}")
     return results.path
 
@@ -149,12 +152,12 @@ def open_split(arguments: Arguments, config):
     return data, name
 
 
-def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[tuple[int, str]], list[int]]:
+def known_classes(own, trained, truth, source: str) -> tuple[list[tuple[int, str]], list[int]]:
     """The data's classes that the detector knows, in its order, and their places among the detector's.
 
     ValueError for a class with objects that it does not know; one without objects, as some tools write, is left out.
     """
-    used = {entry["category_id"] for entry in ground_truth["annotations"]}
+    used = set(truth.category_ids.tolist())
     places = match_classes(own, trained)
     missing = [f"{name!r} (id {number})" for (number, name), place in zip(own, places, strict=True)
                if place is None and number in used]  # fmt: skip
@@ -168,19 +171,16 @@ def known_classes(own, trained, ground_truth: dict, source: str) -> tuple[list[t
     return [entry for _, entry in known], [place for place, _ in known]
 
 
-def report(metrics: dict, ground_truth: dict) -> str:
+def report(metrics: dict, truth) -> str:
     """The numbers, then a table of the classes, as lines of text."""
     lines = [f"{name:<11} {_number(metrics[name])}   {meaning}" for name, meaning in _MEANINGS.items()]
-    objects: dict[int, int] = {}
-    for entry in ground_truth["annotations"]:
-        if not entry.get("iscrowd"):
-            objects[entry["category_id"]] = objects.get(entry["category_id"], 0) + 1
+    objects = Counter(truth.category_ids[~truth.crowd].tolist())
     # Both are ordered by category id.
-    numbers = sorted(category["id"] for category in ground_truth["categories"])
+    numbers = sorted(number for number, _ in truth.classes)
     width, wide = max(5, *(cell_len(name) for name in metrics["classes"])), max(6, len(str(numbers[-1])))
     lines += ["", f"{'class':<{width}}  {'id':>{wide}}  {'objects':>7}  AP"]
     for number, (name, value) in zip(numbers, metrics["classes"].items(), strict=True):
-        lines.append(f"{set_cell_size(name, width)}  {number:>{wide}}  {objects.get(number, 0):>7}  {_number(value)}")
+        lines.append(f"{set_cell_size(name, width)}  {number:>{wide}}  {objects[number]:>7}  {_number(value)}")
     return "\n".join(lines)
 
 

@@ -7,9 +7,11 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+_ROWS = 10_000  # of a long list that are written at a time
 
 
 def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
@@ -71,6 +73,20 @@ def write_json_atomic(path: str | Path, value, indent: int | None = None) -> Non
     text = json.dumps(value, indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
     # Bytes in a file's name that are no UTF-8 are escaped, as JSON has it.
     write_atomic(path, (text + "\n").encode(errors="backslashreplace"))
+
+
+def write_json_rows(path: str | Path, rows: Sequence[dict]) -> None:
+    """What ``write_json_atomic`` writes of a list of these rows, of which only some are in memory at a time."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"[")
+        for start in range(0, len(rows), _ROWS):
+            some = list(rows[start : start + _ROWS])
+            text = json.dumps(some, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+            file.write(("," * (start > 0) + text[1:-1]).encode(errors="backslashreplace"))
+        file.write(b"]\n")
+
+    write_atomic(path, write)
 
 
 @contextlib.contextmanager

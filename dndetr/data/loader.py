@@ -9,6 +9,7 @@ from .batch_shapes import BatchShapes
 from .collate import TARGET_BUCKETS, canvas_bucket, collate
 from .errors import DataError
 from .order import Order, portraits
+from .records import Records
 from .repeat_factors import Repeats
 from .sample import Sample
 from .workers import Workers, demand_room
@@ -36,8 +37,9 @@ class Dataset(Protocol):
     def extent(self, index: int, epoch: int = 0) -> tuple[int, int, int]:
         """Height, width and number of objects of that sample; asked only where there is no common canvas."""
 
-    def coco_dict(self) -> dict:
-        """Ground truth in COCO's format."""
+    @property
+    def records(self) -> Records:
+        """Ground truth: the images and all objects, as they were annotated."""
 
 
 class Loader:

@@ -77,7 +77,7 @@ class Repeated:
     def __init__(self, dataset: FolderDataset):
         self._dataset = dataset
         self.classes, self.sizes, self.canvas = dataset.classes, dataset.sizes, dataset.canvas
-        self.counts, self.class_counts = dataset.counts, dataset.class_counts
+        self.counts, self.class_counts, self.records = dataset.counts, dataset.class_counts, dataset.records
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -91,7 +91,3 @@ class Repeated:
         """Height, width and number of objects of that sample."""
         occurrence, index = divmod(number, len(self))
         return self._dataset.extent(index, epoch, occurrence)
-
-    def coco_dict(self) -> dict:
-        """Ground truth of the images, each once."""
-        return self._dataset.coco_dict()

@@ -10,12 +10,14 @@ to one buffer for all shapes of the image, and one cumulative sum turns that int
 """
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from .errors import DataError
+from .records import Records, make_objects
 from .sample import IMAGENET, Sample
 
 VERSION = 1
@@ -317,26 +319,30 @@ class ShapesDataset:
             raise IndexError(index)
         return self.sample(index)
 
+    @cached_property
+    def records(self) -> Records:
+        """Images and objects of epoch 0, with the file names that ``python -m dndetr.shapes`` writes."""
+        drawn = [render(self.split, index, self.size, self.seed)[1:] for index in range(self.length)]
+        boxes_xyxy, labels = zip(*drawn, strict=True)
+        image = np.repeat(np.arange(self.length), [len(some) for some in labels])
+        corners = np.concatenate(boxes_xyxy).astype(np.float64)
+        boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
+        return Records(
+            name=self.split,
+            root=Path("shapes"),
+            file=Path("shapes"),
+            folder=Path("shapes") / self.split,
+            classes=self.classes,
+            names=[f"{index:06d}.png" for index in range(self.length)],
+            ids=np.arange(self.length),
+            sizes=np.full((self.length, 2), self.size),
+            objects=make_objects(image, np.concatenate(labels), boxes),
+        )
+
     def coco_dict(self) -> dict:
-        """Ground truth of epoch 0 in COCO's format, with the file names that ``python -m dndetr.shapes`` writes."""
-        images, annotations = [], []
-        for index in range(self.length):
-            images.append({"id": index, "file_name": f"{index:06d}.png", "width": self.size, "height": self.size})
-            _, boxes_xyxy, labels = render(self.split, index, self.size, self.seed)
-            for (x0, y0, x1, y1), label in zip(boxes_xyxy.tolist(), labels.tolist(), strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index,
-                        "category_id": self.classes[label][0],
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": (x1 - x0) * (y1 - y0),
-                        "iscrowd": 0,
-                    }
-                )
+        """Its records in COCO's format, with where they come from."""
         return {
             "info": {"description": f"dndetr built-in shapes, version {VERSION}, seed {self.seed}, {self.split}"},
-            "images": images,
-            "annotations": annotations,
+            **self.records.coco_dict(),
             "categories": [{"id": number, "name": name, "supercategory": "shape"} for number, name in self.classes],
         }

@@ -1,8 +1,10 @@
 """The data of a run as its configuration names it: built-in shapes or a data set on the disk."""
 
-from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from ..batch import Batch
 from ..config import Config
@@ -26,7 +28,7 @@ _OVERFIT_STEPS = 50  # of an epoch
 
 
 class TrainingData:
-    """Training and validation batches, the classes, and the ground truth to score against.
+    """Training and validation batches, the classes, and the ground truth to score against, ``val_records``.
 
     Of ``world`` processes, ``neighbours`` of them on this machine, the one of this ``rank`` reads its share of both.
     ``about`` is the line that says what was recognised on the disk, if it lies there; ``warnings`` are sentences to
@@ -71,8 +73,7 @@ class TrainingData:
             train = Repeated(train)
             self.about.append(f"--repeat-threshold {config.repeat_threshold:g}: {repeats}")
         self._config, self._train_images = config, train
-        self.classes = train.classes
-        self.ground_truth = val.coco_dict()
+        self.classes, self.val_records = train.classes, val.records
         options = {"seed": config.seed, "workers": config.workers, "multiple": images.multiple}
         share = {"rank": rank, "world": world, "neighbours": neighbours}
         exact = config.denoising.slots == "batch"
@@ -89,9 +90,14 @@ class TrainingData:
         self._val = build_loader(val, evaluation_batch(config, val.canvas), training=False, **options, **share)
         self.images = {"train": config.overfit or len(train), "val": len(val)}
         if config.overfit or config.data == "shapes":
-            self.class_counts = {"val": _counts(self.ground_truth, self.classes)}
+            self.class_counts = {"val": _counts(self.val_records)}
         else:
             self.class_counts = {"train": train.class_counts, "val": val.class_counts}
+
+    @cached_property
+    def ground_truth(self) -> dict:
+        """The validation images in COCO's format; made when it is first asked for."""
+        return self.val_records.coco_dict()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -197,6 +203,7 @@ def _transforms(config: Config) -> tuple[Transform, Transform]:
     return OfficialTraining(images.sizes, images.max_size, **colours) if images.augment else evaluation, evaluation
 
 
-def _counts(ground_truth: dict, classes: list[tuple[int, str]]) -> list[int]:
-    found = Counter(entry["category_id"] for entry in ground_truth["annotations"] if not entry.get("iscrowd"))
-    return [found[category_id] for category_id, _ in classes]
+def _counts(records: Records) -> list[int]:
+    """Objects of each class."""
+    objects = records.objects
+    return np.bincount(objects.label[~objects.crowd], minlength=len(records.classes)).tolist()

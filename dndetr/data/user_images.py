@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import DataError
 from .image import read_header, read_image, to_rgb
+from .records import Records
 from .sample import Sample
 from .transforms import Transform
 
@@ -64,8 +65,9 @@ class UserImages:
         nothing = torch.zeros(0, 4, dtype=torch.float32), torch.zeros(0, dtype=torch.int64)
         return Sample(pixels, self._transform.colours(pixels, rng), *nothing, index, size)
 
-    def coco_dict(self) -> dict:
-        """There is none."""
+    @property
+    def records(self) -> Records:
+        """There are none."""
         raise NotImplementedError("images alone have no ground truth")
 
 

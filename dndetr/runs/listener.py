@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..data.classes import Classes
     from ..denoising import NoisedQueries
     from ..models.dn_detr import Predictions
+    from ..scoring.results import Results
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Run:
     """A training run, as those know it who watch it.
 
     classes: (category id, name) in label order; step: how many of its ``steps`` were done before; rows: of the log
-    until then. validation: the validation images (of several processes, this one's share); ground_truth: of all of
-    them, in COCO's format. planned: the steps that it will have as far as is known now, fewer than ``steps`` where its
-    time is limited. infer: batch, and noised queries or None -> predictions of the weights that are evaluated,
+    until then. validation: the validation images (of several processes, this one's share); truth: gives the
+    ground truth of all of them. planned: the steps that it will have as far as is known now, fewer than ``steps`` where
+    its time is limited. infer: batch, and noised queries or None -> predictions of the weights that are evaluated,
     in float32, on the device; weights: a copy of what ``dndetr.load`` needs, to be saved as a checkpoint. warn: shows a
     sentence and keeps it in the log; stop: asks the run to end after this step, as a signal does.
     """
@@ -52,12 +53,17 @@ class Run:
     step: int
     rows: list[dict]
     validation: "Callable[[], Iterator[Batch]]"
-    ground_truth: dict
+    truth: Callable[[], dict]
     infer: "Callable[[Batch, NoisedQueries | None], Predictions]"
     weights: Callable[[], dict]
     planned: Callable[[], int]
     warn: Callable[[str], None]
     stop: Callable[[], None]
+
+    @property
+    def ground_truth(self) -> dict:
+        """The objects of all validation images, in COCO's format; made when it is first asked for."""
+        return self.truth()
 
     @property
     def names(self) -> list[str]:
@@ -80,10 +86,11 @@ class Listener:
     def row_logged(self, row: dict) -> None:
         """A row of ``metrics.jsonl``, of any event but "end"."""
 
-    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
+    def evaluated(self, row: dict, results: "Results", best: bool) -> None:
         """The weights were scored.
 
-        row: what was logged of it; results: the detections in COCO's format; best: the AP is the highest so far.
+        row: what was logged of it; results: the detections, as a sequence of dictionaries in COCO's format and in
+        columns; best: the AP is the highest so far.
         """
 
     def checkpoint_saved(self, path: Path, step: int) -> None:

@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import write_json_atomic, writing
+from ..files import write_json_rows, writing
+from ..scoring.results import Results
 from .folder import output_folder
 from .listener import Listener, Run
 
@@ -49,5 +50,5 @@ class DetectionsFile(Listener):
     def run_started(self, run: Run) -> None:
         self._path = run.folder / "detections_val.json"
 
-    def evaluated(self, row: dict, results: list[dict], best: bool) -> None:
-        write_json_atomic(self._path, results)
+    def evaluated(self, row: dict, results: Results, best: bool) -> None:
+        write_json_rows(self._path, results)

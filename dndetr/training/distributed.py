@@ -139,6 +139,26 @@ class Processes:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def join(self, rows: Tensor) -> Tensor | None:
+        """Everybody's rows [n, ...] on the CPU, one after the other by rank, on the first process; None on the others.
+
+        The numbers of rows may differ; dtype and the rest of the shape do not.
+        """
+        if self.world == 1:
+            return rows
+        counts = self.stack(torch.tensor(len(rows))).tolist()
+        if not self.first:
+            if len(rows):
+                dist.send(rows.contiguous(), 0)
+            return None
+        joined = rows.new_empty(sum(counts), *rows.shape[1:])
+        for rank, part in enumerate(joined.split(counts)):
+            if rank == 0:
+                part.copy_(rows)
+            elif len(part):
+                dist.recv(part, rank)
+        return joined
+
     def from_first(self, value: Any) -> Any:
         """The first process's value."""
         if self.world == 1:

@@ -11,6 +11,7 @@ from ..denoising import NoisedQueries
 from ..models.dn_detr import Predictions
 from ..ops import CostWeights
 from ..scoring.coco import Evaluation, coco_evaluate, detect
+from ..scoring.results import Results
 from .distributed import Processes
 from .memory import explain_memory
 
@@ -49,13 +50,14 @@ class Evaluator:
         # Statistics of a batch norm are of each process's images; those of the first are saved, and so are scored.
         self.processes.align(self.model.buffers())
         predict = self.matching.watch(self.infer)
-        found = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
-        everyones = self.processes.gather((*found, self.matching.fresh))
+        found, seen = detect(predict, self.data.validation(), self.data.classes, self.config.detections)
+        columns = [self.processes.join(torch.from_numpy(column)) for column in found.columns]
+        image_ids = self.processes.join(torch.tensor(seen, dtype=torch.int64))
+        matches = self.processes.gather(self.matching.fresh)
         if not self.processes.first:
             return None
-        results = [result for part, _, _ in everyones for result in part]
-        image_ids = sorted(image_id for _, part, _ in everyones for image_id in part)
-        for *_, matches in everyones:
-            self.matching.fresh |= matches
-        metrics = coco_evaluate(self.data.ground_truth, results, image_ids, self.config.fast_eval)
+        results, image_ids = Results(*(column.numpy() for column in columns)), sorted(image_ids.tolist())
+        for some in matches:
+            self.matching.fresh |= some
+        metrics = coco_evaluate(self.data.val_records, results, image_ids, self.config.fast_eval)
         return Evaluation(metrics | self.matching.finish(epoch), results, image_ids)

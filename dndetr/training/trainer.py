@@ -22,7 +22,7 @@ from ..ops import _backend
 from ..runs.checkpoint import copied, demand_continuable, save_checkpoint
 from ..runs.listener import Listeners, Run, described
 from ..runs.run_log import cut_back, plain
-from ..scoring.coco import demand_fast_eval
+from ..scoring.evaluators import demand_hotcoco
 from .build import build_step
 from .canvas import demand_canvas
 from .distributed import Processes
@@ -59,7 +59,7 @@ class Trainer:
         self._origin = (origin or Origin(config, asked_for(config), processes.world)).saved()
         _backend.check_environment()
         if config.fast_eval:
-            demand_fast_eval()
+            demand_hotcoco()
         self.device = pick_device(config.device, processes.local_rank)
         make_current(self.device)
         self.precision = pick_precision(config.precision, self.device)
@@ -159,7 +159,7 @@ class Trainer:
             step=self.done,
             rows=rows,
             validation=self.data.validation,
-            ground_truth=self.data.ground_truth,
+            truth=lambda: self.data.ground_truth,
             infer=self.evaluator.infer,
             weights=lambda: copied(self._weights()),
             planned=lambda: self.planned_steps,

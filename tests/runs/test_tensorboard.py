@@ -58,7 +58,7 @@ def test_the_missing_package_is_named_before_anything_is_written(tmp_path, monke
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main(["--tensorboard"]) == 1
     assert capsys.readouterr().err == 'error: --tensorboard needs TensorBoard: pip install -e ".[tensorboard]"\n'
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
     assert train.main(["--fast-eval"]) == 1
-    assert capsys.readouterr().err == 'error: --fast-eval needs faster-coco-eval: pip install -e ".[fast-eval]"\n'
+    assert capsys.readouterr().err == 'error: --fast-eval needs hotcoco: pip install -e ".[fast-eval]"\n'
     assert not any(tmp_path.iterdir())

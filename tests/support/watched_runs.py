@@ -13,7 +13,7 @@ def a_run(
     folder: Path, epochs: int = 2, steps_per_epoch: int = 3, step: int = 0, rows: list[dict] | None = None, **about
 ) -> Run:
     """A run of the quick start's preset with so many steps; about: other fields of ``Run``."""
-    unused = {name: None for name in ("validation", "ground_truth", "infer", "weights", "warn", "stop")}
+    unused = {name: None for name in ("validation", "truth", "infer", "weights", "warn", "stop")}
     return Run(
         folder=folder,
         config=replace(PRESETS["tiny"](), epochs=epochs),

@@ -43,6 +43,14 @@ def test_two_processes_take_the_step_of_one_with_both_batches(tmp_path, name, ac
     assert done.stdout.split() == ["equal"]
 
 
+def test_rows_of_two_processes_come_together_on_the_first(tmp_path):
+    done = torchrun(str(goldens.ROOT / "tests" / "support" / "join_rows.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["joined"]
+    alone = torch.arange(3)
+    assert Processes({}).join(alone) is alone
+
+
 def rows(folder, event):
     with open(folder / "metrics.jsonl") as file:
         return [row for row in map(json.loads, file) if row["event"] == event]
