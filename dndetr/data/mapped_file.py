@@ -19,6 +19,7 @@ import numpy as np
 _WORD = b"dndetr arrays 1\n"
 _TAIL = struct.Struct(f"<Q{len(_WORD)}s")  # length of the table, and the word
 _ROUND = 4096  # bytes
+_SHORT = 4 << 20  # bytes
 
 
 class Damaged(ValueError):
@@ -57,15 +58,27 @@ class ArrayWriter:
 class Mapped(np.ndarray):
     """An array in a file; it is pickled as the place of the file, and whoever reads that maps it too.
 
-    Whatever is made of it, parts included, is an ordinary array.
+    Whatever is made of it, parts included, is an ordinary array. A short part is read from the file, not looked at in
+    the mapping: of that every page, and those around it, would count as memory of the process that touched it.
     """
 
     _place: tuple[Path, str] | None = None
+    _source: "tuple[BinaryIO, int] | None" = None  # the file, and where in it the array begins
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         return array[()] if return_scalar else array.view(np.ndarray)
 
     def __getitem__(self, index: Any) -> Any:
+        if self._source is not None and isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
+            row = self.strides[0]
+            if 0 < (stop - start) * row <= _SHORT:
+                file, offset = self._source
+                content = os.pread(file.fileno(), (stop - start) * row, offset + start * row)
+                return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
+        elif self._source is not None and isinstance(index, int):
+            place = range(len(self))[index]
+            return self[place : place + 1][0]
         found = super().__getitem__(index)
         return found.view(np.ndarray) if isinstance(found, Mapped) else found
 
@@ -78,22 +91,22 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     As long as one of the arrays is there, in this process or one that was forked from it, the file is ``in_use``.
     """
-    with open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # the mapping goes on with it
-        length = os.fstat(file.fileno()).st_size
-        if length < len(_WORD) + _TAIL.size:
-            raise Damaged(f"{path}: too short")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 (it is closed with the last array)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    length = os.fstat(file.fileno()).st_size
+    if length < len(_WORD) + _TAIL.size:
+        raise Damaged(f"{path}: too short")
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     size, word = _TAIL.unpack(content[-_TAIL.size :])
     if word != _WORD or content[: len(_WORD)] != _WORD or size > length - _TAIL.size:
         raise Damaged(f"{path}: no file of arrays, or cut off")
     try:
         table = json.loads(content[-_TAIL.size - size : -_TAIL.size])
         arrays, words = _arrays(content, table["arrays"]), table["words"]
+        for name, array in arrays.items():
+            array._place, array._source = (path, name), (file, table["arrays"][name][2])
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}: {error}") from error
-    for name, array in arrays.items():
-        array._place = (path, name)
     return arrays, words
 
 

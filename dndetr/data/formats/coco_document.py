@@ -6,6 +6,7 @@ are asked entry by entry, in dictionaries.
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from .coco_rules import (
     repeated_id,
 )
 
+_SPREAD = 8  # ids that are so close are looked up in a table, which is quicker than to search
 _LOWEST = -(2**63)  # numpy has it as an integer, and no id may be it
 
 
@@ -112,13 +114,13 @@ class Gathered:
     def _sound_objects(self, entries: list[ObjectEntry]) -> list[np.ndarray] | None:
         """Columns of typed annotations, the ids last; None where the rules have to say what is wrong."""
         try:
-            numbers = _whole(entry.id for entry in entries)
-            image = self._known_images.of(_whole(entry.image_id for entry in entries))
-            category = self._known_categories.of(_whole(entry.category_id for entry in entries))
-            crowd = _whole(0 if entry.iscrowd is None else entry.iscrowd for entry in entries)
-        except OverflowError:
+            numbers = np.array([entry.id for entry in entries], np.int64)
+            image = self._known_images.of(np.array([entry.image_id for entry in entries], np.int64))
+            category = self._known_categories.of(np.array([entry.category_id for entry in entries], np.int64))
+            crowd = np.array([entry.iscrowd or 0 for entry in entries], np.int64)
+        except OverflowError:  # more than 64 bits
             return None
-        boxes = np.array([entry.bbox for entry in entries], np.float64).reshape(-1, 4)
+        boxes = np.fromiter(chain.from_iterable([entry.bbox for entry in entries]), np.float64).reshape(-1, 4)
         given = np.array([entry.area for entry in entries], np.float64)
         areas = np.where(np.isnan(given), boxes[:, 2] * boxes[:, 3], given)
         sound = (
@@ -210,11 +212,18 @@ class _Places:
         places, numbers = ids.usable()
         order = np.argsort(numbers, kind="stable")
         self._places, self._ids = places[order], numbers[order]
+        self._table = None
+        if len(numbers) and int(self._ids[-1]) - int(self._ids[0]) < _SPREAD * (len(numbers) + 1):
+            self._table = np.full(int(self._ids[-1]) - int(self._ids[0]) + 1, -1)
+            self._table[self._ids - self._ids[0]] = self._places
 
     def of(self, ids: np.ndarray) -> np.ndarray:
         """The place of each of these [n] int64; -1 where there is none."""
         if not len(self._ids):
             return np.full(len(ids), -1)
+        if self._table is not None:
+            inside = (ids >= self._ids[0]) & (ids <= self._ids[-1])
+            return np.where(inside, self._table[np.where(inside, ids, self._ids[0]) - self._ids[0]], -1)
         found = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
         return np.where(self._ids[found] == ids, self._places[found], -1)
 
@@ -224,11 +233,6 @@ class _Places:
         return {*self._ids.tolist(), *filter(is_id, self._odd.values())}
 
 
-def _whole(values: Iterable[int]) -> np.ndarray:
-    """Integers; OverflowError where one needs more than 64 bits."""
-    return np.array([*values], np.int64)
-
-
 def _sound_images(entries: list[ImageEntry]) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     """Names, ids and sizes of typed images; None where the rules have to say what is wrong."""
     names = [entry.file_name for entry in entries]
@@ -236,7 +240,7 @@ def _sound_images(entries: list[ImageEntry]) -> tuple[list[str], np.ndarray, np.
     if not all(name and name.isprintable() and ".." not in name and name[0] != "/" for name in names):
         return None
     try:
-        ids = _whole(entry.id for entry in entries)
+        ids = np.array([entry.id for entry in entries], np.int64)
         sizes = np.array([(entry.height, entry.width) for entry in entries], np.int64).reshape(-1, 2)
     except OverflowError:
         return None
