@@ -1,7 +1,7 @@
 """Arrays in one file, written once and mapped by every process that reads them, so that memory holds them once.
 
-The file is a word, the arrays, each at a round address, and a table of them in JSON with its length and the word again:
-what was cut off has no end, and is seen to be damaged without reading it all.
+The file is a word, the arrays, each at a round address, a table of them in JSON, its length and checksum, and the word
+again: what was cut off has no end, and is seen to be damaged without reading it all.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 _WORD = b"dndetr arrays 1\n"
-_TAIL = struct.Struct(f"<Q{len(_WORD)}s")  # length of the table, and the word
+_TAIL = struct.Struct(f"<QQ{len(_WORD)}s")  # length and checksum of the table, and the word
 _ROUND = 4096  # bytes
 _SHORT = 4 << 20  # bytes
 
@@ -52,7 +53,7 @@ class ArrayWriter:
         """Ends the file, with what else there is to say of it, as JSON."""
         table = json.dumps({"arrays": self._table, "words": words}).encode()
         self._file.write(table)
-        self._file.write(_TAIL.pack(len(table), _WORD))
+        self._file.write(_TAIL.pack(len(table), zlib.crc32(table), _WORD))
 
 
 class Mapped(np.ndarray):
@@ -97,17 +98,17 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if length < len(_WORD) + _TAIL.size:
         raise Damaged(f"{path}: too short")
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    size, word = _TAIL.unpack(content[-_TAIL.size :])
+    size, checksum, word = _TAIL.unpack(content[-_TAIL.size :])
     if word != _WORD or content[: len(_WORD)] != _WORD or size > length - _TAIL.size:
         raise Damaged(f"{path}: no file of arrays, or cut off")
-    try:
-        table = json.loads(content[-_TAIL.size - size : -_TAIL.size])
-        arrays, words = _arrays(content, table["arrays"]), table["words"]
-        for name, array in arrays.items():
-            array._place, array._source = (path, name), (file, table["arrays"][name][2])
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path}: {error}") from error
-    return arrays, words
+    text = content[length - _TAIL.size - size : length - _TAIL.size]
+    if zlib.crc32(text) != checksum:
+        raise Damaged(f"{path}: its table was changed")
+    table = json.loads(text)
+    arrays = _arrays(content, table["arrays"])
+    for name, array in arrays.items():
+        array._place, array._source = (path, name), (file, table["arrays"][name][2])
+    return arrays, table["words"]
 
 
 def in_use(path: Path) -> bool:
