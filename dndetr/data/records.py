@@ -120,6 +120,12 @@ class Records:
         """The file of an image."""
         return self.folder / self.names[index]
 
+    def named(self, images: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Images by their numbers, ascending, with their names."""
+        if len(images) == len(self):
+            return enumerate(self.names)  # quicker than one by one
+        return ((index, self.names[index]) for index in images)
+
     def called(self, index: int) -> str:
         """How a message about an image begins: with its id, where users know that."""
         return f"image {self.ids[index]}: " if self.numbered else ""
