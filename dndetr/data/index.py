@@ -59,7 +59,8 @@ def indexed(split: Records, build: Build) -> Records:
                 return records
             write_atomic(path, lambda file: _write(ArrayWriter(file), records))
             _make_room(path)
-        return _recall(path, split) or build(None)
+            with writing(path):
+                return _from(path, split)
     except Unwritten as error:
         advice = "set XDG_CACHE_HOME to a folder that has room"
         warnings.warn(f"annotations are kept in memory, once for each process, since {error}; {advice}", stacklevel=2)
@@ -103,22 +104,26 @@ def _write(writer: ArrayWriter, records: Records) -> None:
 def _recall(path: Path, split: Records) -> Records | None:
     """The split with what an index holds; None where there is none, or none that can be read."""
     try:
-        arrays, words = map_arrays(path)
-        records = replace(
-            split,
-            classes=[(number, name) for number, name in words["classes"]],
-            names=Names(arrays["content"], arrays["ends"]),
-            ids=arrays["ids"],
-            sizes=arrays["sizes"],
-            objects=Objects(*(arrays[f"objects.{name}"] for name in Objects._fields)),
-            remarks=words["remarks"],
-            known=Summary(arrays["starts"], arrays["counts"], arrays["classes"], words["summary"]),
-        )
-    except (OSError, Damaged, KeyError):
+        records = _from(path, split)
+    except (OSError, Damaged):
         return None
     with contextlib.suppress(OSError):  # of a folder that is only read
         os.utime(path)  # when it was used last
     return records
+
+
+def _from(path: Path, split: Records) -> Records:
+    arrays, words = map_arrays(path)
+    return replace(
+        split,
+        classes=[(number, name) for number, name in words["classes"]],
+        names=Names(arrays["content"], arrays["ends"]),
+        ids=arrays["ids"],
+        sizes=arrays["sizes"],
+        objects=Objects(*(arrays[f"objects.{name}"] for name in Objects._fields)),
+        remarks=words["remarks"],
+        known=Summary(arrays["starts"], arrays["counts"], arrays["classes"], words["summary"]),
+    )
 
 
 def _tidy(path: Path, key: str) -> None:

@@ -93,7 +93,8 @@ def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     As long as one of the arrays is there, in this process or one that was forked from it, the file is ``in_use``.
     """
     file = open(path, "rb", buffering=0)  # noqa: SIM115 (it is closed with the last array)
-    fcntl.flock(file, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):  # of a file system without locks
+        fcntl.flock(file, fcntl.LOCK_SH)
     length = os.fstat(file.fileno()).st_size
     if length < len(_WORD) + _TAIL.size:
         raise Damaged(f"{path}: too short")
