@@ -22,6 +22,7 @@ from ..errors import DataError
 BLOCK = 4 << 20
 """Bytes of a block."""
 _EXPLAINED = 1 << 28  # bytes of a broken file up to which Python's decoder is asked where it is broken
+_LONGEST = 1 << 28  # bytes of an entry
 _BLANK = 1 << 16  # bytes up to which a list may hold nothing but blanks
 _NEAR_THE_END = 1 << 16  # of a block, where its boundary is looked for first
 # What Python accepts and the JSON standard does not, and the same number of bytes that it does.
@@ -103,8 +104,8 @@ class Document:
             whole = stop - at <= size
             cuts = [stop] if whole else self._cuts(key, at, at + size)
             cut, block = next(((cut, found) for cut in cuts if (found := self._decode(key, at, cut))), (0, None))
-            if block is None and whole:
-                raise DataError(f"{self.path}: not valid JSON ({_reason(self.path)}); is the file complete?")
+            if block is None and (whole or size > _LONGEST):
+                raise _no_json(self.path)
             if block is None:  # an entry longer than a block
                 size *= 2
                 continue
@@ -127,20 +128,26 @@ class Document:
     def _decode(self, key: str, at: int, cut: int) -> Block | None:
         """The block between two places of the file; None where that is no list of entries."""
         text = b"[" + self._content[at:cut] + b"]"
+        if not text.isascii():
+            self._demand_utf8(text)  # msgspec passes over what it does not read
         try:
-            if not text.isascii():
-                text.decode()  # msgspec passes over what it does not read
             if key in _TYPES:
                 return Block(key, text, _DECODERS[key].decode(text))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError):
             pass
         try:
-            entries = json.loads(text.decode())
+            entries = json.loads(text)
         except (ValueError, RecursionError):
             return None
         if not all(isinstance(entry, dict) for entry in entries):
             raise DataError(f"{self.path}: every entry of {key!r} must be an object")
         return Block(key, text, None, entries)
+
+    def _demand_utf8(self, text: bytes) -> None:
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise _no_json(self.path, error) from error
 
 
 _DECODERS = {key: msgspec.json.Decoder(list[kind]) for key, kind in _TYPES.items()}
@@ -150,7 +157,7 @@ def _open(path: Path) -> tuple[mmap.mmap, dict[str, slice]]:
     """A file's content, and where in it the values of its top level are, by their names."""
     with open(path, "rb") as file:
         if not file.seek(0, 2):
-            raise DataError(f"{path}: not valid JSON ({_reason(path)}); is the file complete?")
+            raise _no_json(path)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # some tools begin with a byte order mark
         try:
@@ -166,7 +173,7 @@ def _open(path: Path) -> tuple[mmap.mmap, dict[str, slice]]:
     except msgspec.ValidationError:
         raise DataError(f"{path}: the top level must be an object with images, annotations and categories") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({_reason(path, error)}); is the file complete?") from error
+        raise _no_json(path, error) from error
 
 
 def _standard(text: bytes) -> bytes:
@@ -194,12 +201,11 @@ def _address(view: memoryview) -> int:
     return np.frombuffer(view, np.uint8).ctypes.data
 
 
-def _reason(path: Path, error: Any = "") -> str:
-    """Why a file is not JSON: in Python's words, with the line, where that does not take too long."""
-    if path.stat().st_size > _EXPLAINED:
-        return str(error)
-    try:
-        json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as found:
-        return str(found)
-    return str(error)
+def _no_json(path: Path, error: Any = "a number that is none") -> DataError:
+    """The error of a file that is not JSON: in Python's words, with the line, where that does not take too long."""
+    if path.stat().st_size <= _EXPLAINED:
+        try:
+            json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as found:
+            error = found
+    return DataError(f"{path}: not valid JSON ({error}); is the file complete?")
