@@ -26,7 +26,6 @@ SMALLEST = 8 << 20
 """Bytes of an annotation file from which on it is worth an index."""
 _VERSION = 1  # of what is in one
 _ENDING = ".arrays"
-_GIGABYTES = "DNDETR_INDEX_GB"
 
 Build = Callable[[Path | None], Records]
 """Reads the records, their objects in any order of images, with room for what does not fit into memory in a folder."""
@@ -46,6 +45,7 @@ def indexed(split: Records, build: Build) -> Records:
             path = _folder() / name
         if (known := _recall(path, split)) is not None:
             return known
+        limit = _limit()
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent / f"{key}.lock"):
@@ -58,7 +58,7 @@ def indexed(split: Records, build: Build) -> Records:
             if records.problems:
                 return records
             write_atomic(path, lambda file: _write(ArrayWriter(file), records))
-            _make_room(path)
+            _make_room(path, limit)
             with writing(path):
                 return _from(path, split)
     except Unwritten as error:
@@ -136,9 +136,17 @@ def _tidy(path: Path, key: str) -> None:
             _remove(other)
 
 
-def _make_room(path: Path) -> None:
+def _limit() -> float:
+    """Bytes that all indexes may take."""
+    text = os.environ.get("DNDETR_INDEX_GB", "20")
+    try:
+        return float(text) * 1e9
+    except ValueError:
+        raise ValueError(f"DNDETR_INDEX_GB={text}: give a number of gigabytes, such as 20") from None
+
+
+def _make_room(path: Path, limit: float) -> None:
     """Removes those that were not used for longest, until the others are within the limit."""
-    limit = float(os.environ.get(_GIGABYTES, "20")) * 1e9
     found = []
     for other in path.parent.glob(f"*{_ENDING}"):
         with contextlib.suppress(OSError):

@@ -205,6 +205,13 @@ def test_the_limit_takes_what_was_not_used_for_longest(tmp_path, indexing, folde
     assert first not in files(folder) and len(files(folder)) == 2
 
 
+def test_a_limit_that_is_no_number_is_told(tmp_path, indexing, monkeypatch, folder):
+    monkeypatch.setenv("DNDETR_INDEX_GB", "much")
+    with pytest.raises(ValueError, match=r"^DNDETR_INDEX_GB=much: give a number of gigabytes, such as 20$"):
+        read_split(generated(tmp_path / "set", 20, 50, 0), "train")
+    assert not folder.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(tmp_path, indexing, monkeypatch):
     root = generated(tmp_path / "set", 20, 50, 0)
     expected = read_split(root, "train")
