@@ -29,7 +29,7 @@ _UNMERGED = 1024  # shapes; of more, those on about the same canvas are one from
 class Drawn(Protocol):
     """What choosing asks of a data set."""
 
-    sizes: list[tuple[int, int]]
+    sizes: Sequence[tuple[int, int]]
     """(height, width) of the originals."""
 
     def __len__(self) -> int: ...
@@ -106,10 +106,10 @@ def choose_shapes(dataset: Drawn, config: Config, steps: int) -> BatchShapes:
 def largest_canvas(dataset: Drawn, config: Config) -> tuple[int, int]:
     """Height and width that hold every image as training draws it; of a data set without a common canvas."""
     if config.images.recipe == "original":
-        sizes = dataset.sizes
+        sizes = np.asarray(dataset.sizes)
     else:
-        sizes = np.concatenate(_draw(dataset, _DRAWN, config.seed)[1])[:, :2].tolist()
-    return canvas_bucket(sizes, config.images.multiple)
+        sizes = np.concatenate(_draw(dataset, _DRAWN, config.seed)[1])[:, :2]
+    return canvas_bucket([tuple(sizes.max(axis=0).tolist())], config.images.multiple)
 
 
 def dearest_slots(objects: int, denoising: DenoisingConfig) -> int:
@@ -136,8 +136,8 @@ def _draw_batches(dataset: Drawn, batch_size: int, seed: int) -> np.ndarray:
     """Batches as the loader makes them, of a share of a large data set -> their images' extents [n, batch_size, 3]."""
     images, drawn = _draw(dataset, max(_DRAWN, 8 * batch_size), seed)
     sampled = len(images) < len(dataset)
-    portrait = np.array(portraits(dataset.sizes, None))[images]
-    order = Order(portrait.tolist(), batch_size, training=True, seed=seed)
+    portrait = portraits(dataset.sizes, None)[images]
+    order = Order(portrait, batch_size, training=True, seed=seed)
     found = []
     for epoch in range(-(-_BATCHES // len(order))):
         batches = np.array(order.batches(epoch))

@@ -8,11 +8,14 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from .known_folders import LARGE, KnownFolders
 from .records import Problem, Records
 
 
 def missing_files(records: Records) -> list[Problem]:
-    """Those images of a split whose file is not in its folder."""
+    """Those images of a split whose file is not in its folder, among those of a large one that are to be looked at."""
+    if len(records) >= LARGE:
+        return _missing_of_many(records)
     listed, missing = cache(listing), MissingFiles(records)
     folder, problems = str(records.folder), []
     for index, name in enumerate(records.names):
@@ -20,6 +23,19 @@ def missing_files(records: Records) -> list[Problem]:
         # A listing costs less than to ask for each file.
         if base not in listed(os.path.join(folder, inner)) and not os.path.isfile(os.path.join(folder, name)):
             problems.append(Problem("missing file", missing.sentence(index)))
+    return problems
+
+
+def _missing_of_many(records: Records) -> list[Problem]:
+    """The same one by one: a list of so many names would take more memory than all else."""
+    known, missing, folder = KnownFolders(records, "there"), MissingFiles(records), str(records.folder)
+    problems = [
+        Problem("missing file", missing.sentence(index))
+        for index, name in records.named(known.to_look_at())
+        if not os.path.isfile(os.path.join(folder, name))
+    ]
+    if not problems:
+        known.keep()
     return problems
 
 

@@ -9,13 +9,14 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from .classes import Classes
+from .columns import Column
 from .errors import DataError
 from .file_names import missing_files
 from .image import read_image
-from .records import Records, class_problems, pairs, raise_problems
+from .records import Records, class_problems, raise_problems
 from .sample import Sample
+from .summary import clip, corners_of
 from .transforms import Transform, View
-from .units import unit_doubt
 
 NOT_FEDERATED = (
     "--loss.federated: no image has neg_category_ids or not_exhaustive_category_ids, so all are annotated in full: "
@@ -54,7 +55,8 @@ class FolderDataset:
         raise_problems([*class_problems(records.classes, self.classes)], records)
         raise_problems(missing_files(records), records)
         self._decoded: dict[int, Image.Image] = {}
-        self.remarks = [*records.remarks, *self._take(records)]
+        self._take(records)
+        self.remarks = [*records.remarks, *records.summary.remarks]
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -63,23 +65,26 @@ class FolderDataset:
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Go on without some images, in the ground truth too; the others move up."""
-        gone = set(indices)
-        self._take(self.records.take([index for index in range(len(self)) if index not in gone]))
+        kept = np.ones(len(self), bool)
+        kept[[*indices]] = False
+        self._take(self.records.take(np.flatnonzero(kept)))
         self._decoded.clear()
 
     @property
     def class_counts(self) -> list[int]:
         """Number of objects of each class."""
-        return np.bincount(self._labels, minlength=len(self.classes)).tolist()
+        found = np.zeros(len(self.classes), np.int64)
+        found[self._label_of] = self.records.summary.classes
+        return found.tolist()
 
     def labels(self, index: int) -> list[int]:
         """Labels of the objects of an image, before augmentation."""
-        return self._labels[self._of(index)].tolist()
+        return self._objects(index)[1].tolist()
 
     @property
-    def counts(self) -> list[int]:
+    def counts(self) -> Column:
         """Number of objects of each image, before augmentation."""
-        return np.diff(self._starts).tolist()
+        return Column(self.records.summary.counts)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,16 +94,16 @@ class FolderDataset:
         view, rng = self._view(index, epoch, occurrence)
         pixels = view.picture(self.picture(index, view.shrink))
         colours = self.transform.colours(pixels, rng)
-        boxes_xyxy, kept = view.boxes(self._boxes[self._of(index)])
-        labels = torch.from_numpy(self._labels[self._of(index)][kept])
-        objects = torch.from_numpy(boxes_xyxy), labels
+        boxes_xyxy, labels = self._objects(index)
+        boxes_xyxy, kept = view.boxes(boxes_xyxy)
+        objects = torch.from_numpy(boxes_xyxy), torch.from_numpy(labels[kept])
         unverified = self._unverified(index) if self._federated else None
         return Sample(pixels, colours, *objects, self.ids[index], self.sizes[index], unverified)
 
     def extent(self, index: int, epoch: int = 0, occurrence: int = 0) -> tuple[int, int, int]:
         """Height, width and number of objects of that sample, without reading its file."""
         view, _ = self._view(index, epoch, occurrence)
-        return *view.size, int(view.boxes(self._boxes[self._of(index)])[1].sum())
+        return *view.size, int(view.boxes(self._objects(index)[0])[1].sum())
 
     def with_transform(self, transform: Transform, seed: int) -> "FolderDataset":
         """The same split seen in another way."""
@@ -137,49 +142,28 @@ class FolderDataset:
 
     def _unverified(self, index: int) -> torch.Tensor:
         """Which classes are no negatives in an image [K] bool; an object that training leaves out was annotated too."""
-        first, last = np.searchsorted(self.records.objects.image, (index, index + 1))
-        annotated = self.records.objects.label[first:last]
+        annotated = self.records.objects.label[self._of(index)]
         own = self.records.verified.unverified(index, annotated, len(self.records.classes))
         found = torch.ones(len(self.classes), dtype=torch.bool)
-        found[self._places] = torch.from_numpy(own)
+        found[self._label_of] = torch.from_numpy(own)
         return found
+
+    def _objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes [n, 4] xyxy pixels, clipped to their image, and labels [n] int64 of the objects that training uses."""
+        objects, own = self.records.objects, self._of(index)
+        boxes_xyxy, used = clip(corners_of(objects.boxes[own]), self.records.sizes[index], objects.crowd[own])
+        return boxes_xyxy[used], self._label_of[objects.label[own][used]]
 
     def _of(self, index: int) -> slice:
         """Where the objects of an image are."""
-        return slice(self._starts[index], self._starts[index + 1])
+        first, last = self.records.summary.starts[index : index + 2].tolist()
+        return slice(first, last)
 
-    def _take(self, records: Records) -> list[str]:
-        """Have these images, and those of their objects that training can use -> what is not used, in words."""
+    def _take(self, records: Records) -> None:
+        """Have these images and their objects."""
         self.records = records
-        self.ids, self.sizes = records.ids.tolist(), pairs(records.sizes)
+        self.ids, self.sizes = Column(records.ids), Column(records.sizes)
         # Pillow stores four bytes for a pixel of RGB.
         self._decoded_bytes = 4 * int(records.sizes.prod(axis=1).sum())
-        corners, clipped, kept = records.clipped()
-        image, label = records.objects.image[kept], records.objects.label[kept]
-        self._boxes = clipped[kept]
         place = {number: label for label, (number, _) in enumerate(self.classes)}
-        self._places = np.array([place[number] for number, _ in records.classes], np.int64)
-        self._labels = self._places[label]
-        self._starts = np.concatenate(([0], np.bincount(image, minlength=len(records)).cumsum()))
-        # Annotation tools round to a pixel; less is not worth a word.
-        moved = (np.abs(clipped - corners) > 1).any(axis=1)
-        return self._unused(kept, moved)
-
-    def _unused(self, kept: np.ndarray, moved: np.ndarray) -> list[str]:
-        """What is not used, counted; kept, moved: which objects are trained on, and which are clipped."""
-        objects = self.records.objects
-        single = ~objects.crowd
-        flat = single & (objects.boxes[:, 2:] == 0).any(axis=1)
-        remarks = [
-            f"{count:,} {noun if count == 1 else plural} {what}"
-            for count, noun, plural, what in (
-                (objects.crowd.sum(), "crowd region", "crowd regions", "left out of training"),
-                (flat.sum(), "box", "boxes", "without area left out"),
-                ((single & ~kept & ~flat).sum(), "box", "boxes", "outside the image left out"),
-                ((kept & moved).sum(), "box", "boxes", "clipped to the image"),
-                ((np.diff(self._starts) == 0).sum(), "image", "images", "without objects"),
-            )
-            if count
-        ]
-        doubt = unit_doubt(objects.boxes[single], self.records.sizes[objects.image[single]].astype(np.float64))
-        return remarks if doubt is None else [*remarks, doubt]
+        self._label_of = np.array([place[number] for number, _ in records.classes], np.int64)

@@ -1,8 +1,10 @@
 """Batches in an order that depends on (seed, epoch) alone, from any step of an epoch on, with or without workers."""
 
 import warnings
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from ..batch import Batch
 from .batch_shapes import BatchShapes
@@ -22,9 +24,9 @@ class Dataset(Protocol):
 
     classes: list[tuple[int, str]]
     """(category id, name) in label order."""
-    sizes: list[tuple[int, int]]
+    sizes: Sequence[tuple[int, int]]
     """(height, width) of the originals."""
-    counts: list[int]
+    counts: Sequence[int]
     """Number of objects of each image, or an upper bound."""
     canvas: tuple[int, int] | None
     """(height, width) of all samples, where they have one size."""
@@ -59,7 +61,7 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch from number ``start`` on; the images of those before it are not read."""
-        keys = [(epoch, batch) for batch in self._order.batches(epoch)[start:]]
+        keys = _Keys(epoch, self._order.batches(epoch)[start:])
         yield from map(self._reader.__getitem__, keys) if self._workers is None else self._workers.read(keys)
 
 
@@ -95,9 +97,10 @@ def build_loader(
         )
     most = slots or TARGET_BUCKETS[-1]
     # Evaluation scores against the annotations, not against what a batch has room for.
-    if training and (overfull := sum(count > most for count in dataset.counts)):
+    counts = np.asarray(dataset.counts)
+    if training and (overfull := int((counts > most).sum())):
         warnings.warn(
-            f"{overfull} images hold more than {most} objects (up to {max(dataset.counts)}); "
+            f"{overfull} images hold more than {most} objects (up to {counts.max()}); "
             f"of those, only the {most} largest are kept",
             stacklevel=2,
         )
@@ -117,6 +120,19 @@ def largest_batch(dataset: Dataset, order: Order, multiple: int) -> int:
         return len(batch) * height * width
 
     return max(map(pixels, some)) * 3  # a byte for each colour
+
+
+class _Keys(Sequence):
+    """(epoch, image numbers) of each batch, made when it is asked for."""
+
+    def __init__(self, epoch: int, batches: Sequence[list[int]]):
+        self._epoch, self._batches = epoch, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> tuple[int, list[int]]:
+        return self._epoch, self._batches[index]
 
 
 class _Reader:

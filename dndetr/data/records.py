@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from .classes import Classes
 from .errors import DataError
+from .summary import Summary, clip, corners_of, summarise
 from .verified import Verified
 
 NOTHING_TO_LEARN = "the train split has no objects, there is nothing to learn from; annotate some"
@@ -68,9 +70,18 @@ def make_objects(
         np.where(np.isnan(given), own, given),
         np.arange(1, len(image) + 1) if ids is None else np.asarray(ids, np.int64),
     )
-    if (image[1:] >= image[:-1]).all():
-        return objects
-    return objects.where(np.argsort(image, kind="stable"))
+    return by_image(objects)
+
+
+def by_image(objects: Objects) -> Objects:
+    """Objects in any order of images, image by image."""
+    order = image_order(objects.image)
+    return objects if order is None else objects.where(order)
+
+
+def image_order(image: np.ndarray) -> np.ndarray | None:
+    """The order in which places of images [m] are ascending, and those of one as they were; None for that they have."""
+    return None if (image[1:] >= image[:-1]).all() else np.argsort(image, kind="stable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +91,9 @@ class Records:
     root: the data set's folder; file: from which the split is read, named in messages; folder: what the images' file
     ``names`` are relative to. classes: the split's own, (id, name) in label order. ids [n] int64 and sizes [n, 2] int64
     (height, width) of the images; numbered: whether these ids are the annotations' own, which users know. remarks: what
-    was left out in reading, in words. verified: of federated annotations, what was looked for. With ``problems`` only
-    the images can be relied upon, and those with problems of their own are not among them.
+    was left out in reading, in words. verified: of federated annotations, what was looked for. known: the ``summary``
+    of exactly these objects, where it was worked out before. With ``problems`` only the images can be relied upon, and
+    those with problems of their own are not among them.
     """
 
     name: str
@@ -89,7 +101,7 @@ class Records:
     file: Path
     folder: Path
     classes: Classes
-    names: list[str]
+    names: Sequence[str]
     ids: np.ndarray
     sizes: np.ndarray
     objects: Objects
@@ -97,13 +109,25 @@ class Records:
     remarks: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     verified: Verified | None = None
+    known: Summary | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property
+    def summary(self) -> Summary:
+        """What there is to know of all objects before training."""
+        return self.known or summarise(self.sizes, self.objects, len(self.classes))
+
     def path(self, index: int) -> Path:
         """The file of an image."""
         return self.folder / self.names[index]
+
+    def named(self, images: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Images by their numbers, ascending, with their names."""
+        if len(images) == len(self):
+            return enumerate(self.names)  # quicker than one by one
+        return ((index, self.names[index]) for index in images)
 
     def called(self, index: int) -> str:
         """How a message about an image begins: with its id, where users know that."""
@@ -127,6 +151,7 @@ class Records:
             sizes=self.sizes[chosen],
             objects=objects._replace(image=place[objects.image]),
             verified=None if self.verified is None else self.verified.take(chosen),
+            known=None,
         )
 
     def clipped(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -134,10 +159,8 @@ class Records:
 
         The latter [m] bool: no crowds, and nothing without an area within its image.
         """
-        boxes, sizes = self.objects.boxes, self.sizes[self.objects.image]
-        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
-        clipped = corners.clip(0, sizes[:, [1, 0, 1, 0]].astype(np.float64))
-        return corners, clipped, ~self.objects.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+        corners = corners_of(self.objects.boxes)
+        return corners, *clip(corners, self.sizes[self.objects.image], self.objects.crowd)
 
     def coco_dict(self) -> dict:
         """The split as a COCO document."""

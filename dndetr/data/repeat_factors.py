@@ -7,23 +7,37 @@ floor(r) or ceil(r) times: the whole part always, the rest as systematic samplin
 own. Its expectation is r, but for what rounding the sum moves, less than half an image of all of them together.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .folder_dataset import FolderDataset
 from .records import Records
 from .sample import Sample
+from .summary import clip, corners_of
+
+_BLOCK = 1 << 15  # images looked at together
 
 
 def repeat_factors(records: Records, threshold: float) -> np.ndarray:
     """r of each image [n] float64, at least 1; of the objects that training uses. threshold: t, a share of images."""
-    used = records.clipped()[2]
     classes = len(records.classes)
-    pairs = np.unique(records.objects.image[used] * classes + records.objects.label[used])
-    image, label = np.divmod(pairs, classes)
+    image, label = np.divmod(np.concatenate([*_pairs(records, classes)]), classes)
     images_with = np.bincount(label, minlength=classes)
     factors = np.ones(len(records))
     np.maximum.at(factors, image, np.sqrt(threshold * len(records) / images_with[label]))
     return factors
+
+
+def _pairs(records: Records, classes: int) -> Iterator[np.ndarray]:
+    """image * classes + label of all images and the classes of their used objects, each once, some images at a time."""
+    starts, objects = records.summary.starts, records.objects
+    yield np.empty(0, np.int64)
+    for first in range(0, len(records), _BLOCK):
+        own = slice(*starts[[first, min(first + _BLOCK, len(records))]].tolist())
+        image = objects.image[own]
+        _, used = clip(corners_of(objects.boxes[own]), records.sizes[image], objects.crowd[own])
+        yield np.unique(image[used] * classes + objects.label[own][used])
 
 
 class Repeats:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .columns import Column
 from .errors import DataError
 from .records import Records, make_objects
 from .sample import IMAGENET, Sample
@@ -294,8 +295,8 @@ class ShapesDataset:
             raise DataError(f"the built-in shapes need a side of at least {MIN_SIZE} pixels, not {size}")
         self.split, self.length, self.size, self.seed, self.colours = split, length, size, seed, colours
         self.canvas = (size, size)
-        self.sizes = [self.canvas] * length
-        self.counts = [_MAX_OBJECTS] * length  # at most
+        self.sizes = Column(np.broadcast_to(np.array(self.canvas), (length, 2)))
+        self.counts = Column(np.broadcast_to(np.array(_MAX_OBJECTS), length))  # at most
         self.classes = [(number, name) for number, name in enumerate(CLASSES, start=1)]
 
     def __len__(self) -> int:

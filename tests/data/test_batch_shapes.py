@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dndetr.data.batch_shapes import MOST_SHAPES, BatchShape, BatchShapes, choos
 from dndetr.data.collate import canvas_bucket, target_bucket
 from dndetr.data.folder_dataset import FolderDataset
 from dndetr.data.order import Order, portraits
+from dndetr.data.records import Records, make_objects
 from dndetr.data.training import TrainingData
 from dndetr.data.transforms import FixedTraining, OfficialTraining
 from dndetr.presets import preset_named
@@ -37,12 +39,14 @@ def coco_like(images: int = IMAGES, seed: int = 0) -> FolderDataset:
 
     spans = rng.random((counts.sum(), 2)) ** 2
     corners = rng.random((counts.sum(), 2)) * (1 - spans)
-    boxes = np.concatenate((corners, corners + spans), axis=1) * np.repeat(sizes[:, [1, 0, 1, 0]], counts, axis=0)
+    image = np.repeat(np.arange(images), counts)
+    boxes = np.concatenate((corners, spans), axis=1) * sizes[image][:, [1, 0, 1, 0]]
+    objects = make_objects(image, np.zeros(len(image)), boxes)
+    classes, nowhere = [(1, "a")], Path("nowhere")
     dataset = object.__new__(FolderDataset)
-    dataset.transform, dataset.seed = OfficialTraining(), 42
-    dataset.sizes, dataset.ids = [tuple(size) for size in sizes.tolist()], range(images)
-    dataset._boxes, dataset._labels = boxes, np.zeros(counts.sum(), np.int64)
-    dataset._starts = np.concatenate(([0], counts.cumsum()))
+    dataset.transform, dataset.seed, dataset.classes = OfficialTraining(), 42, classes
+    names = [""] * images
+    dataset._take(Records("train", nowhere, nowhere, nowhere, classes, names, np.arange(images), sizes, objects))
     return dataset
 
 

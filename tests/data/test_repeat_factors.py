@@ -90,7 +90,7 @@ def test_it_depends_on_seed_and_epoch_alone():
 def test_without_repeats_the_order_is_that_of_ever():
     portrait = [n % 3 == 0 for n in range(23)]
     plain, ones = (Order(portrait, 4, True, 5, repeats=repeats) for repeats in (None, Repeats(np.ones(23), 5)))
-    assert plain.batches(2) == ones.batches(2) and len(plain) == len(ones) == 5
+    assert [*plain.batches(2)] == [*ones.batches(2)] and len(plain) == len(ones) == 5
 
 
 def test_the_order_is_shared_and_keeps_tall_images_together():
@@ -102,7 +102,7 @@ def test_the_order_is_shared_and_keeps_tall_images_together():
     shares = [Order(portrait, 4, True, 1, rank, 2, repeats) for rank in range(2)]
     assert [len(share) for share in shares] == [7, 7]
     for epoch in (0, 1):
-        batches = whole.batches(epoch)
+        batches = [*whole.batches(epoch)]
         assert len(batches) == 15 and all(len(batch) == 4 for batch in batches)
         assert [shares[n % 2].batches(epoch)[n // 2] for n in range(14)] == batches[:14]
         mixed = [batch for batch in batches if len({portrait[number % 30] for number in batch}) > 1]

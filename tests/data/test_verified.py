@@ -13,7 +13,7 @@ from dndetr import convert
 from dndetr.data.collate import collate
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.formats.coco_verified import read_verified
+from dndetr.data.formats.coco_verified import Stated
 from dndetr.data.transforms import FixedTraining, Unresized
 from dndetr.data.verified import Verified, make_lists
 
@@ -23,6 +23,15 @@ CLASSES = [(2, "apple"), (4, "bead"), (6, "cup"), (8, "dish")]
 @pytest.fixture
 def lvis(tmp_path):
     return write_lvis(tmp_path / "lvis", 6)
+
+
+def read_verified(images, classes):
+    """What images state that come in blocks of two."""
+    stated = Stated()
+    for at in range(0, len(images), 2):
+        fields = ("id", "neg_category_ids", "not_exhaustive_category_ids")
+        stated.add(tuple(map(image.get, fields)) for image in images[at : at + 2])
+    return stated.verified({number: label for label, (number, _) in enumerate(classes)})
 
 
 def rows(lists):
@@ -46,15 +55,15 @@ def test_what_documents_state():
         {"neg_category_ids": [], "not_exhaustive_category_ids": []},
         {"neg_category_ids": [99]},  # of a category that is no class, as one that only names others
     ]
-    verified = read_verified({"images": images}, CLASSES)
+    verified = read_verified(images, CLASSES)
     assert verified.stated.tolist() == [True, False, True, False, True, True]
     assert rows(verified.absent) == [[3, 0], [], [], [], [], []]
     assert rows(verified.partial) == [[], [], [1, 2], [], [], []]
     fields = verified.fields([2, 4, 6, 8])
     assert fields[0] == images[0] and fields[1] == fields[3] == {} and fields[4] == images[4]
-    assert read_verified({"images": images}, []).fields([])[0] == images[4]
+    assert read_verified(images, []).fields([])[0] == images[4]
     for nothing in ([], [{}, {}], [images[3]]):
-        assert read_verified({"images": nothing}, CLASSES) is None
+        assert read_verified(nothing, CLASSES) is None
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def machine(port: int, folder: Path, *program: str) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     with open(folder / "errors.txt", "a") as errors:
-        options = {"env": environment(), "cwd": folder, "stdout": errors, "stderr": errors}
+        # Otherwise a machine that comes later never hears where the first process is (docs/several-gpus.md).
+        own = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        options = {"env": own, "cwd": folder, "stdout": errors, "stderr": errors}
         return subprocess.Popen([*launcher, "--max-restarts", "5", *program], **options)
 
 

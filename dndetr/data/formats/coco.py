@@ -6,20 +6,22 @@ writes it, and ``result.json``, as Label Studio does, of sets that nobody has di
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
-from ..classes import Classes, listed
+from ..classes import listed
 from ..errors import DataError
-from ..records import Objects, Problem, Records, make_objects
+from ..index import SMALLEST, Read, indexed
+from ..records import Problem, Records, by_image, make_objects
 from ..split_names import NAMES, names_of, no_split
-from .coco_document import find_problems, read_document, sound_images
-from .coco_verified import read_verified, verified_problems
-from .published_sets import find_images, is_published, published_files
+from .coco_blocks import Document
+from .coco_document import Gathered
+from .published_sets import PublishedNames, is_published, published_files
 
 # Of a set that nobody has divided: the file, and who writes it.
 _UNDIVIDED = {
@@ -56,38 +58,24 @@ class CocoSource:
     def read(self, split: str) -> Records:
         """A split of that name, of which ``val`` may also be called val2017 or valid, and the like."""
         file, folder = self._find(split)
-        document = read_document(file)
-        problems, remarks = [], []
+        sizes, objects = np.empty((0, 2), np.int64), make_objects([], [], [])
+        empty = Records(split, self.root, file, folder, [], [], np.empty(0, np.int64), sizes, objects, numbered=True)
         if self._undivided == "result.json":
-            problems += _label_studio_names(document, self.root)
-        find_images(document, folder, (split, f"images/{split}", "images", "") if is_published(file) else ("",))
-        problems += find_problems(document)
-        problems += verified_problems(document)
-        if problems:
-            images, classes, objects, verified = sound_images(document), [], make_objects([], [], []), None
-        else:
-            images = document["images"]
-            classes = sorted((category["id"], category["name"]) for category in document["categories"])
-            if roots := _unused_roots(document):
-                classes = [entry for entry in classes if entry not in roots]
-                names = listed([name for _, name in roots])
-                remarks.append(f"category {names} left out: it names the others and has no objects")
-            objects, verified = _objects(document, classes), read_verified(document, classes)
-        return Records(
-            name=split,
-            root=self.root,
-            file=file,
-            folder=folder,
-            classes=classes,
-            names=[image["file_name"] for image in images],
-            ids=np.array([image["id"] for image in images], np.int64),
-            sizes=np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-            objects=objects,
-            verified=verified,
-            numbered=True,
-            remarks=remarks,
-            problems=problems,
-        )
+            # Which files it means depends on what lies there, so that no index could tell.
+            names = _LabelStudioNames(self.root)
+            records = _filled(empty, Gathered(Document(file), rename=names), names.problems)
+            return replace(records, objects=by_image(records.objects))
+        inner = (split, f"images/{split}", "images", "") if is_published(file) else ("",)
+
+        def read(spools: Path | None) -> Read:
+            names = PublishedNames(folder, inner)
+            records = _filled(empty, Gathered(Document(file), spools, locate=names))
+            return Read(records, names.layout() if names.used else None)
+
+        if file.stat().st_size >= SMALLEST:
+            return indexed(empty, read, lambda: PublishedNames(folder, inner).layout())
+        records = read(None).records
+        return replace(records, objects=by_image(records.objects))
 
     def _find(self, split: str) -> _Split:
         if self._undivided and split == "train":
@@ -146,57 +134,75 @@ def _documents(root: Path) -> Iterator[Path]:
     yield from sorted(filter(is_published, root.glob("*.json")))
 
 
-def _unused_roots(document: dict) -> Classes:
-    """Categories that only name a group of others, and that no object has, as Roboflow writes one: (id, name)."""
-    used = {entry["category_id"] for entry in document["annotations"]}
-    groups = {
-        category["supercategory"]
-        for category in document["categories"]
-        if isinstance(category.get("supercategory"), str) and category["supercategory"] != category["name"]
-    }
-    return [
-        (category["id"], category["name"])
-        for category in document["categories"]
-        if category["name"] in groups
-        and category.get("supercategory") in (None, "", "none")
-        and category["id"] not in used
-    ]
-
-
-def _objects(document: dict, classes: Classes) -> Objects:
-    entries = document["annotations"]
-    label_of = {number: label for label, (number, _) in enumerate(classes)}
-    position = {image["id"]: index for index, image in enumerate(document["images"])}
-    return make_objects(
-        [position[entry["image_id"]] for entry in entries],
-        [label_of[entry["category_id"]] for entry in entries],
-        [entry["bbox"] for entry in entries],
-        [bool(entry.get("iscrowd")) for entry in entries],
-        [np.nan if entry.get("area") is None else entry["area"] for entry in entries],
-        [entry["id"] for entry in entries],
+def _filled(records: Records, gathered: Gathered, others: Callable[[], Iterable[Problem]] = tuple) -> Records:
+    """A split with what its document has, objects as they are in it; others: problems that go before the document's."""
+    problems = [*others(), *gathered.problems]
+    images = {"names": gathered.names, "ids": gathered.ids, "sizes": gathered.sizes}
+    if problems:
+        return replace(records, **images, problems=problems)
+    objects, categories = gathered.objects, gathered.categories
+    used = np.zeros(len(categories), bool)
+    used[objects.label] = True
+    roots = _unused_roots(categories, used.tolist())
+    order = sorted(set(range(len(categories))) - set(roots), key=lambda place: categories[place]["id"])
+    remarks = []
+    if roots:
+        names = listed([categories[place]["name"] for place in roots])
+        remarks.append(f"category {names} left out: it names the others and has no objects")
+    label = np.zeros(len(categories), np.int64)
+    label[order] = np.arange(len(order))
+    return replace(
+        records,
+        **images,
+        classes=[(categories[place]["id"], categories[place]["name"]) for place in order],
+        objects=objects._replace(label=label[objects.label]),
+        verified=gathered.stated.verified({categories[place]["id"]: label for label, place in enumerate(order)}),
+        remarks=remarks,
     )
 
 
-def _label_studio_names(document: dict, root: Path) -> Iterator[Problem]:
+def _unused_roots(categories: list[dict], used: list[bool]) -> list[int]:
+    """Places of the categories that only name a group of others, and that no object has, as Roboflow writes one."""
+    groups = {
+        category["supercategory"]
+        for category in categories
+        if isinstance(category.get("supercategory"), str) and category["supercategory"] != category["name"]
+    }
+    return [
+        place
+        for place, category in enumerate(categories)
+        if category["name"] in groups and category.get("supercategory") in (None, "", "none") and not used[place]
+    ]
+
+
+class _LabelStudioNames:
     """Makes the images' ``file_name`` relative to the data set, from whatever Label Studio has put there.
 
     It may be a path of the machine that annotated, with the slashes of Windows, or the address of its own server.
-    What is wrong: two images of one file, of which the export overwrote the other.
     """
-    images = defaultdict(list)
-    for image in document["images"]:
-        name = image.get("file_name")
-        if not isinstance(name, str) or not name:
-            continue
-        path = PurePosixPath(unquote(name).rpartition("?d=")[2].replace("\\", "/"))
-        within = not path.is_absolute() and ".." not in path.parts
-        candidates = [str(path)] if within else []
-        candidates += [f"images/{path.name}", path.name]
-        image["file_name"] = next((place for place in candidates if (root / place).is_file()), candidates[-2])
-        images[image["file_name"]].append(image.get("id"))
-    for name, numbers in images.items():
-        if len(numbers) > 1:
-            what = (
-                f"are both {name}, since files of one name overwrote each other; export again with names of their own"
-            )
-            yield Problem("image file name", f"images {' and '.join(map(str, numbers[:2]))} {what}")
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._images: dict[str, list] = defaultdict(list)
+
+    def __call__(self, images: list[dict]) -> None:
+        """Changes some images."""
+        for image in images:
+            name = image.get("file_name")
+            if not isinstance(name, str) or not name:
+                continue
+            path = PurePosixPath(unquote(name).rpartition("?d=")[2].replace("\\", "/"))
+            within = not path.is_absolute() and ".." not in path.parts
+            candidates = [str(path)] if within else []
+            candidates += [f"images/{path.name}", path.name]
+            found = next((place for place in candidates if (self._root / place).is_file()), candidates[-2])
+            image["file_name"] = found
+            self._images[found].append(image.get("id"))
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong: two images of one file, of which the export overwrote the other."""
+        for name, numbers in self._images.items():
+            if len(numbers) > 1:
+                what = f"are both {name}, since files of one name overwrote each other"
+                advice = "export again with names of their own"
+                yield Problem("image file name", f"images {' and '.join(map(str, numbers[:2]))} {what}; {advice}")

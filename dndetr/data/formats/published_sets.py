@@ -6,9 +6,10 @@ them by folders of its authors, images/v1/patch8/objects365_v1_00420917.jpg, of 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..file_names import listing
@@ -28,29 +29,57 @@ def is_published(file: Path) -> bool:
     return file.name.startswith(_BEGINNINGS)
 
 
-def find_images(document: dict, folder: Path, inner: Sequence[str]) -> None:
-    """Gives images that are named as in these sets the ``file_name`` that they have in a folder.
+class PublishedNames:
+    """Gives images that are named as in these sets the name that they have in a folder; all others keep theirs.
 
     Of the path as published, of its last two parts and of the last one, the first is taken that is in one of the
     ``inner`` folders; where none is, the path stays.
     """
-    listed = cache(listing)
 
-    @cache
-    def places(parent: str) -> list[tuple[str, frozenset[str]]]:
+    def __init__(self, folder: Path, inner: Sequence[str]):
+        self._folder, self._inner = folder, inner
+        self._listed, self._places = cache(listing), cache(self._find_places)
+        self.used = False
+        """Whether there was such an image."""
+
+    def __call__(self, name: Any, address: Any) -> Any:
+        """The ``file_name`` of an image that has these as ``file_name`` and ``coco_url``."""
+        path = _published_path(name, address)
+        if not path:
+            return name
+        self.used = True
+        parent, _, base = path.rpartition("/")
+        return next((place + base for place, names in self._places(parent) if base in names), path)
+
+    def layout(self) -> str:
+        """What changes with the names that are found: the folders, and when something was last put into each."""
+        folders = [os.path.join(self._folder, place) for place in self._inner]
+        with_inner = {path for folder in folders for path in (folder, *_folders_in(folder))}
+        return repr(sorted((path, _changed(path)) for path in with_inner))
+
+    def _find_places(self, parent: str) -> list[tuple[str, frozenset[str]]]:
         ends = dict.fromkeys((parent, parent.rpartition("/")[2], ""))
-        found = [os.path.join(place, end, "") for end in ends for place in inner]
-        return [(place, listed(os.path.join(folder, place))) for place in found]
-
-    for image in document["images"]:
-        if path := _published_path(image):
-            parent, _, name = path.rpartition("/")
-            image["file_name"] = next((place + name for place, names in places(parent) if name in names), path)
+        found = [os.path.join(place, end, "") for end in ends for place in self._inner]
+        return [(place, self._listed(os.path.join(self._folder, place))) for place in found]
 
 
-def _published_path(image: Mapping) -> str | None:
+def _published_path(name: Any, address: Any) -> str | None:
     """The path that an image has in one of these sets; None for all others."""
-    name, address = image.get("file_name"), image.get("coco_url")
     if name is None and isinstance(address, str):
         return "/".join(list(filter(None, unquote(urlsplit(address).path).split("/")))[-2:])
     return name if isinstance(name, str) and _OF_OBJECTS365.match(name) else None
+
+
+def _folders_in(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0

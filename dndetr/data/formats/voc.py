@@ -72,7 +72,7 @@ class VocSource:
         problems += [problem for stem in members for problem in self._annotation(stem).problems] + more
         annotations = [self._annotation(stem) for stem in stems]
         corners = np.array([box for each in annotations for box in each.corners], np.float64).reshape(-1, 4)
-        if are_shares(corners.tolist()):
+        if are_shares(corners):
             what = "all lie within [0, 1] and seem to be shares of the image's sides"
             problems.append(Problem("units", f"the boxes {what}; give xmin, ymin, xmax, ymax in pixels"))
         sizes = [each.size or self._size(name) for each, name in zip(annotations, names, strict=True)]

@@ -2,8 +2,8 @@
 
 Files are judged by their first and last bytes, which takes seconds for 100,000 of them, or decoded. Those found good
 are remembered by name, size and times in ``$XDG_CACHE_HOME/dndetr`` (default ``~/.cache``) and not opened again until
-they change; what was wrong is always looked at anew. Whatever can be said of the annotations alone is in
-``formats``.
+they change; what was wrong is always looked at anew. Of large splits no file is remembered, but the folders that they
+lie in (``known_folders``). Whatever can be said of the annotations alone is in ``formats``.
 """
 
 import os
@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from ..file_names import MissingFiles
 from ..folder_dataset import FolderDataset
 from ..image import KEPT, TURNED, UNDECIDED, read_header, read_turned
 from ..image_header import jpeg_frame
+from ..known_folders import LARGE, KnownFolders
 from ..records import Problem, Records, raise_problems
 from ..remembered import STAMP, Remembered, stamp
 from .fingerprints import LENGTH, fingerprint
@@ -29,6 +31,7 @@ from .fingerprints import LENGTH, fingerprint
 MISSING, UNREADABLE, SIZE = "missing file", "unreadable file", "file size"
 
 _CHUNK = 256  # files that a thread takes at a time
+_TOGETHER = 64 * _CHUNK  # that wait for threads
 _HEAD, _TAIL = 4096, 64  # bytes; a JPEG's sizes may lie further on, behind its metadata
 # A split of up to so many pixels is decoded before training: seconds, once. Of larger ones headers and ends are read.
 _DECODED_PIXELS = 200_000_000
@@ -57,7 +60,9 @@ def check_files(dataset: FolderDataset, skip_unreadable: bool = False) -> list[s
     skip_unreadable: leave out the images that cannot be decoded instead.
     """
     records, pixels = dataset.records, dataset.records.sizes.prod(axis=1).sum()
-    problems = file_problems(records, decode=skip_unreadable or pixels <= _DECODED_PIXELS)
+    decode = skip_unreadable or pixels <= _DECODED_PIXELS
+    many = len(records) >= LARGE and not decode
+    problems = _problems_of_many(records) if many else file_problems(records, decode)
     remarks = [f"{records.name}: {', '.join(dataset.remarks)}"] if dataset.remarks else []
     if not skip_unreadable:
         raise_problems(told(problems), records)
@@ -131,8 +136,7 @@ def file_problems(
         for chunk, verdicts in zip(chunks, threads.map(judge, chunks), strict=True):
             for index, verdict in zip(chunk, verdicts, strict=True):
                 if isinstance(verdict, DataError):
-                    kind = UNREADABLE if isinstance(verdict, UnreadableImage) else SIZE
-                    problems.append(FileProblem(index, kind, f"{records.called(index)}{verdict}"))
+                    problems.append(_told_of(records, index, verdict))
                     continue
                 good[index] = True
                 if decode:
@@ -151,6 +155,55 @@ def file_problems(
     return sorted(problems)
 
 
+def _problems_of_many(records: Records) -> list[FileProblem]:
+    """What is wrong with the files of a large split, of which a sample is looked at where nothing has changed.
+
+    Nothing is kept of each file, which memory would have to hold.
+    """
+    known, missing, folder = KnownFolders(records, "headers"), MissingFiles(records), str(records.folder)
+
+    def judge(chunk: list[tuple[int, str]]) -> list[FileProblem]:
+        found = []
+        for index, name in chunk:
+            path = os.path.join(folder, name)
+            _, problem = _status(records, index, path, missing)
+            if problem is None and isinstance(
+                verdict := _verdict(path, tuple(records.sizes[index].tolist()), False), DataError
+            ):
+                problem = _told_of(records, index, verdict)
+            found += [] if problem is None else [problem]
+        return found
+
+    images, problems = records.named(known.to_look_at()), []
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        while some := list(islice(images, _TOGETHER)):
+            chunks = [some[at : at + _CHUNK] for at in range(0, len(some), _CHUNK)]
+            for found in threads.map(judge, chunks):
+                problems += found
+    if not problems:
+        known.keep()
+    return problems
+
+
+def _told_of(records: Records, index: int, error: DataError) -> FileProblem:
+    kind = UNREADABLE if isinstance(error, UnreadableImage) else SIZE
+    return FileProblem(index, kind, f"{records.called(index)}{error}")
+
+
+def _status(
+    records: Records, index: int, path: str, missing: MissingFiles
+) -> tuple[os.stat_result | None, FileProblem | None]:
+    """A file's status, or why it is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None, FileProblem(index, MISSING, missing.sentence(index))
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+        what = f"{records.called(index)}{path}: is no file; put the image there"
+        return None, FileProblem(index, UNREADABLE, what)
+    return status, None
+
+
 def _stamps(records: Records) -> tuple[np.ndarray, list[FileProblem]]:
     """What changes with each file, and with what the annotations say of it [n, 2 + STAMP]; and those that are no files.
 
@@ -160,17 +213,8 @@ def _stamps(records: Records) -> tuple[np.ndarray, list[FileProblem]]:
     found: list[int] = []
     problems = []
     for index, name in enumerate(records.names):
-        path = os.path.join(folder, name)
-        try:
-            status = os.stat(path)
-        except OSError:
-            status = None
-            problems.append(FileProblem(index, MISSING, missing.sentence(index)))
-        else:
-            if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
-                what = f"{records.called(index)}{path}: is no file; put the image there"
-                problems.append(FileProblem(index, UNREADABLE, what))
-                status = None
+        status, problem = _status(records, index, os.path.join(folder, name), missing)
+        problems += [] if problem is None else [problem]
         found += stamp(status)
     return np.concatenate((records.sizes, np.array(found, np.int64).reshape(-1, STAMP)), axis=1), problems
 
