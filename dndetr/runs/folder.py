@@ -3,8 +3,9 @@
 import contextlib
 import fcntl
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -98,16 +99,25 @@ def hold(folder: str | Path, seconds: float = 0) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     _held.add(descriptor)
     try:
-        until = time.monotonic() + seconds
-        while not _locked(descriptor):
-            if time.monotonic() >= until:
-                raise ValueError(f"{folder} is being trained by another process: wait for its end, or stop it")
-            time.sleep(0.1)
+        if not _locked(descriptor):
+            taken = f"{folder} is being trained by another process"
+            if seconds:
+                print(f"{taken}: waiting for its end, for up to {seconds:g} s", file=sys.stderr)
+            _wait_for(lambda: _locked(descriptor), seconds, f"{taken}: wait for its end, or stop it")
         yield
     finally:
         if descriptor in _held:
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def _wait_for(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    """ValueError, in these words, where it is not done within so many seconds."""
+    until = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() >= until:
+            raise ValueError(otherwise)
+        time.sleep(0.1)
 
 
 def _locked(descriptor: int) -> bool:

@@ -117,7 +117,7 @@ def test_from_python():
     assert first.folder == again.folder == Path("run") and again.status == "finished"
 
 
-def test_a_folder_that_is_still_held_is_waited_for():
+def test_a_folder_that_is_still_held_is_waited_for(capsys):
     Path("run").mkdir()
     holding = "import time; from dndetr.runs.folder import hold\nwith hold('run'): print(flush=True); time.sleep(1)"
     with subprocess.Popen([sys.executable, "-c", holding], env=environment(), stdout=subprocess.PIPE) as other:
@@ -126,6 +126,8 @@ def test_a_folder_that_is_still_held_is_waited_for():
             pass
         with hold("run", seconds=30):
             assert other.poll() is not None or other.wait(5) == 0
+    told = "run is being trained by another process: waiting for its end, for up to 30 s\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
