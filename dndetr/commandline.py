@@ -5,6 +5,7 @@ import io
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -70,11 +71,12 @@ def parse(kind: type[Arguments], arguments: Sequence[str] | None, prog: str, **o
 
 @unfailing()
 def exit_status(command: Callable[[], object]) -> int:
-    """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C.
+    """Run a command -> 0; 1 with one line on stderr for what the user can mend; 130 after Ctrl-C. Warnings are one too.
 
     Whatever it prints may go nowhere. Only where printing was all (``--help | head``) the status is 141, as the shell
     has it.
     """
+    warnings.formatwarning = _in_one_line
     try:
         command()
     except SystemExit as end:
@@ -92,6 +94,13 @@ def exit_status(command: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _in_one_line(message, category, filename, lineno, line=None) -> str:
+    """A warning for users without the line of code that it comes from; those for developers as Python has them."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _unboxed(text: str) -> str:

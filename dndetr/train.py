@@ -105,7 +105,8 @@ def train(config: Config, given: Set[str], listeners: Sequence[Listener] = ()) -
         stack.enter_context(processes)
         if config.resume is not None:
             found = find(config, processes, stack)
-            config = replace(config, resume=None)
+            if found is None:
+                config = replace(config, resume=None)
         origin = Origin(config, asked_for(config), processes.world) if found is None else found.origin(config, given)
         if origin.config.data is None:
             from_file = config.init is not None and "preset" not in given
@@ -157,12 +158,19 @@ def _train(
             raise ValueError(f"the classes in {config.data} are not those of the run in {found.folder}")
         folder = found.folder
         if processes.from_first(processes.first and found.tell_if_finished(trainer.total_steps)):
+            _judge(config, processes, found.last_ap())
             return Outcome(folder, processes.first)
     else:
         notes += _start_from(trainer, published)
         folder = None
         if processes.first:
-            folder = stack.enter_context(output_folder(config.output, config.preset))
+            try:
+                folder = stack.enter_context(output_folder(config.output, config.preset))
+            except FileExistsError as error:
+                if "resume" not in given or not (Path(config.output) / "checkpoint.pt").exists():
+                    raise
+                what = "another start of this run was faster: give the command again, which waits for it"
+                raise FileExistsError(f"--output {config.output}: {what}") from error
             stack.enter_context(hold(folder))
         folder = processes.from_first(folder)
     for note in (f"run folder: {folder}", *notes):
@@ -174,13 +182,18 @@ def _train(
         metrics = trainer.fit(folder, everyone, restart)
     except Stopped as stopped:
         return Outcome(folder, processes.first, stopped, trainer.signal)
+    _judge(config, processes, metrics.get("AP"))
+    return Outcome(folder, processes.first, signal=trainer.signal)
+
+
+def _judge(config: Config, processes: "Processes", ap: float | None) -> None:
+    """Of a run with ``--overfit``, say whether it passed; RuntimeError where it did not."""
     if config.overfit and processes.first:
-        passed, text = verdict(metrics.get("AP"), config.overfit, config.data)
+        passed, text = verdict(ap, config.overfit, config.data)
         if not passed:
             raise RuntimeError(text)
         if not config.quiet:
             print(text)
-    return Outcome(folder, processes.first, signal=trainer.signal)
 
 
 def _start_from(trainer: "Trainer", published: Path | None) -> list[str]:

@@ -7,12 +7,14 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from short_runs import SMALL, short_run, write_pictures
 
 from dndetr import bench, check_data, profile, shapes, train
+from dndetr.commandline import exit_status
 from dndetr.files import demand_file, write_atomic, writing
 from dndetr.output import unfailing
 
@@ -180,3 +182,10 @@ def test_a_disk_that_fills_up_leaves_no_half_file():
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not any(Path().iterdir())
+
+
+def test_warnings_of_commands_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # and as it was afterwards
+    assert exit_status(lambda: None) == 0
+    assert warnings.formatwarning("no room", UserWarning, "a.py", 3) == "warning: no room\n"
+    assert warnings.formatwarning("old", DeprecationWarning, "a.py", 3) == "a.py:3: DeprecationWarning: old\n"

@@ -167,10 +167,10 @@ def _tidy(path: Path, key: str) -> None:
 def _limit() -> float:
     """Bytes that all indexes may take."""
     text = os.environ.get("DNDETR_INDEX_GB", "20")
-    try:
-        return float(text) * 1e9
-    except ValueError:
-        raise ValueError(f"DNDETR_INDEX_GB={text}: give a number of gigabytes, such as 20") from None
+    with contextlib.suppress(ValueError):
+        if 0 <= (limit := float(text)) < float("inf"):
+            return limit * 1e9
+    raise ValueError(f"DNDETR_INDEX_GB={text}: give a number of gigabytes, such as 20")
 
 
 def _make_room(path: Path, limit: float) -> None:

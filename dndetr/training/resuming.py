@@ -82,6 +82,11 @@ class Found(NamedTuple):
             print(f"{self.folder} is finished: {self.checkpoint['step']} of {steps} steps are done{why}")
         return end is not None
 
+    def last_ap(self) -> float | None:
+        """AP of the last evaluation."""
+        rows = [row for row in read_rows(self.folder / NAME) if row["event"] == "eval"]
+        return rows[-1].get("AP") if rows else None
+
     def restart(self, processes: int) -> str | None:
         """What the log says of a restart, where this is one."""
         if not self.restarted:
@@ -195,7 +200,7 @@ def shared_anew(origin: Origin, world: int) -> Config:
     if rest:
         able = ", ".join(str(count) for count in range(1, images + 1) if images % count == 0)
         raise ValueError(
-            f"the run has {images} images a step ({before} processes with {config.batch_size} at once), which {world} "
+            f"the run has {images} images a step ({config.batch_size} at once in each of its processes), which {world} "
             f"processes cannot share evenly: start it with one of {able}"
         )
     size = max(size for size in range(1, config.batch_size + 1) if each % size == 0)

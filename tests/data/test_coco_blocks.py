@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import numpy as np
 import pytest
@@ -246,3 +247,17 @@ def test_files_that_are_hardly_json(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=r"a.json: (not valid JSON|the top level must be)"):
         Document(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("of", ["images", "annotations"])
+def test_an_entry_longer_than_a_block_is_read_at_once(tmp_path, of):
+    """Each of its inner ends looks like the end of an entry: to try all of them would take minutes."""
+    content = document(0)
+    content[of][5]["track"] = [{"t": place, "x": 3 * place, "y": 7} for place in range(130_000)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    assert path.stat().st_size > BLOCK
+    started = time.process_time()
+    found = gathered(path, BLOCK)
+    assert time.process_time() - started < 20  # 2 s
+    assert found == columns_of(content)

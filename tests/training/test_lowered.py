@@ -188,7 +188,7 @@ def test_several_processes_do_not_lower(monkeypatch):
     """They could not average gradients while backward still runs."""
     shared = []
     monkeypatch.setattr(TrainStep, "on_device", True)
-    monkeypatch.setattr("dndetr.training.step.DistributedDataParallel", shared.append)
+    monkeypatch.setattr("dndetr.training.step.DistributedDataParallel", lambda model, **_: shared.append(model))
     model = build("dn-detr")
     detectors.make_step(model, precision=BF16, processes=Processes({"WORLD_SIZE": "2"}))
     assert shared == [model]

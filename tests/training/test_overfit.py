@@ -68,7 +68,7 @@ def test_flags_go_before_what_overfitting_chooses():
 
 @pytest.mark.parametrize(("ap", "status"), [(0.93, 0), (0.41, 1), (None, 1)])
 def test_the_verdict_is_the_exit_status(ap, status, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Trainer, "fit", lambda self, folder, listeners: {"AP": ap})
+    monkeypatch.setattr(Trainer, "fit", lambda self, folder, listeners, restart: {"AP": ap})
     assert train.main(["--overfit", "4", "--train-images", "8", "--output", str(tmp_path / "run")]) == status
     out, error = capsys.readouterr()
     if status == 0:

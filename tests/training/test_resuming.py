@@ -1,6 +1,7 @@
 """Which run a start goes on with, what it may change, and how other numbers of processes share its steps."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -109,6 +110,28 @@ def test_a_foreign_folder_is_not_started_in(capsys):
     assert "run exists and is not empty" in capsys.readouterr().err
 
 
+def test_a_start_that_another_was_faster_than_says_so(capsys, monkeypatch):
+    """Both find nothing; when one comes to make the folder, the other has."""
+    train.run(AUTO[:-2])
+    monkeypatch.setattr("dndetr.training.resuming.find", lambda *_: None)
+    capsys.readouterr()
+    assert train.main(AUTO) == 1
+    said = "error: --output run: another start of this run was faster: give the command again, which waits for it\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("ap", "status"), [(0.93, 0), (0.41, 1)])
+def test_a_finished_run_keeps_its_verdict(ap, status):
+    """Restarted by itself, one that has not learnt its images by heart has not learnt them now."""
+    command = [*SMALL, "--data", "shapes", "--overfit", "2", "--epochs", "1", "--max-steps-per-epoch", "2", "--quiet"]
+    command += ["--output", "run", "--resume", "auto"]
+    assert train.main(command) == 1
+    log = Path("run/metrics.jsonl")
+    rows = [row | ({"AP": ap} if row["event"] == "eval" else {}) for row in read_rows(log)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train.main(command) == status
+
+
 def test_from_python():
     settings = {"epochs": 1, "batch_size": 2, "train_images": 4, "val_images": 2, "output": "run", "resume": "auto"}
     small = {"images": {"canvas": (64, 64)}, "model": {"width": 32, "hidden": 64, "decoder_layers": 1, "queries": 8}}
@@ -150,7 +173,9 @@ def test_another_number_of_processes_keeps_the_images_of_a_step(started, world, 
 
 
 def test_what_cannot_be_shared_says_what_could():
-    with pytest.raises(ValueError, match=r"16 images a step \(8 processes with 2 at once\), which 3 .* 1, 2, 4, 8, 16"):
+    with pytest.raises(
+        ValueError, match=r"16 images a step \(2 at once in each of its processes\), which 3 .* 1, 2, 4, 8, 16"
+    ):
         shared_anew(origin(2, 1, 8), 3)
 
 

@@ -6,6 +6,8 @@ another cut is tried. Entries decode into small typed objects, or, where one has
 of their block into dictionaries, with what Python's own decoder accepts: NaN, 3.0 as an id, halves of surrogates.
 """
 
+import codecs
+import contextlib
 import itertools
 import json
 import mmap
@@ -24,6 +26,8 @@ BLOCK = 4 << 20
 _EXPLAINED = 1 << 28  # bytes of a broken file up to which Python's decoder is asked where it is broken
 _LONGEST = 1 << 28  # bytes of an entry
 _BLANK = 1 << 16  # bytes up to which a list may hold nothing but blanks
+_TRIED = 4  # cuts that look like boundaries
+_PYTHON, _BLANKS = json.JSONDecoder(), re.compile(r"\s*")
 _NEAR_THE_END = 1 << 16  # of a block, where its boundary is looked for first
 # What Python accepts and the JSON standard does not, and the same number of bytes that it does.
 _LENIENT = re.compile(rb"-?Infinity|NaN|\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
@@ -105,8 +109,10 @@ class Document:
             return
         while at < stop:
             whole = stop - at <= size
-            cuts = [stop] if whole else self._cuts(key, at, at + size)
+            cuts = [stop] if whole else itertools.islice(self._cuts(key, at, at + size), _TRIED)
             cut, block = next(((cut, found) for cut in cuts if (found := self._decode(key, at, cut))), (0, None))
+            if block is None and not whole:
+                cut, block = self._one_by_one(key, at, at + size)
             if block is None and (whole or size > _LONGEST):
                 raise _no_json(self.path)
             if block is None:  # an entry longer than a block
@@ -127,6 +133,26 @@ class Document:
             since = max(at, end - _NEAR_THE_END) if near else at
             found = [match.end() for match in boundary.finditer(self._content, since, end)]
             yield from reversed(found)
+
+    def _one_by_one(self, key: str, at: int, end: int) -> tuple[int, Block | None]:
+        """Where the last whole entry before ``end`` ends, and the block up to there: slower, whatever entries hold.
+
+        None where there is none, or no comma behind it, as in a list that is about to end.
+        """
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(self._content[at:end])
+        except UnicodeDecodeError as error:
+            raise _no_json(self.path, error) from error
+        place = last = 0
+        with contextlib.suppress(ValueError, RecursionError):  # of what is cut off
+            while True:
+                _, place = _PYTHON.raw_decode(text, _BLANKS.match(text, place).end())
+                place = _BLANKS.match(text, place).end()
+                if text[place : place + 1] != ",":
+                    break
+                last, place = place, place + 1
+        cut = at + len(text[:last].encode())
+        return (cut, self._decode(key, at, cut)) if last else (0, None)
 
     def _decode(self, key: str, at: int, cut: int) -> Block | None:
         """The block between two places of the file; None where that is no list of entries."""
