@@ -230,12 +230,20 @@ class TrainStep:
             predictions = (self._shared or self._called)(images_of(batch), batch.sizes, noised)
         losses = self.criterion(predictions, batch.targets, objects)
         total = losses.total
-        if noised is None and self._shared is not None:
-            # Processes wait for each other's gradient of every weight, also of those that only noise goes through.
-            for weight in self.model.queries.of_noise():
+        if self._shared is not None:
+            # Processes wait for each other's gradient of every weight.
+            for weight in self._idle(noised):
                 total = total + 0 * weight.sum()
         total.backward()
         return losses
+
+    def _idle(self, noised: NoisedQueries | None) -> list[Tensor]:
+        """The weights that a step has no use for: of noise where there is none, of later layers where there is one."""
+        idle = [] if noised is not None else self.model.queries.of_noise()
+        decoder = self.model.decoder
+        if len(decoder.layers) == 1 and decoder.query_scale is not None:
+            idle += decoder.query_scale.parameters()
+        return idle
 
     def _unshared(self) -> contextlib.AbstractContextManager:
         """Gradients only add up within: they travel with the last batch's."""

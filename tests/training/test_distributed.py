@@ -106,6 +106,15 @@ def test_a_shared_run_writes_one_folder_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
+def test_one_layer_alone_is_trained_too(tmp_path):
+    """It has no use for what scales the positions of later layers."""
+    command = ["-m", "dndetr.train", *FEW, *NO_BATCH_STATISTICS, "--model.decoder-layers", "1", "--output"]
+    for groups in ("0", "3"):
+        done = torchrun(*command, f"run{groups}", "--denoising.groups", groups, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(tmp_path):
     script = str(goldens.ROOT / "tests" / "support" / "train_as_one_of_two.py")
     started = time.perf_counter()
