@@ -19,7 +19,7 @@ def test_the_folder_is_the_data(tmp_path, capsys):
     for split, length in (("train", 5), ("val", 3)):
         written, built_in = FolderDataset(read_split(target, split), Unresized()), ShapesDataset(split, length)
         assert written.classes == built_in.classes and len(written) == length
-        made, truth = written.coco_dict(), built_in.coco_dict()
+        made, truth = written.records.coco_dict(), built_in.coco_dict()
         assert made["images"] == truth["images"] and made["annotations"] == truth["annotations"]
         for index in range(length):
             a, b = written[index], built_in[index]

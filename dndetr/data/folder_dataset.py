@@ -130,10 +130,6 @@ class FolderDataset:
             self._decoded[index] = image
         return image
 
-    def coco_dict(self) -> dict:
-        """Ground truth for evaluation: all objects as they were annotated, neither clipped nor left out."""
-        return self.records.coco_dict()
-
     def _view(self, index: int, epoch: int, occurrence: int) -> tuple[View, np.random.Generator]:
         """The geometry of a sample, and where the rest of its randomness comes from."""
         later = (occurrence,) if occurrence else ()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from splits import read_split
+from whole_documents import find_problems
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.formats.coco_document import find_problems
 from dndetr.data.sample import IMAGENET, Sample
 from dndetr.data.transforms import FixedTraining, Unresized
 
@@ -40,7 +40,7 @@ def test_crowds_and_empty_boxes_are_dropped_and_the_rest_is_clipped(make_documen
 def test_ground_truth_is_the_json_and_only_what_it_lacks_is_added(make_document, make_folder):
     content = make_document(boxes=((5, 6, 20, 10), (5, 5, 0, 0)))
     content["annotations"][0].update(area=17.5, iscrowd=1)
-    truth = FolderDataset(read_split(make_folder(content), "train"), Unresized()).coco_dict()
+    truth = FolderDataset(read_split(make_folder(content), "train"), Unresized()).records.coco_dict()
     assert truth["annotations"][0] == content["annotations"][0]
     assert (truth["annotations"][1]["area"], truth["annotations"][1]["iscrowd"]) == (0, 0)
     assert truth["images"] == content["images"]
@@ -208,7 +208,7 @@ def test_kept_and_reread_pictures_are_the_same(make_document, make_folder):
 def test_real_data(real_data, name, split, images, objects, classes):
     dataset = FolderDataset(read_split(real_data(name), split), Unresized())
     assert (len(dataset), sum(dataset.counts), len(dataset.classes)) == (images, objects, classes)
-    truth, document = dataset.coco_dict(), json.loads(dataset.records.file.read_text())
+    truth, document = dataset.records.coco_dict(), json.loads(dataset.records.file.read_text())
     position = {number: place for place, number in enumerate(dataset.ids)}
     objects = sorted(document["annotations"], key=lambda entry: position[entry["image_id"]])
     for made, written in zip(truth["annotations"], objects, strict=True):
@@ -225,7 +225,7 @@ def test_real_data(real_data, name, split, images, objects, classes):
 
 def test_real_samples_hold_every_annotation_but_the_crowds(real_data):
     dataset = FolderDataset(read_split(real_data("coco_tiny"), "train"), Unresized())
-    wanted = [a for a in dataset.coco_dict()["annotations"] if not a["iscrowd"]]
+    wanted = [a for a in dataset.records.coco_dict()["annotations"] if not a["iscrowd"]]
     for index, image_id in enumerate(dataset.ids):
         sample = dataset.sample(index)
         mine = [a for a in wanted if a["image_id"] == image_id]

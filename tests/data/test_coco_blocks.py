@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from whole_documents import find_problems
 
 from dndetr.data.errors import DataError
 from dndetr.data.formats.coco_blocks import BLOCK, Document
-from dndetr.data.formats.coco_document import Gathered, find_problems
+from dndetr.data.formats.coco_document import Gathered
 
 BLOCKS = (1, 333, 2000, BLOCK)
 LARGEST = 2**63 - 1

@@ -221,7 +221,7 @@ def test_unreadable_images_leave_data_and_ground_truth(split, make_folder, make_
     (said,) = check_files(dataset, skip_unreadable=True)
     assert said.startswith("train: 1 of 2 images cannot be read and are skipped; the first: image 11: ")
     assert (len(dataset), dataset.ids, dataset.counts, dataset.class_counts) == (1, [12], [1], [0, 1])
-    truth = dataset.coco_dict()
+    truth = dataset.records.coco_dict()
     assert [image["id"] for image in truth["images"]] == [entry["image_id"] for entry in truth["annotations"]] == [12]
     assert dataset[0].image_id == 12
     (split.folder / "1.png").write_text("hello")

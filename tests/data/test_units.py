@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 from splits import read_split
+from whole_documents import find_problems
 
 from dndetr.data.errors import DataError
 from dndetr.data.folder_dataset import FolderDataset
-from dndetr.data.formats.coco_document import find_problems
 from dndetr.data.training import shapes_or_folder
 from dndetr.data.transforms import Unresized
 from dndetr.data.units import unit_doubt
@@ -55,7 +55,7 @@ def test_boxes_beyond_their_image_are_doubted(make_document, make_folder, boxes,
 def test_whole_floats_are_integers(make_document, make_folder):
     content = make_document()
     whole = FolderDataset(read_split(make_folder(content), "train"), Unresized())
-    expected = whole.coco_dict()
+    expected = whole.records.coco_dict()
     for which in ("images", "annotations", "categories"):
         for entry in content[which]:
             entry.update({key: float(value) for key, value in entry.items() if isinstance(value, int)})
@@ -64,7 +64,7 @@ def test_whole_floats_are_integers(make_document, make_folder):
     made = FolderDataset(read_split(whole.records.root, "train"), Unresized())
     assert (made.ids, made.sizes, made.classes) == (whole.ids, whole.sizes, whole.classes)
     assert all(isinstance(number, int) for number in (*made.ids, *made.sizes[0], made.classes[0][0]))
-    assert made.coco_dict() == expected and json.dumps(made.coco_dict()) == json.dumps(expected)
+    assert made.records.coco_dict() == expected and json.dumps(made.records.coco_dict()) == json.dumps(expected)
 
 
 TEXTS = {
@@ -105,7 +105,7 @@ def test_texts_in_a_box_and_numbers_for_a_name_are_named_as_that(make_document):
 def test_null_for_area_and_crowd_is_nothing_given(make_document, make_folder):
     content = make_document()
     content["annotations"][0].update(area=None, iscrowd=None)
-    entry = FolderDataset(read_split(make_folder(content), "train"), Unresized()).coco_dict()["annotations"][0]
+    entry = FolderDataset(read_split(make_folder(content), "train"), Unresized()).records.coco_dict()["annotations"][0]
     assert (entry["area"], entry["iscrowd"]) == (200, 0)
 
 

@@ -262,18 +262,3 @@ class _Places:
     def all(self) -> set[int]:
         """All ids, those that are too long too."""
         return {*self._ids.tolist(), *filter(is_id, self._odd.values())}
-
-
-class _Whole:
-    """A document that is in memory as a dictionary."""
-
-    def __init__(self, document: dict):
-        self._document = document
-
-    def blocks(self, key: str) -> Iterable[Block]:
-        return [Block(key, None, None, self._document[key])]
-
-
-def find_problems(document: dict) -> list[Problem]:
-    """What is wrong with the entries of a document, in file order: ids, sizes, references and boxes."""
-    return Gathered(_Whole(document)).problems
